@@ -1,0 +1,96 @@
+"""The one type that crosses from data to trainer.
+
+Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D text width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One latent with its caption, on the host.
+
+    Args:
+        latent: (C, F, H, W) float32, normalised with the VAE's mean and standard deviation.
+        text: (length, D) caption embeddings without padding; length 0 for an empty caption.
+        key: name of the sample inside its shard.
+        uid: stable index of the sample in its data set; noise is keyed by it.
+    """
+
+    latent: Tensor
+    text: Tensor
+    key: str
+    uid: int
+
+
+@dataclass
+class Batch:
+    """A collated batch.
+
+    Text is padded only to the longest caption of the batch: padded tokens take part in nothing (Mochi drops them
+    per sample), and the lengths stay on the host so that no step has to ask the device for them.
+
+    Args:
+        latents: (B, C, F, H, W) float32, normalised.
+        text: (B, L, D) float32, zero past each caption's length; L >= 1.
+        text_mask: (B, L) bool, true on valid tokens.
+        text_lengths: valid tokens per sample, on the host.
+        keys: sample names.
+        uids: stable sample indices.
+    """
+
+    latents: Tensor
+    text: Tensor
+    text_mask: Tensor
+    text_lengths: tuple[int, ...]
+    keys: tuple[str, ...]
+    uids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    @classmethod
+    def collate(cls, samples: Sequence[Sample]) -> "Batch":
+        """Stacks samples of one latent shape; pads text with zeros to the longest caption."""
+        shapes = {tuple(s.latent.shape) for s in samples}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"a batch needs latents of one shape; got {sorted(shapes)} from {[s.key for s in samples]}. "
+                "Encode the clips to one resolution and length."
+            )
+        lengths = tuple(int(s.text.shape[0]) for s in samples)
+        longest = max(1, *lengths)
+        text = torch.zeros(len(samples), longest, samples[0].text.shape[1])
+        for row, sample in zip(text, samples, strict=True):
+            row[: sample.text.shape[0]] = sample.text
+        mask = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
+        return cls(
+            latents=torch.stack([s.latent for s in samples]).float(),
+            text=text,
+            text_mask=mask,
+            text_lengths=lengths,
+            keys=tuple(s.key for s in samples),
+            uids=tuple(s.uid for s in samples),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; the loader calls this."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, fn) -> "Batch":
+        return Batch(
+            latents=fn(self.latents),
+            text=fn(self.text),
+            text_mask=fn(self.text_mask),
+            text_lengths=self.text_lengths,
+            keys=self.keys,
+            uids=self.uids,
+        )

@@ -1,0 +1,79 @@
+"""Exponential moving average of the retrained parameters, in float32."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class Ema:
+    """An average that follows the parameters it is given.
+
+    torch's `AveragedModel` copies the whole module, 20 GB here, so only its update rule is taken.
+
+    Args:
+        parameters: name -> live parameter.
+        decay: final decay. The decay in force at update n is min(decay, (1 + n) / (10 + n)), so that the first
+            random weights are soon forgotten.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], *, decay: float = 0.999) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"got EMA decay {decay}, expected 0 <= decay < 1.")
+        self.decay = decay
+        self.updates = 0
+        self._live = dict(parameters)
+        self.average = {name: p.detach().float().clone() for name, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of the average; call it once per optimiser step, not per micro-batch."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        live = [p.detach().float() for p in self._live.values()]
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), live, None)
+        self.updates += 1
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the averages; the live parameters are moved by whoever holds them."""
+        self.average = {name: value.to(device) for name, value in self.average.items()}
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the live parameters hold the average; afterwards, also when something raises, their own values."""
+        with holding(self._live, self.average):
+            yield
+
+    def state_dict(self) -> dict:
+        """Averages and the count of updates."""
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Takes averages over in place.
+
+        Raises:
+            ValueError: if the names differ from the retrained parameters.
+        """
+        if set(state["average"]) != set(self.average):
+            odd = sorted(set(state["average"]) ^ set(self.average))[:4]
+            raise ValueError(f"the EMA in the checkpoint holds other parameters (e.g. {odd}); expected this run's blocks.")
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
+        self.updates = int(state["updates"])
+
+
+@contextlib.contextmanager
+def holding(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the tensors in `live` hold `values`; afterwards what they held before.
+
+    Storage is swapped, not copied, where dtype and device agree.
+    """
+    kept = {name: tensor.data for name, tensor in live.items()}
+    try:
+        for name, tensor in live.items():
+            tensor.data = values[name].to(device=tensor.device, dtype=tensor.dtype)
+        yield
+    finally:
+        for name, tensor in live.items():
+            tensor.data = kept[name]

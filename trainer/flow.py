@@ -1,0 +1,107 @@
+"""Rectified flow as Mochi has it: sigma, noise, interpolation, target.
+
+x_sigma = (1 - sigma) z + sigma eps, target v = z - eps, timestep = 1000 (1 - sigma): 0 is pure noise, 1000 is data.
+Everything random is keyed by (seed, epoch, sample), never by rank or worker, and drawn on the CPU, so that it is the
+same whatever the layout or device.
+
+Legend: B batch.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+from torch import Tensor
+
+SigmaSampler = Literal["uniform", "logit_normal", "linear_quadratic"]
+
+
+def _generator(purpose: str, seed: int, epoch: int, uid: int) -> torch.Generator:
+    """A generator of its own for each (purpose, seed, epoch, sample)."""
+    digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}/{uid}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+
+
+def keyed_noise(seed: int, epoch: int, uids: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (B, *shape), float32 on the CPU, one generator per sample."""
+    rows = [torch.randn(tuple(shape), generator=_generator("noise", seed, epoch, uid)) for uid in uids]
+    return torch.stack(rows)
+
+
+def keyed_uniform(purpose: str, seed: int, epoch: int, uids: Sequence[int]) -> Tensor:
+    """One draw from U(0, 1) per sample, (B,) float32 on the CPU."""
+    return torch.stack([torch.rand((), generator=_generator(purpose, seed, epoch, uid)) for uid in uids])
+
+
+def _uniform(u: Tensor) -> Tensor:
+    return u
+
+
+def _logit_normal(u: Tensor) -> Tensor:
+    # u -> standard normal by its quantile function, so that every sampler maps one uniform draw.
+    return torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+
+
+def _linear_quadratic(u: Tensor, steps: int = 64, threshold: float = 0.025) -> Tensor:
+    # Mochi's own 64 sampling steps; linear between them, so that every sigma can be met.
+    knots = torch.tensor([*linear_quadratic_schedule(steps, threshold), 0.0], dtype=torch.float32)
+    position = u * steps
+    left = position.long().clamp(max=steps - 1)
+    return torch.lerp(knots[left], knots[left + 1], position - left)
+
+
+_SAMPLERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": _uniform,
+    "logit_normal": _logit_normal,
+    "linear_quadratic": _linear_quadratic,
+}
+
+
+class Flow:
+    """The objective's random parts and arithmetic.
+
+    Args:
+        sigma: distribution of sigma: `uniform` on (0, 1), `logit_normal` (sigmoid of a standard normal), or
+            `linear_quadratic` (Mochi's 64-step sampling schedule, threshold 0.025).
+        caption_dropout: share of samples trained without their caption (zero embedding and zero mask).
+        seed: for sigma, noise and dropout.
+    """
+
+    def __init__(self, *, sigma: SigmaSampler = "uniform", caption_dropout: float = 0.1, seed: int = 0) -> None:
+        if sigma not in _SAMPLERS:
+            raise ValueError(f"got sigma sampler {sigma!r}, expected one of {sorted(_SAMPLERS)}.")
+        if not 0.0 <= caption_dropout <= 1.0:
+            raise ValueError(f"got caption_dropout {caption_dropout}, expected a share from 0 to 1.")
+        self.sampler = _SAMPLERS[sigma]
+        self.caption_dropout = caption_dropout
+        self.seed = seed
+
+    def sigma(self, epoch: int, uids: Sequence[int]) -> Tensor:
+        """Sigma per sample, (B,) float32 on the CPU."""
+        return self.sampler(keyed_uniform("sigma", self.seed, epoch, uids))
+
+    def noise(self, epoch: int, uids: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Noise (B, *shape), float32 on the CPU."""
+        return keyed_noise(self.seed, epoch, uids, shape)
+
+    def dropped(self, epoch: int, uids: Sequence[int]) -> list[bool]:
+        """Which samples lose their caption, on the host."""
+        return (keyed_uniform("caption", self.seed, epoch, uids) < self.caption_dropout).tolist()
+
+    @staticmethod
+    def mix(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """x_sigma = (1 - sigma) z + sigma eps; sigma (B,) is broadcast over the rest."""
+        sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
+        return (1 - sigma) * latents + sigma * noise
+
+    @staticmethod
+    def target(latents: Tensor, noise: Tensor) -> Tensor:
+        """The velocity that Mochi predicts: data minus noise."""
+        return latents - noise
+
+    @staticmethod
+    def timestep(sigma: Tensor) -> Tensor:
+        """diffusers' timestep, 1000 (1 - sigma), kept in float32: bf16 would round it to multiples of 4 near 1000."""
+        return 1000.0 * (1.0 - sigma.float())

@@ -1,0 +1,113 @@
+"""Grafts: files with the retrained blocks only, which go back onto the base."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainer.vdit.load import load_transformer, resolve_base, transformer_weight_files
+
+
+@dataclass(frozen=True)
+class Graft:
+    """Retrained weights with what they belong to.
+
+    Args:
+        raw: name in the diffusers transformer -> weight after the last step.
+        ema: the same names -> averaged weight.
+        blocks: retrained block indices.
+        base: the base as the recipe named it.
+        base_fingerprint: SHA-256 of the frozen weights they were trained with.
+        step: optimiser steps taken.
+    """
+
+    raw: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    blocks: tuple[int, ...]
+    base: str
+    base_fingerprint: str
+    step: int
+
+
+def save_graft(path: Path, graft: Graft) -> None:
+    """Writes a graft as safetensors, beside and then renamed."""
+    tensors = {f"raw.{name}": value for name, value in graft.raw.items()}
+    tensors |= {f"ema.{name}": value for name, value in graft.ema.items()}
+    metadata = {
+        "format": "reblock-graft-1",
+        "blocks": json.dumps(list(graft.blocks)),
+        "base": graft.base,
+        "base_fingerprint": graft.base_fingerprint,
+        "step": str(graft.step),
+    }
+    beside = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, metadata=metadata)
+    with open(beside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_graft(path: Path) -> Graft:
+    """Reads a graft.
+
+    Raises:
+        ValueError: if the file is missing or not a graft.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected the graft.safetensors that `reblock fit` leaves in a run.")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != "reblock-graft-1":
+            raise ValueError(f"{path} is not a graft (format {metadata.get('format')!r}, expected 'reblock-graft-1').")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    return Graft(
+        raw=part("raw."),
+        ema=part("ema."),
+        blocks=tuple(json.loads(metadata["blocks"])),
+        base=metadata["base"],
+        base_fingerprint=metadata["base_fingerprint"],
+        step=int(metadata["step"]),
+    )
+
+
+@torch.no_grad()
+def apply_graft(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies weights into a diffusers transformer by name.
+
+    Raises:
+        ValueError: if a name is unknown or a shape differs.
+    """
+    own = dict(model.named_parameters())
+    for name, value in weights.items():
+        if name not in own or own[name].shape != value.shape:
+            got = "no such parameter" if name not in own else f"shape {tuple(own[name].shape)}"
+            raise ValueError(f"the graft's {name} {tuple(value.shape)} does not fit the base ({got}); use its own base.")
+        own[name].copy_(value)
+
+
+def base_block_weights(base: str, names: Mapping[str, object], *, seed: int = 0) -> dict[str, Tensor]:
+    """The base's own weights of `names`, read from its files without loading the rest.
+
+    Args:
+        base: what `resolve_base` takes; a `config.json` gives the random weights of `seed`.
+        names: parameter names in the diffusers transformer.
+        seed: of random weights.
+    """
+    if resolve_base(base).is_file():
+        model = load_transformer(base, seed=seed)
+        return {name: p.detach() for name, p in model.named_parameters() if name in names}
+    found: dict[str, Tensor] = {}
+    for path in transformer_weight_files(base):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name).float() for name in file.keys() if name in names}  # noqa: SIM118
+    return found

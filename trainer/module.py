@@ -1,0 +1,360 @@
+"""The LightningModule: one training step, the optimiser, what a checkpoint holds.
+
+Legend: B batch, C channels, F latent frames, H W latent grid.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from data.batch import Batch
+from trainer import surgery as operate
+from trainer.ema import Ema, holding
+from trainer.flow import Flow, SigmaSampler
+from trainer.graft import base_block_weights
+from trainer.vdit.load import check_base, load_transformer, read_config
+from trainer.vdit.mochi import MochiRoom, State
+from trainer.vdit.plant import reserve_channels
+
+log = logging.getLogger(__name__)
+
+#: Edges of the sigma bands that the loss is reported in.
+SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(kw_only=True)
+class SurgeryConfig:
+    """Which blocks are retrained, and what they start from.
+
+    Args:
+        last: retrain the last so many blocks.
+        blocks: or an explicit list of block indices.
+        init: `dit` (Xavier, zero modulation: a new block starts as the identity), `torch` (each layer's default),
+            `normal` (std 0.02) or `keep` (fine-tuning without re-initialisation, the control).
+        seed: of the fresh weights.
+        train_outside: also train what lies outside the blocks, except `pos_frequencies`; only for making a base from
+            scratch.
+        reserved_channels: residual channels that no trained layer may write: kept zero for planted sinks.
+    """
+
+    last: int | None = None
+    blocks: list[int] | None = None
+    init: operate.Initialisation = "dit"
+    seed: int = 0
+    train_outside: bool = False
+    reserved_channels: tuple[int, ...] = ()
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with a constant rate after a linear warmup.
+
+    Args:
+        lr: learning rate after warmup.
+        warmup_steps: optimiser steps over which the rate rises linearly.
+        weight_decay: decoupled decay of matrices; norms, biases and modulation biases have none.
+        betas: AdamW's two decay rates.
+        eps: AdamW's epsilon.
+        clip_norm: gradients are scaled down to this total norm; 0 turns clipping off.
+        max_skipped_in_row: the run stops after so many non-finite steps in a row.
+    """
+
+    lr: float = 1e-4
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    max_skipped_in_row: int = 10
+
+
+class RetrainBlocks(LightningModule):
+    """Retrains re-initialised blocks of a frozen Mochi.
+
+    Args:
+        base: diffusers folder, transformer folder, hub id, or a `config.json` (random weights).
+        surgery: which blocks, and how they start.
+        optim: optimiser and schedule.
+        sigma: distribution of sigma.
+        caption_dropout: share of samples trained without caption.
+        seed: of sigma, noise and caption dropout.
+        ema_decay: decay of the average used for validation and export.
+        trunk_dtype: dtype of the frozen trunk's weights; `bfloat16` halves their memory.
+        checkpoint_head: recompute activations of head blocks in the backward pass.
+        stock_attention: run diffusers' own attention processor (for comparisons only).
+        split_trunk: run the trunk apart, under no_grad. Off only for the benchmark's comparison.
+        val_sigmas: sigmas at which validation loss is measured.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: str,
+        surgery: SurgeryConfig,
+        optim: OptimConfig | None = None,
+        sigma: SigmaSampler = "uniform",
+        caption_dropout: float = 0.1,
+        seed: int = 0,
+        ema_decay: float = 0.999,
+        trunk_dtype: str = "float32",
+        checkpoint_head: bool = False,
+        stock_attention: bool = False,
+        split_trunk: bool = True,
+        val_sigmas: tuple[float, ...] = (0.125, 0.375, 0.625, 0.875),
+    ) -> None:
+        super().__init__()
+        if trunk_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"got trunk_dtype {trunk_dtype!r}, expected 'float32' or 'bfloat16'.")
+        self.base = base
+        self.surgery = surgery
+        self.optim = optim or OptimConfig()
+        self.flow = Flow(sigma=sigma, caption_dropout=caption_dropout, seed=seed)
+        self.ema_decay = ema_decay
+        self.trunk_dtype = getattr(torch, trunk_dtype)
+        self.checkpoint_head = checkpoint_head
+        self.stock_attention = stock_attention
+        self.split_trunk = split_trunk
+        self.val_sigmas = val_sigmas
+        self.room: MochiRoom | None = None
+        self.ema: Ema | None = None
+        self.skipped = 0
+        self.skipped_in_row = 0
+        self.strict_loading = False  # a checkpoint holds no frozen weight
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Faults of base and block choice, before anything is loaded.
+
+        Raises:
+            ValueError: with what was got and expected.
+        """
+        config = check_base(self.base)
+        self._choose(config["num_layers"])
+
+    def _choose(self, num_blocks: int) -> tuple[int, ...]:
+        return operate.choose_blocks(num_blocks, last=self.surgery.last, blocks=self.surgery.blocks)
+
+    def configure_model(self) -> None:
+        if self.room is None:
+            attached = self._trainer is not None
+            self.build(self.trainer.strategy.root_device if attached else "cpu")
+
+    def build(self, device: torch.device | str) -> None:
+        """Loads the base onto `device` and operates on it: re-initialise, freeze, average."""
+        self.blocks = self._choose(read_config(self.base)["num_layers"])
+        model = load_transformer(self.base, device=device, dtype=self.trunk_dtype, seed=self.surgery.seed)
+        self.room = MochiRoom(model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head)
+        retrained = [model.transformer_blocks[i] for i in self.blocks]
+        head = [*model.transformer_blocks[self.first :], model.norm_out, model.proj_out]
+        for part in head:
+            part.float()  # a trunk in bfloat16 meets a head whose master weights are float32
+        for index, block in zip(self.blocks, retrained, strict=True):
+            if torch.device(device).type != "meta":
+                operate.reinitialise(block, self.surgery.init, self.surgery.seed * 1000 + index)
+        operate.freeze_all_but(model, [model] if self.surgery.train_outside else retrained)
+        model.pos_frequencies.requires_grad_(False)
+        if self.surgery.reserved_channels:
+            reserve_channels(model, self.surgery.reserved_channels)
+        self.ema = Ema(self.retrained_parameters(), decay=self.ema_decay)
+
+    @property
+    def first(self) -> int:
+        """The first retrained block: where the trunk ends and the head begins."""
+        return 0 if self.surgery.train_outside else self.blocks[0]
+
+    def retrained_parameters(self) -> dict[str, Tensor]:
+        """Trained parameters by their name in the diffusers transformer."""
+        return {name: p for name, p in self.room.model.named_parameters() if p.requires_grad}
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def trunk(self, x: Tensor, sigma: Tensor, batch: Batch) -> State:
+        """Everything before the first retrained block, without autograd."""
+        trains = self.surgery.train_outside or not self.split_trunk
+        narrow = self.trunk_dtype != torch.float32
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            with torch.autocast(x.device.type, self.trunk_dtype) if narrow else contextlib.nullcontext():
+                state = self.room.embed(
+                    x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
+                )
+                state = self.room.run(state, 0, self.first)
+        # What the trunk computed in a narrow dtype goes on in the head's.
+        return state if trains else state.map(lambda t: t.to(x.dtype) if t.is_floating_point() else t)
+
+    def head(self, state: State) -> Tensor:
+        """From the first retrained block to the velocity."""
+        return self.room.finish(self.room.run(state, self.first, self.room.num_blocks))
+
+    def velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        """Predicted velocity at x_sigma, (B, C, F, H, W)."""
+        return self.head(self.trunk(x, sigma, batch))
+
+    def losses(self, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Mean squared error per sample, (B,) float32."""
+        x = self.flow.mix(batch.latents, noise, sigma)
+        error = self.velocity(x, sigma, batch).float() - self.flow.target(batch.latents, noise)
+        return error.square().flatten(1).mean(dim=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        epoch, device = self.current_epoch, batch.latents.device
+        host_sigma = self.flow.sigma(epoch, batch.uids)
+        noise = self.flow.noise(epoch, batch.uids, batch.latents.shape[1:]).to(device, non_blocking=True)
+        batch = drop_captions(batch, self.flow.dropped(epoch, batch.uids))
+        losses = self.losses(batch, noise, host_sigma.to(device, non_blocking=True))
+        loss = losses.mean()
+        self._log_losses(losses.detach(), host_sigma)
+        # A non-finite loss must give non-finite gradients on every rank, so that all skip the step together.
+        return loss * (loss - loss + 1).detach()
+
+    def _log_losses(self, losses: Tensor, sigma: Tensor) -> None:
+        self.log("train/loss", losses.mean(), on_step=True, prog_bar=True, batch_size=len(losses))
+        for low, high in zip(SIGMA_BANDS[:-1], SIGMA_BANDS[1:], strict=True):
+            inside = ((sigma >= low) & (sigma < high)).nonzero().flatten()  # sigma is on the host: no wait
+            if len(inside):
+                self.log(f"train/loss_sigma_{low:.2f}-{high:.2f}", losses[inside.to(losses.device)].mean(), on_step=True)
+
+    # -- validation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        rows = len(batch)
+        shape = batch.latents.shape[1:]
+        noise = self.flow.noise(0, batch.uids, shape).to(batch.latents.device)
+        for value in self.val_sigmas:
+            sigma = torch.full((rows,), value, device=noise.device)
+            loss = self.losses(batch, noise, sigma).mean()
+            self.log(f"val/loss_sigma_{value:.3f}", loss, batch_size=rows, sync_dist=True)
+            self.log("val/loss", loss, prog_bar=True, batch_size=rows, sync_dist=True)
+
+    def on_validation_epoch_start(self) -> None:
+        self._evaluation = contextlib.ExitStack()
+        self._evaluation.enter_context(self.evaluation_weights())
+
+    def on_validation_epoch_end(self) -> None:
+        self._evaluation.close()
+
+    def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the retrained blocks hold their EMA weights."""
+        return self.ema.swapped_in()
+
+    @contextlib.contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Inside, the retrained blocks hold the base's own weights, read anew from its files."""
+        live = self.retrained_parameters()
+        with holding(live, base_block_weights(self.base, live, seed=self.surgery.seed)):
+            yield
+
+    # -- optimisation --------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        named = self.retrained_parameters()
+        decayed = [p for p in named.values() if p.ndim >= 2]
+        plain = [p for p in named.values() if p.ndim < 2]  # norms, biases, modulation biases
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": self.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=self.optim.lr,
+            betas=self.optim.betas,
+            eps=self.optim.eps,
+            fused=self.device.type == "cuda",
+        )
+        warmup = max(1, self.optim.warmup_steps)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clips, or drops every gradient of a non-finite step: AdamW leaves a parameter without gradient alone."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.log("train/grad_norm", norm, on_step=True)
+        if not torch.isfinite(norm):  # the one place a step waits for the device
+            self._skip(parameters)
+        else:
+            self.skipped_in_row = 0
+            if self.optim.clip_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+
+    def _skip(self, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            p.grad = None
+        self.skipped += 1
+        self.skipped_in_row += 1
+        log.warning("step %d has a non-finite loss or gradient and is skipped", self.global_step)
+        if self.skipped_in_row > self.optim.max_skipped_in_row:
+            raise RuntimeError(
+                f"{self.skipped_in_row} steps in a row had a non-finite loss or gradient (limit "
+                f"{self.optim.max_skipped_in_row}); stopped at step {self.global_step}. Lower optim.lr, "
+                "check the latents with `reblock inspect`, or raise optim.max_skipped_in_row."
+            )
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.skipped_in_row == 0:
+            self.ema.update()
+        self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=True)
+        self.log("train/skipped", float(self.skipped), on_step=True)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.ema.to(self.device)
+
+    def on_validation_start(self) -> None:
+        self.ema.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        trained = self.retrained_parameters()
+        checkpoint["state_dict"] = {f"room.model.{name}": p.detach() for name, p in trained.items()}
+        checkpoint["reblock"] = {
+            "blocks": list(self.blocks),
+            "base_fingerprint": self.base_fingerprint,
+            "ema": self.ema.state_dict(),
+            "skipped": [self.skipped, self.skipped_in_row],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved = checkpoint.get("reblock")
+        if saved is None:
+            raise ValueError("the checkpoint was not written by Reblock; expected one from this run's checkpoints/.")
+        if tuple(saved["blocks"]) != self.blocks:
+            raise ValueError(
+                f"the checkpoint retrains blocks {saved['blocks']}, this run blocks {list(self.blocks)}; "
+                "resume with the recipe that wrote it, or start a run of another name."
+            )
+        if saved["base_fingerprint"] != self.base_fingerprint:
+            raise ValueError(
+                f"the checkpoint belongs to a base with fingerprint {saved['base_fingerprint'][:16]}..., this run's "
+                f"base {self.base} has {self.base_fingerprint[:16]}...; point `model.base` at the base it was trained on."
+            )
+        self.ema.load_state_dict(saved["ema"])
+        self.skipped, self.skipped_in_row = saved["skipped"]
+
+    @property
+    def base_fingerprint(self) -> str:
+        """SHA-256 of the frozen weights, taken once when first asked for."""
+        if not hasattr(self, "_base_fingerprint"):
+            self._base_fingerprint = operate.frozen_fingerprint(self.room.model)
+        return self._base_fingerprint
+
+
+def drop_captions(batch: Batch, dropped: list[bool]) -> Batch:
+    """The batch with captions of `dropped` samples removed: zero embedding, zero mask, length 0."""
+    if not any(dropped):
+        return batch
+    lengths = tuple(0 if gone else n for gone, n in zip(dropped, batch.text_lengths, strict=True))
+    keep = torch.tensor([not gone for gone in dropped]).to(batch.text.device, non_blocking=True)
+    return Batch(
+        latents=batch.latents,
+        text=batch.text * keep[:, None, None],
+        text_mask=batch.text_mask & keep[:, None],
+        text_lengths=lengths,
+        keys=batch.keys,
+        uids=batch.uids,
+    )
+

@@ -1,0 +1,133 @@
+"""Choosing blocks, re-initialising them, freezing the rest, and the fingerprint that proves it stayed frozen."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Initialisation = Literal["dit", "torch", "normal", "keep"]
+
+
+def choose_blocks(num_blocks: int, *, last: int | None = None, blocks: Iterable[int] | None = None) -> tuple[int, ...]:
+    """Block indices to retrain, sorted.
+
+    Args:
+        num_blocks: blocks of the model.
+        last: the last so many.
+        blocks: or an explicit list.
+
+    Raises:
+        ValueError: if both or neither are given, or an index is out of range, repeated or none is left.
+    """
+    if (last is None) == (blocks is None):
+        raise ValueError(f"got last={last} and blocks={blocks}, expected exactly one of the two.")
+    if last is not None:
+        if not 1 <= last <= num_blocks:
+            raise ValueError(f"got last={last}, expected 1 .. {num_blocks}: the model has {num_blocks} blocks.")
+        return tuple(range(num_blocks - last, num_blocks))
+    chosen = list(blocks or [])
+    faults = []
+    if not chosen:
+        faults.append("the list is empty")
+    if len(set(chosen)) != len(chosen):
+        faults.append(f"repeated: {sorted({b for b in chosen if chosen.count(b) > 1})}")
+    outside = sorted({b for b in chosen if not 0 <= b < num_blocks})
+    if outside:
+        faults.append(f"out of range: {outside}")
+    if faults:
+        raise ValueError(f"got blocks={chosen} ({'; '.join(faults)}), expected distinct indices in 0 .. {num_blocks - 1}.")
+    return tuple(sorted(chosen))
+
+
+def _is_modulation(name: str) -> bool:
+    """Linear layers that turn temb into scales and gates, inside the norms of a block."""
+    return name.startswith(("norm1.", "norm1_context."))
+
+
+def _dit(name: str, layer: nn.Linear, generator: torch.Generator) -> None:
+    # Zero modulation means zero gates: the block starts as the identity. The output projection must not be zero:
+    # the RMS norm behind it (eps 1e-6) would blow its gradient up by about a thousand.
+    if _is_modulation(name):
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _torch_default(name: str, layer: nn.Linear, generator: torch.Generator) -> None:
+    # nn.Linear.reset_parameters takes no generator; these are its two lines.
+    nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
+    if layer.bias is not None:
+        bound = layer.in_features**-0.5
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+
+def _normal(name: str, layer: nn.Linear, generator: torch.Generator) -> None:
+    nn.init.normal_(layer.weight, std=0.02, generator=generator)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+_INITIALISERS: dict[str, Callable[[str, nn.Linear, torch.Generator], None]] = {
+    "dit": _dit,
+    "torch": _torch_default,
+    "normal": _normal,
+}
+
+
+@torch.no_grad()
+def reinitialise(block: nn.Module, kind: Initialisation, seed: int) -> None:
+    """Gives a block fresh weights; norm weights (QK-norm among them) become one.
+
+    Values are drawn on the CPU in float32 from `seed`, so that they are the same on every device and dtype.
+
+    Raises:
+        ValueError: if a parameter belongs to neither a linear layer nor a norm, so that none is silently kept.
+    """
+    if kind == "keep":
+        return
+    if kind not in _INITIALISERS:
+        raise ValueError(f"got initialisation {kind!r}, expected one of {sorted([*_INITIALISERS, 'keep'])}.")
+    generator = torch.Generator().manual_seed(seed)
+    done: set[str] = set()
+    for name, module in block.named_modules():
+        own = {f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
+        if isinstance(module, nn.Linear):
+            fresh = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="cpu")
+            _INITIALISERS[kind](name + ".", fresh, generator)
+            for key, value in fresh.named_parameters():
+                getattr(module, key).copy_(value)
+        elif own and "norm" in type(module).__name__.lower():
+            for key, value in module.named_parameters(recurse=False):
+                value.fill_(0.0 if key == "bias" else 1.0)
+        elif own:
+            continue
+        done |= own
+    missed = {name for name, _ in block.named_parameters()} - done
+    if missed:
+        raise ValueError(f"no initialisation is known for {sorted(missed)}; expected linear layers and norms only.")
+
+
+def freeze_all_but(model: nn.Module, trainable: Iterable[nn.Module]) -> None:
+    """Turns gradients off everywhere, then on inside `trainable`."""
+    model.requires_grad_(False)
+    for module in trainable:
+        module.requires_grad_(True)
+
+
+def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in name order; one tensor is on the host at a time."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Fingerprint of every parameter and buffer that is not trained."""
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    return fingerprint([*frozen, *model.named_buffers()])

@@ -1,0 +1,84 @@
+"""How the tokens of a joint-attention block are laid out, and the seam through which attention is seen and changed.
+
+Legend: B batch, F latent frames, N vision tokens, L text tokens, h heads, d head width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Token order of one batch: [vision | text].
+
+    Args:
+        grid: (F, H, W) of the vision tokens, after patching.
+        text_lengths: valid text tokens per sample, known on the host.
+        text_tokens: L, how many text tokens the attention sees: the longest caption of the batch.
+        key_mask: (B, N + L) bool, true on tokens that may be attended to; None when every caption is L long, so
+            that no mask is needed and the fastest kernels apply.
+    """
+
+    grid: tuple[int, int, int]
+    text_lengths: tuple[int, ...]
+    text_tokens: int
+    key_mask: Tensor | None
+
+    @property
+    def num_vision(self) -> int:
+        """N, the number of vision tokens."""
+        frames, height, width = self.grid
+        return frames * height * width
+
+    @classmethod
+    def of(cls, grid: tuple[int, int, int], text_lengths: tuple[int, ...], text_mask: Tensor) -> "TokenLayout":
+        """The layout of a batch whose `text_mask` (B, L') is true on the first `text_lengths[i]` tokens of row i."""
+        longest = max(text_lengths)
+        if all(length == longest for length in text_lengths):
+            return cls(grid, text_lengths, longest, None)
+        frames, height, width = grid
+        key_mask = F.pad(text_mask[:, :longest].bool(), (frames * height * width, 0), value=True)
+        return cls(grid, text_lengths, longest, key_mask)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention function is told besides q, k and v."""
+
+    layer: int
+    layout: TokenLayout
+
+
+#: (q, k, v each (B, h, N + L, d), call) -> (B, h, N + L, d)
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """torch's fused attention; padded text keys are masked where captions differ in length."""
+    mask = call.layout.key_mask
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+    # diffusers gives zeros at padded text queries; nothing reads them, but equal is easier to trust than equivalent.
+    return out * mask[:, None, :, None].to(out.dtype)
+
+
+def text_lengths_of(text_mask: Tensor) -> tuple[int, ...]:
+    """Valid tokens per row of a (B, L) mask; waits for the device, so only for callers that hold no lengths.
+
+    Raises:
+        ValueError: if valid tokens are not a prefix of their row.
+    """
+    mask = text_mask.bool()
+    lengths = mask.sum(dim=1)
+    prefix = torch.arange(mask.shape[1], device=mask.device)[None, :] < lengths[:, None]
+    if not torch.equal(prefix, mask):
+        raise ValueError(
+            "got a text mask with gaps, expected the valid tokens of every caption first and padding after them. "
+            "Sort each caption's tokens so (T5 tokenizers pad on the right)."
+        )
+    return tuple(lengths.tolist())
