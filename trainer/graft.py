@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer.vdit.load import load_transformer, resolve_base, transformer_weight_files
+from trainer.vdit.load import load_transformer, read_weights, resolve_base
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Graft:
         base: the base as the recipe named it.
         base_fingerprint: SHA-256 of the frozen weights they were trained with.
         step: optimiser steps taken.
+        trunk_dtype: dtype that the frozen trunk had, which the fingerprint depends on.
     """
 
     raw: Mapping[str, Tensor]
@@ -33,6 +34,7 @@ class Graft:
     base: str
     base_fingerprint: str
     step: int
+    trunk_dtype: str = "float32"
 
 
 def save_graft(path: Path, graft: Graft) -> None:
@@ -45,6 +47,7 @@ def save_graft(path: Path, graft: Graft) -> None:
         "base": graft.base,
         "base_fingerprint": graft.base_fingerprint,
         "step": str(graft.step),
+        "trunk_dtype": graft.trunk_dtype,
     }
     beside = path.with_name(path.name + ".tmp")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, metadata=metadata)
@@ -61,11 +64,14 @@ def load_graft(path: Path) -> Graft:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected the graft.safetensors that `reblock fit` leaves in a run.")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != "reblock-graft-1":
-            raise ValueError(f"{path} is not a graft (format {metadata.get('format')!r}, expected 'reblock-graft-1').")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}). Copy it again, or take the run's last checkpoint.") from error
+    if metadata.get("format") != "reblock-graft-1":
+        raise ValueError(f"{path} is not a graft (format {metadata.get('format')!r}, expected 'reblock-graft-1').")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -77,6 +83,7 @@ def load_graft(path: Path) -> Graft:
         base=metadata["base"],
         base_fingerprint=metadata["base_fingerprint"],
         step=int(metadata["step"]),
+        trunk_dtype=metadata["trunk_dtype"],
     )
 
 
@@ -85,29 +92,37 @@ def apply_graft(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copies weights into a diffusers transformer by name.
 
     Raises:
-        ValueError: if a name is unknown or a shape differs.
+        ValueError: if a name is unknown or a shape differs; nothing has been copied then.
     """
     own = dict(model.named_parameters())
     for name, value in weights.items():
         if name not in own or own[name].shape != value.shape:
             got = "no such parameter" if name not in own else f"shape {tuple(own[name].shape)}"
-            raise ValueError(f"the graft's {name} {tuple(value.shape)} does not fit the base ({got}); use its own base.")
+            raise ValueError(
+                f"the graft's {name} {tuple(value.shape)} does not fit the base ({got}); use its own base."
+            )
+    for name, value in weights.items():
         own[name].copy_(value)
 
 
-def base_block_weights(base: str, names: Mapping[str, object], *, seed: int = 0) -> dict[str, Tensor]:
+def base_block_weights(
+    base: str,
+    names: Mapping[str, object],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
     """The base's own weights of `names`, read from its files without loading the rest.
 
     Args:
         base: what `resolve_base` takes; a `config.json` gives the random weights of `seed`.
         names: parameter names in the diffusers transformer.
-        seed: of random weights.
+        seed: of random weights, which also depend on the `dtype` and `device` they were made in.
+        dtype: of random weights.
+        device: of random weights.
     """
-    if resolve_base(base).is_file():
-        model = load_transformer(base, seed=seed)
-        return {name: p.detach() for name, p in model.named_parameters() if name in names}
-    found: dict[str, Tensor] = {}
-    for path in transformer_weight_files(base):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name).float() for name in file.keys() if name in names}  # noqa: SIM118
-    return found
+    if resolve_base(base).is_dir():
+        return read_weights(base, names.keys())
+    model = load_transformer(base, seed=seed, dtype=dtype, device=device)
+    return {name: p.detach() for name, p in model.named_parameters() if name in names}

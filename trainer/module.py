@@ -20,7 +20,7 @@ from trainer.flow import Flow, SigmaSampler
 from trainer.graft import base_block_weights
 from trainer.vdit.load import check_base, load_transformer, read_config
 from trainer.vdit.mochi import MochiRoom, State
-from trainer.vdit.plant import reserve_channels
+from trainer.vdit.scratch import fresh_frequencies, reserve_channels
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class SurgeryConfig:
         init: `dit` (Xavier, zero modulation: a new block starts as the identity), `torch` (each layer's default),
             `normal` (std 0.02) or `keep` (fine-tuning without re-initialisation, the control).
         seed: of the fresh weights.
-        train_outside: also train what lies outside the blocks, except `pos_frequencies`; only for making a base from
-            scratch.
+        train_outside: also train what lies outside the blocks; only for making a base from scratch. `pos_frequencies`
+            are then drawn from the seed (a fresh diffusers model has none) and stay as drawn.
         reserved_channels: residual channels that no trained layer may write: kept zero for planted sinks.
     """
 
@@ -111,6 +111,8 @@ class RetrainBlocks(LightningModule):
         super().__init__()
         if trunk_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"got trunk_dtype {trunk_dtype!r}, expected 'float32' or 'bfloat16'.")
+        if surgery.train_outside and trunk_dtype != "float32":
+            raise ValueError("got trunk_dtype 'bfloat16' with surgery.train_outside, expected 'float32': all trained.")
         self.base = base
         self.surgery = surgery
         self.optim = optim or OptimConfig()
@@ -138,6 +140,25 @@ class RetrainBlocks(LightningModule):
         config = check_base(self.base)
         self._choose(config["num_layers"])
 
+    def check_data(self, latent_shape: tuple[int, ...], text_width: int) -> None:
+        """Whether shards of (C, F, H, W) latents and captions of `text_width` fit the base.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        config = read_config(self.base)
+        channels, patch, width = config["in_channels"], config["patch_size"], config["text_embed_dim"]
+        if latent_shape[0] != channels or latent_shape[2] % patch or latent_shape[3] % patch:
+            raise ValueError(
+                f"the shards hold latents of shape {tuple(latent_shape)}, the base {self.base} takes ({channels}, F, H, W) "
+                f"with H and W multiples of {patch}; encode the clips with this base's own VAE (`reblock encode`)."
+            )
+        if text_width != width:
+            raise ValueError(
+                f"the shards hold captions {text_width} wide, the base {self.base} takes {width}; "
+                "encode them with this base's own text encoder (`reblock encode`)."
+            )
+
     def _choose(self, num_blocks: int) -> tuple[int, ...]:
         return operate.choose_blocks(num_blocks, last=self.surgery.last, blocks=self.surgery.blocks)
 
@@ -149,17 +170,18 @@ class RetrainBlocks(LightningModule):
     def build(self, device: torch.device | str) -> None:
         """Loads the base onto `device` and operates on it: re-initialise, freeze, average."""
         self.blocks = self._choose(read_config(self.base)["num_layers"])
-        model = load_transformer(self.base, device=device, dtype=self.trunk_dtype, seed=self.surgery.seed)
+        model = load_transformer(
+            self.base, device=device, dtype=self.trunk_dtype, seed=self.surgery.seed, float32_from=self.first
+        )
         self.room = MochiRoom(model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head)
         retrained = [model.transformer_blocks[i] for i in self.blocks]
-        head = [*model.transformer_blocks[self.first :], model.norm_out, model.proj_out]
-        for part in head:
-            part.float()  # a trunk in bfloat16 meets a head whose master weights are float32
         for index, block in zip(self.blocks, retrained, strict=True):
             if torch.device(device).type != "meta":
                 operate.reinitialise(block, self.surgery.init, self.surgery.seed * 1000 + index)
         operate.freeze_all_but(model, [model] if self.surgery.train_outside else retrained)
         model.pos_frequencies.requires_grad_(False)
+        if self.surgery.train_outside and torch.device(device).type != "meta":
+            fresh_frequencies(model, self.surgery.seed)
         if self.surgery.reserved_channels:
             reserve_channels(model, self.surgery.reserved_channels)
         self.ema = Ema(self.retrained_parameters(), decay=self.ema_decay)
@@ -248,7 +270,10 @@ class RetrainBlocks(LightningModule):
     def base_weights(self) -> Iterator[None]:
         """Inside, the retrained blocks hold the base's own weights, read anew from its files."""
         live = self.retrained_parameters()
-        with holding(live, base_block_weights(self.base, live, seed=self.surgery.seed)):
+        own = base_block_weights(
+            self.base, live, seed=self.surgery.seed, dtype=self.trunk_dtype, device=self.device
+        )
+        with holding(live, own):
             yield
 
     # -- optimisation --------------------------------------------------------------------------------------------
@@ -351,7 +376,7 @@ def drop_captions(batch: Batch, dropped: list[bool]) -> Batch:
     keep = torch.tensor([not gone for gone in dropped]).to(batch.text.device, non_blocking=True)
     return Batch(
         latents=batch.latents,
-        text=batch.text * keep[:, None, None],
+        text=batch.text.masked_fill(~keep[:, None, None], 0.0),
         text_mask=batch.text_mask & keep[:, None],
         text_lengths=lengths,
         keys=batch.keys,

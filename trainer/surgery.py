@@ -37,7 +37,9 @@ def choose_blocks(num_blocks: int, *, last: int | None = None, blocks: Iterable[
     if outside:
         faults.append(f"out of range: {outside}")
     if faults:
-        raise ValueError(f"got blocks={chosen} ({'; '.join(faults)}), expected distinct indices in 0 .. {num_blocks - 1}.")
+        raise ValueError(
+            f"got blocks={chosen} ({'; '.join(faults)}), expected distinct indices in 0 .. {num_blocks - 1}."
+        )
     return tuple(sorted(chosen))
 
 
@@ -96,7 +98,9 @@ def reinitialise(block: nn.Module, kind: Initialisation, seed: int) -> None:
     for name, module in block.named_modules():
         own = {f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
         if isinstance(module, nn.Linear):
-            fresh = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="cpu")
+            fresh = nn.utils.skip_init(  # a plain nn.Linear would draw from torch's global generator
+                nn.Linear, module.in_features, module.out_features, bias=module.bias is not None, dtype=torch.float32
+            )
             _INITIALISERS[kind](name + ".", fresh, generator)
             for key, value in fresh.named_parameters():
                 getattr(module, key).copy_(value)
@@ -123,7 +127,7 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

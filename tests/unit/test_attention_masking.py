@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from trainer.attention import masked_attention, pooled_quantiles, reference, uniform_attention
@@ -35,7 +35,7 @@ def test_agrees_with_the_float64_reference(drawn, ratio, renormalise, chunk):
     thresholds = midway(weights, ratio)
     near = ((weights - thresholds[..., None, None]).abs() < 1e-5 * thresholds[..., None, None]).sum(dim=(-1, -2))
     if drawn[-1] == 0.0 or near.any():  # a tie with the threshold: only the exact tests below can judge
-        return
+        reject()
     got = masked_attention(q, k, v, thresholds.float(), chunk=chunk, renormalise=renormalise)
     truth = reference.masked_attention(weights, v, thresholds, renormalise=renormalise)
     torch.testing.assert_close(got[0].double(), truth[0], rtol=1e-4, atol=1e-5)

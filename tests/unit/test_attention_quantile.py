@@ -65,9 +65,12 @@ def test_uniform_attention_ties_everywhere_and_nothing_lies_below():
         assert torch.equal(thresholds, torch.full((1, 2, len(RATIOS)), 1 / 10))
 
 
-@pytest.mark.parametrize("ratio, expected", [(0.0, 0), (0.1, 1), (0.3, 3), (0.7, 7), (0.99, 9), (1.0, 9)])
-def test_rank_reads_the_ratio_as_its_decimal(ratio, expected):
-    assert ranks([ratio], 10) == [expected]
+@pytest.mark.parametrize(
+    "ratio, total, expected",
+    [(0.0, 10, 0), (0.1, 10, 1), (0.3, 10, 3), (0.99, 10, 9), (1.0, 10, 9), (0.29, 100, 29)],  # 0.29 * 100 < 29
+)
+def test_rank_reads_the_ratio_as_its_decimal(ratio, total, expected):
+    assert ranks([ratio], total) == [expected]
 
 
 def test_many_ratios_that_share_leading_bits():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from trainer.attention import reference, sink_statistics, sink_verdict, through_projection
@@ -47,7 +47,7 @@ def test_agrees_with_the_float64_reference(seed, batch, heads, vision, text, sca
     projection = torch.randn(heads, 8, 12, generator=generator)
     weights = reference.attention_weights(q, k)
     if any((weights - e).abs().min() < 1e-6 for e in EPS):  # rounding would decide; the exact cases are below
-        return
+        reject()
     got = sink_statistics(q, k, v, num_vision=vision, projection=projection, chunk=chunk)
 
     heavy = reference.heavy_fractions(weights, EPS)
@@ -137,6 +137,8 @@ def test_diagonal_head_has_no_sink():
 def test_uniform_head_has_a_sink_only_where_the_weight_itself_is_above_eps():
     got = measure(torch.full((20, 20), 1 / 20), 20, eps=(0.04, 0.06))
     assert got.fraction[0, 0].tolist() == [1.0, 0.0]
+    four = torch.zeros(1, 1, 4, 2)  # weights of exactly 1/4: not above 1/4
+    assert sink_statistics(four, four, four, num_vision=4, eps=(0.25,)).fraction.item() == 0.0
 
 
 def test_high_value_sink_shows_in_the_ratio_and_the_projection_can_turn_it_round():

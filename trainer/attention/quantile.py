@@ -1,9 +1,10 @@
 """Exact pooled quantiles of all N^2 attention weights of a head, without storing them.
 
-Rank. The N * N weights of a head, in ascending order and counted from 0, are a_0 .. a_(N^2 - 1). The threshold at ratio
-r is a_m with m = min(floor(r N^2), N^2 - 1), r read as the decimal it is written as. Removing the weights strictly below
-it therefore removes at most r N^2 of them: fewer where weights tie with the threshold, none at all under uniform
-attention or at r = 0. At r = 1 the threshold is the largest weight. Weights that underflow float32 are 0 and tie.
+Rank. The N * N weights of a head, in ascending order and counted from 0, are a_0 .. a_(N^2 - 1). The threshold at
+ratio r is a_m with m = min(floor(r N^2), N^2 - 1), r read as the decimal it is written as. Removing the weights
+strictly below it therefore removes at most r N^2 of them: fewer where weights tie with the threshold, none at all under
+uniform attention or at r = 0. At r = 1 the threshold is the largest weight. Weights that underflow float32 are 0 and
+tie.
 
 Large N: non-negative float32 numbers are ordered as their bit patterns read as integers, so the order statistic is
 found by a radix select, 11 + 10 + 10 bits in three passes over recomputed weights, with one histogram per (sample,

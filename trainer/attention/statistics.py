@@ -78,12 +78,13 @@ def _largest_or_zero(per_key: Tensor) -> Tensor:
 
 def _accumulate(q: Tensor, k: Tensor, eps: Sequence[float], chunk: int | None) -> tuple[Tensor, Tensor]:
     """Column sums of A, (B, h, N) float32, and counts of A > eps, (B, h, E, N) int32."""
-    mass = counts = None
+    batch, heads, keys = k.shape[:3]
+    mass = torch.zeros(batch, heads, keys, device=q.device)
+    counts = torch.zeros(batch, heads, len(eps), keys, dtype=torch.int32, device=q.device)
     for _, rows in weight_rows(q, k, chunk=chunk):
-        chunk_mass = rows.sum(dim=-2)
-        chunk_counts = torch.stack([(rows > e).sum(dim=-2, dtype=torch.int32) for e in eps], dim=2)
-        mass = chunk_mass if mass is None else mass.add_(chunk_mass)
-        counts = chunk_counts if counts is None else counts.add_(chunk_counts)
+        mass += rows.sum(dim=-2)
+        for index, value in enumerate(eps):
+            counts[:, :, index] += (rows > value).sum(dim=-2, dtype=torch.int32)
     return mass, counts
 
 

@@ -1,0 +1,1 @@
+"""Hooks for a fit: they observe, never change training."""

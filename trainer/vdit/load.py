@@ -1,6 +1,8 @@
 """Loading a base: a diffusers folder, a hub id, or a bare `config.json` with random weights."""
 
+import inspect
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from diffusers import MochiTransformer3DModel
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -22,13 +25,14 @@ def _check_config(config: Path) -> dict:
         fields = json.loads(config.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{config} is not JSON ({error}); expected a diffusers transformer config.") from error
-    got = fields.get("_class_name")
+    got = fields.get("_class_name") if isinstance(fields, dict) else fields
     if got != "MochiTransformer3DModel":
         raise ValueError(
             f"{config} describes {got!r}, expected 'MochiTransformer3DModel'. "
             "Point `base` at a diffusers Mochi pipeline folder or its transformer subfolder."
         )
-    return fields
+    known = inspect.signature(MochiTransformer3DModel.__init__).parameters.values()
+    return {p.name: p.default for p in known if p.default is not p.empty} | fields
 
 
 def transformer_weight_files(base: str) -> list[Path]:
@@ -36,20 +40,36 @@ def transformer_weight_files(base: str) -> list[Path]:
     folder = _transformer_folder(resolve_base(base))
     index = folder / f"{_WEIGHTS}.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}). Download or copy it again.") from error
     return [folder / f"{_WEIGHTS}.safetensors"]
 
 
-def _check_weights(base: str) -> None:
-    """Every shard is there and whole: safetensors headers are read, and their byte counts compared with the file's."""
+def _check_weights(base: str, config: dict) -> None:
+    """Every shard is there and whole, and together they hold the config's tensors.
+
+    Only safetensors headers are read: their byte counts are compared with the file's. diffusers itself would fill a
+    missing tensor with whatever the memory held, and go on.
+    """
+    found: dict[str, tuple[int, ...]] = {}
     for path in transformer_weight_files(base):
         if not path.is_file():
             raise ValueError(f"{path.parent} lacks {path.name}; the base is incomplete. Download or copy it again.")
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or truncated ({error}). Download or copy it again.") from error
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in MochiTransformer3DModel.from_config(config).named_parameters()}
+    odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if odd:
+        raise ValueError(
+            f"the weights of base {base!r} do not fit its config: {len(odd)} tensors differ, e.g. {odd[0]} (got "
+            f"{found.get(odd[0], 'none')}, expected {wanted.get(odd[0], 'none')}). Download or copy the base again."
+        )
 
 
 def _cached_snapshot(repo: str) -> Path | None:
@@ -91,7 +111,10 @@ def read_config(base: str) -> dict:
         return _check_config(path)
     config = _transformer_folder(path) / "config.json"
     if not config.is_file():
-        raise ValueError(f"{path} holds no transformer/config.json and no config.json; expected a diffusers folder.")
+        mend = "" if Path(base).exists() else f" The download is incomplete: run `hf download {base}` again."
+        raise ValueError(
+            f"{path} holds no transformer/config.json and no config.json; expected a diffusers folder.{mend}"
+        )
     return _check_config(config)
 
 
@@ -99,12 +122,17 @@ def check_base(base: str) -> dict:
     """Like `read_config`, and the weight files are there and whole (headers only: seconds, whatever their size)."""
     fields = read_config(base)
     if resolve_base(base).is_dir():
-        _check_weights(base)
+        _check_weights(base, fields)
     return fields
 
 
 def load_transformer(
-    base: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+    base: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    float32_from: int | None = None,
 ) -> MochiTransformer3DModel:
     """The transformer of a base.
 
@@ -113,10 +141,47 @@ def load_transformer(
         dtype: dtype of the weights.
         device: where they are made; "meta" makes shapes only.
         seed: for random weights.
+        float32_from: blocks from this one on, what follows them and `pos_frequencies` are in float32 whatever `dtype`:
+            a trunk in bfloat16 meets a head whose master weights are float32.
 
     Raises:
         ValueError: if the base is missing, not Mochi, incomplete or truncated.
     """
+    model = _load(base, dtype, device, seed)
+    if float32_from is not None and dtype != torch.float32:
+        _widen(model, base, float32_from)
+    return model
+
+
+@torch.no_grad()
+def _widen(model: MochiTransformer3DModel, base: str, first: int) -> None:
+    for part in (*model.transformer_blocks[first:], model.norm_out, model.proj_out):
+        part.float()
+    # One parameter gives the rotary angles of every block: in bfloat16 an angle of 100 would be off by a quarter.
+    model.pos_frequencies.data = model.pos_frequencies.data.float()
+    if resolve_base(base).is_dir() and model.device.type != "meta":
+        wide = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
+        for name, value in read_weights(base, wide.keys()).items():  # the narrow dtype has rounded them
+            wide[name].copy_(value)
+
+
+def read_weights(base: str, names: Collection[str]) -> dict[str, Tensor]:
+    """Weights of a base folder by name, float32 on the CPU; its other weights are not read.
+
+    Raises:
+        ValueError: if the folder lacks one.
+    """
+    found: dict[str, Tensor] = {}
+    for path in transformer_weight_files(base):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name).float() for name in file.keys() if name in names}  # noqa: SIM118
+    missing = sorted(set(names) - found.keys())
+    if missing:
+        raise ValueError(f"base {base!r} lacks {missing[:4]}; the base is incomplete. Download or copy it again.")
+    return found
+
+
+def _load(base: str, dtype: torch.dtype, device: torch.device | str, seed: int) -> MochiTransformer3DModel:
     config = check_base(base)
     path = resolve_base(base)
     if path.is_file() or torch.device(device).type == "meta":
@@ -136,4 +201,6 @@ def load_transformer(
 
 def _cuda_index(device: torch.device | str) -> list[int]:
     device = torch.device(device)
-    return [device.index or 0] if device.type == "cuda" else []
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]

@@ -1,0 +1,39 @@
+# `make help` lists what there is. PYTHON=python3.12 chooses another interpreter for the virtual environment;
+# TORCH_INDEX=URL takes torch from another package index (a build without CUDA is a tenth of the size).
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## the whole road on two cores in minutes: clips -> shards -> base -> retraining -> runs/demo/report.html
+	$(BIN)/reblock demo
+
+test: $(STAMP) ## every test, on two cores in under eight minutes
+	$(BIN)/pytest -n 2
+
+check: $(STAMP) ## format, lint, types, import direction, the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/unit/test_imports.py
+	$(BIN)/pytest -n 2 -m "not slow"
+
+bench: $(STAMP) ## step time and memory of trunk / head against the stock forward
+	$(BIN)/reblock bench step
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
+	  "error: $(PYTHON) is not Python 3.11 or newer ($$($(PYTHON) --version 2>&1)); install one and run 'make PYTHON=python3.11 ...'." >&2; \
+	  exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo \
+	  "error: no virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv." >&2; \
+	  rm -rf .venv; exit 1; }
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

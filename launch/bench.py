@@ -1,0 +1,128 @@
+"""`reblock bench NAME`: the benchmarks. Each is a module of its own; this one finds it and prints what it measured."""
+
+import importlib
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+#: Name -> module with `run(options) -> list[Row]`, its columns, and what it measures in one line.
+BENCHES: dict[str, tuple[str, str]] = {
+    "step": ("launch.bench_step", "time and memory of a training step: trunk / head against diffusers' own forward"),
+    "full": ("launch.bench_full", "seconds per step and peak memory of a full-size model with random weights"),
+}
+
+_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the benchmarks can be told; each reads what concerns it. Fields as in `bench`."""
+
+    device: str
+    repeats: int
+    config_json: Path
+    frames: tuple[int, ...]
+    height: int
+    width: int
+    text_tokens: int
+    steps: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table: its title, columns, rows, and lines that go below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+def bench(
+    name: str,
+    *,
+    device: str = "auto",
+    repeats: int = 7,
+    config_json: Path = _RECIPES / "mochi1_transformer.json",
+    frames: list[int] = [37, 163],  # noqa: B006 - read only, and the command line shows it
+    height: int = 480,
+    width: int = 848,
+    text_tokens: int = 256,
+    steps: int = 5,
+    last: int = 4,
+) -> None:
+    """Runs one benchmark and prints its figures with versions and hardware.
+
+    Args:
+        name: `step` or `full`.
+        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
+        repeats: step: timed steps of each variant, interleaved.
+        config_json: full: the transformer's config; weights are random.
+        frames: full: clip lengths, each 6k + 1.
+        height: full: of the clips, in pixels, a multiple of 16.
+        width: full: of the clips, in pixels, a multiple of 16.
+        text_tokens: full: caption length.
+        steps: full: training steps at each clip length.
+        last: full: blocks retrained, from the end.
+
+    Raises:
+        ValueError: if there is no such benchmark, or a size that Mochi cannot take.
+    """
+    if name not in BENCHES:
+        known = "; ".join(f"{key} ({what})" for key, (_, what) in BENCHES.items())
+        raise ValueError(f"got benchmark {name!r}, expected one of: {known}.")
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = Options(
+        device=device, repeats=repeats, config_json=Path(config_json), frames=tuple(frames), height=height, width=width,
+        text_tokens=text_tokens, steps=steps, last=last,
+    )  # fmt: skip
+    show(importlib.import_module(BENCHES[name][0]).run(options), device)
+
+
+def environment(device: str) -> str:
+    """Versions and hardware, in one line."""
+    import torch
+
+    packages = []
+    for package in ("torch", "lightning", "diffusers"):
+        try:
+            packages.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            packages.append(f"{package} ?")
+    if device.startswith("cuda"):
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{hardware}; python {platform.python_version()}, {', '.join(packages)}, {sys.platform}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.is_file() else []  # fmt: skip
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def show(result: Result, device: str) -> None:
+    """Prints a result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=result.title, title_justify="left")
+    for index, column in enumerate(result.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in result.rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a file has no width
+    console.print(table)
+    for line in (*result.notes, environment(device)):
+        console.print(line, soft_wrap=True, highlight=False)

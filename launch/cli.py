@@ -1,0 +1,197 @@
+"""`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from launch.logs import forget_after, loggers
+from launch.record import EpochLines, VersionsFile
+from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
+from trainer.callbacks.speed import Speed
+from trainer.checkpoint import CheckpointFiles
+from trainer.module import RetrainBlocks
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """The run folder and what is kept in it.
+
+    Args:
+        name: name of the run; its folder is ROOT/NAME.
+        root: folder that holds the runs.
+        resume: go on with a run of this name from its last checkpoint; without it, an existing name is refused.
+        save_every: optimiser steps between two saves of `last.ckpt`.
+        keep_best: how many checkpoints of lowest validation loss are kept.
+        wandb: also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
+    """
+
+    name: str
+    root: str = "runs"
+    resume: bool = False
+    save_every: int = 200
+    keep_best: int = 2
+    wandb: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """ROOT/NAME."""
+        return Path(self.root) / self.name
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that a resumed run goes on from."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+def prepare_folder(run: RunConfig) -> None:
+    """Makes the run folder, or finds the one to resume.
+
+    Raises:
+        ValueError: if the name is taken and `resume` is off, or the folder cannot be written.
+    """
+    taken = run.folder.exists() and any(run.folder.iterdir())
+    if taken and not run.resume:
+        raise ValueError(
+            f"run {run.name!r} exists in {run.folder}; expected a new name, since nothing is overwritten. "
+            "Give --run.name another name, or go on with it: --run.resume true."
+        )
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        probe = run.folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the run folder {run.folder} ({error.strerror}); expected a writable place. Set --run.root."
+        ) from error
+
+
+def check_fit(model: LightningModule, data: LightningDataModule) -> None:
+    """Everything about base, blocks and shards that can be wrong, in one message, before anything is loaded.
+
+    Raises:
+        ValueError: naming every fault.
+    """
+    faults = []
+    for part in (model, data):
+        try:
+            getattr(part, "check", lambda: None)()
+        except ValueError as error:
+            faults.append(str(error))
+    if not faults and isinstance(model, RetrainBlocks):
+        try:
+            model.check_data(data.latent_shape, data.text_width)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with a run folder: loggers, checkpoints and records are the same for every recipe."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunConfig, "run")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "verbose"},
+        }
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The recipe's `run` part."""
+        return self._get(self.config_init, "run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        run = self.run_config
+        retrains = isinstance(self.model, RetrainBlocks)
+        callbacks: list[Callback] = [
+            *(self._get(self.config_init, "trainer").get("callbacks") or []),
+            RandomStates(),
+            *([FrozenGuard(), Speed(), GraftWriter()] if retrains else []),
+            ModelCheckpoint(
+                dirpath=run.last.parent,
+                filename=run.last.stem,
+                every_n_train_steps=run.save_every,
+                save_top_k=1,
+                enable_version_counter=False,
+            ),
+            ModelCheckpoint(
+                dirpath=run.last.parent,
+                filename="best-{step}",
+                monitor="val/loss",
+                save_top_k=run.keep_best,
+                enable_version_counter=False,
+            ),
+            VersionsFile(),
+            EpochLines(),
+            RichProgressBar(leave=True),
+        ]
+        return super().instantiate_trainer(
+            default_root_dir=str(run.folder),
+            logger=loggers(run.folder, wandb=run.wandb) if self.subcommand == "fit" else False,
+            callbacks=callbacks,
+            plugins=[*(self._get(self.config_init, "trainer").get("plugins") or []), CheckpointFiles()],
+            **kwargs,
+        )
+
+    def before_fit(self) -> None:
+        """Refuses what cannot work; finds the checkpoint of a run that goes on."""
+        check_fit(self.model, self.datamodule)
+        prepare_folder(self.run_config)
+        self._resume_from: Path | None = None
+        if self.run_config.resume and self.run_config.last.is_file():
+            self._resume_from = self.run_config.last
+            steps = CheckpointFiles().load_checkpoint(self._resume_from)["global_step"]
+            forget_after(self.run_config.folder, steps)
+            print(f"resuming {self.run_config.folder} after step {steps}")
+
+    def before_validate(self) -> None:
+        """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
+        check_fit(self.model, self.datamodule)
+        self._resume_from = self.run_config.last if self.run_config.last.is_file() else None
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        found = super()._prepare_subcommand_kwargs(subcommand)
+        return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None}
+
+
+def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
+    """The recipe's objects; with `run`, the first of `args` is the verb, and it is carried out.
+
+    Raises:
+        ValueError: if the recipe or its inputs are at fault.
+    """
+    return RecipeCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        trainer_defaults={
+            "use_distributed_sampler": False,
+            "reload_dataloaders_every_n_epochs": 1,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+        },
+        parser_kwargs={"fit": {"prog": "reblock fit"}, "validate": {"prog": "reblock validate"}} if run else {},
+        args=args,
+        run=run,
+    )
+
+
+def run(argv: list[str]) -> None:
+    """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    recipe_cli(argv, run=True)

@@ -1,0 +1,70 @@
+"""`reblock export`: a run's graft on its base, as a complete diffusers pipeline folder."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trainer.callbacks.guard import write_json
+from trainer.graft import Graft, apply_graft, load_graft
+from trainer.surgery import freeze_all_but, frozen_fingerprint
+from trainer.vdit.load import load_transformer, resolve_base
+
+
+def _check_base(base: Path, graft: Graft) -> None:
+    """The graft belongs to this base's frozen weights, as the fit held them."""
+    model = load_transformer(str(base), dtype=getattr(torch, graft.trunk_dtype), float32_from=graft.blocks[0])
+    freeze_all_but(model, [model.transformer_blocks[i] for i in graft.blocks])
+    found, expected = frozen_fingerprint(model), graft.base_fingerprint
+    if found != expected:
+        raise ValueError(
+            f"the graft was trained on a base with fingerprint {expected[:16]}..., {base} has {found[:16]}...; "
+            "give its own base with --base."
+        )
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Writes a complete diffusers pipeline folder that `MochiPipeline.from_pretrained` loads.
+
+    Args:
+        run: run folder with a graft.safetensors, or the graft itself.
+        out: folder to write; complete or absent.
+        base: the base the graft was trained on; by default the one that the graft names.
+        weights: averaged or last weights of the retrained blocks.
+        dtype: dtype of the transformer that is written; in float32 the retrained blocks are exact.
+
+    Raises:
+        ValueError: if `out` exists, the graft is missing, or the base is not the graft's.
+    """
+    if out.exists():
+        raise ValueError(
+            f"{out} exists; expected a new folder, since nothing is overwritten. Remove it or name another."
+        )
+    graft = load_graft(run / "graft.safetensors" if run.is_dir() else run)
+    folder = resolve_base(base or graft.base)
+    _check_base(folder, graft)
+    model = load_transformer(str(folder), dtype=getattr(torch, dtype))
+    apply_graft(model, graft.ema if weights == "ema" else graft.raw)
+
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    if (folder / "model_index.json").is_file():
+        # Every other part of the pipeline is the base's, file for file.
+        shutil.copytree(folder, beside, ignore=shutil.ignore_patterns("transformer", "planted.json"))
+    model.save_pretrained(beside / "transformer", safe_serialization=True)
+    write_json(
+        beside / "reblock.json",
+        {"blocks": list(graft.blocks), "base": graft.base, "weights": weights, "step": graft.step},
+    )
+    os.replace(beside, out)
+    print(f"{out}: blocks {list(graft.blocks)} ({weights} weights, step {graft.step}) on {folder}")

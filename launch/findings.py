@@ -1,0 +1,262 @@
+"""What a run's files say, read once: every figure of the report comes from here, and none is made up.
+
+Legend: P prompts, S sigmas, Ly measured layers, h heads, E eps values, K scopes, R ratios.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+Head = tuple[int, int]  # layer, head
+Arrays = Mapping[str, NDArray]
+
+
+def stage_title(stage: str) -> str:
+    """A stage as a reader names it: epoch-004 is "epoch 4"."""
+    return f"epoch {int(stage.removeprefix('epoch-'))}" if stage.startswith("epoch-") else stage
+
+
+@dataclass(frozen=True)
+class SinkStage:
+    """The sink measurement of one stage.
+
+    Args:
+        stage: base, epoch-000, epoch-001, ...
+        arrays: of sinks-STAGE.npz.
+    """
+
+    stage: str
+    arrays: Arrays
+
+    @property
+    def eps(self) -> float:
+        """The eps of the verdict."""
+        return float(self.arrays["default_eps"])
+
+    @property
+    def layers(self) -> list[int]:
+        """Measured layers."""
+        return [int(layer) for layer in self.arrays["layers"]]
+
+    @property
+    def frequency(self) -> NDArray:
+        """Share of prompts with a sink at the verdict's eps, (S, Ly, h)."""
+        at = int(np.argmin(np.abs(self.arrays["eps"] - self.eps)))
+        return self.arrays["frequency"][..., at]
+
+    @property
+    def flagged(self) -> list[Head]:
+        """Consistent sink heads."""
+        return [(self.layers[row], int(head)) for row, head in np.argwhere(self.arrays["consistent"])]
+
+    def of(self, values: NDArray, head: Head) -> NDArray:
+        """`values` (..., Ly, h) of one head; all NaN if its layer was not measured."""
+        if head[0] not in self.layers or head[1] >= values.shape[-1]:
+            return np.full(values.shape[:-2], np.nan)
+        return values[..., self.layers.index(head[0]), head[1]]
+
+    def ever(self) -> list[Head]:
+        """Heads with a sink in any prompt at any sigma."""
+        return [(self.layers[row], int(head)) for row, head in np.argwhere((self.frequency > 0).any(axis=0))]
+
+
+@dataclass(frozen=True)
+class MaskingStage:
+    """The masking measurement of one stage.
+
+    Args:
+        stage: base, epoch-000, epoch-001, ...
+        arrays: of masking-STAGE.npz.
+    """
+
+    stage: str
+    arrays: Arrays
+
+    @property
+    def scopes(self) -> list[str]:
+        """Names of the sets of layers that were masked together."""
+        return [str(scope) for scope in self.arrays["scopes"]]
+
+    def value(self, name: str, scope: str = "retrained") -> float:
+        """One figure (K,) of a scope; NaN if the scope was not measured."""
+        return float(self.arrays[name][self.scopes.index(scope)]) if scope in self.scopes else math.nan
+
+    def curve(self, name: str, scope: str = "retrained") -> NDArray | None:
+        """One curve (R,) of a scope; None if the scope was not measured."""
+        return self.arrays[name][self.scopes.index(scope)] if scope in self.scopes else None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A run, as its files tell it. Whatever a run does not hold is None, NaN or empty.
+
+    Args:
+        run: the run folder.
+        config: config.yaml's text.
+        base: the base as the recipe names it.
+        planted: entries of the base's planted.json.
+        planted_record: planted.json.
+        sinks: stage -> measurement, in order.
+        masking: the same for masking.
+        metrics: rows of metrics.csv.
+        fingerprint: fingerprint.json.
+        versions: versions.json.
+        samples: entries of samples/samples.json whose files exist.
+    """
+
+    run: Path
+    config: str | None
+    base: str | None
+    planted_record: dict[str, Any] | None
+    planted: Sequence[dict[str, Any]]
+    sinks: Mapping[str, SinkStage]
+    masking: Mapping[str, MaskingStage]
+    metrics: Sequence[Mapping[str, str]]
+    fingerprint: dict[str, Any] | None
+    versions: dict[str, Any] | None
+    samples: Sequence[dict[str, Any]] = field(default_factory=tuple)
+
+    @property
+    def planted_heads(self) -> list[Head]:
+        """(layer, head) of every planted sink."""
+        return [(int(entry["layer"]), int(entry["head"])) for entry in self.planted]
+
+    @property
+    def before(self) -> SinkStage | None:
+        """Sinks of the base's own weights."""
+        return self.sinks.get("base")
+
+    @property
+    def after(self) -> SinkStage | None:
+        """Sinks after the last measured epoch of training."""
+        return self.sinks.get(last_epoch(self.sinks) or "")
+
+    @property
+    def masking_before(self) -> MaskingStage | None:
+        """Masking of the base's own weights."""
+        return self.masking.get("base")
+
+    @property
+    def masking_after(self) -> MaskingStage | None:
+        """Masking after the last measured epoch of training."""
+        return self.masking.get(last_epoch(self.masking) or "")
+
+    @property
+    def found_before(self) -> int:
+        """Planted heads whose frequency was 1.0 at every sigma, before."""
+        before = self.before
+        if before is None:
+            return 0
+        return sum(bool((before.of(before.frequency, head) == 1.0).all()) for head in self.planted_heads)
+
+    @property
+    def others_before(self) -> list[Head]:
+        """Heads flagged before that were not planted."""
+        return [head for head in self.before.flagged if head not in self.planted_heads] if self.before else []
+
+    @property
+    def planted_after(self) -> list[Head]:
+        """Planted heads that are sinks after training."""
+        return [head for head in self.after.flagged if head in self.planted_heads] if self.after else []
+
+    @property
+    def others_after(self) -> list[Head]:
+        """Heads flagged after that were not planted."""
+        return [head for head in self.after.flagged if head not in self.planted_heads] if self.after else []
+
+    @property
+    def frozen_equal(self) -> bool | None:
+        """Whether the frozen weights stayed bit-identical; None if no fingerprint was taken."""
+        return None if self.fingerprint is None else bool(self.fingerprint.get("equal"))
+
+    @property
+    def val_loss(self) -> float:
+        """Validation loss at the end of training, EMA weights; NaN if there is none."""
+        values = self.series("val/loss")[1]
+        return values[-1] if values else math.nan
+
+    @property
+    def loss_difference(self) -> float | None:
+        """Validation loss of the retrained model relative to the base's before planting, minus one."""
+        before = float((self.planted_record or {}).get("val_loss_before") or math.nan)
+        difference = self.val_loss / before - 1
+        return difference if math.isfinite(difference) else None
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a column of metrics.csv, empty cells left out."""
+        rows = [(row.get("step"), row.get(name)) for row in self.metrics]
+        pairs = [(float(step), float(value)) for step, value in rows if step and value]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def last_epoch(stages: Mapping[str, Any]) -> str | None:
+    """The last `epoch-NNN` after at least one epoch of training."""
+    epochs = [stage for stage in stages if stage.startswith("epoch-") and int(stage.removeprefix("epoch-")) > 0]
+    return max(epochs, key=lambda stage: int(stage.removeprefix("epoch-")), default=None)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _arrays(run: Path, kind: str) -> dict[str, Arrays]:
+    found: dict[str, Arrays] = {}
+    for path in sorted((run / "measurements").glob(f"{kind}-*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            found[path.stem.removeprefix(f"{kind}-")] = {name: file[name] for name in file.files}
+    return found
+
+
+def _base(config: str | None) -> str | None:
+    """`model.base` of a resolved recipe, whether the model is named by class_path or not."""
+    model = (yaml.safe_load(config) or {}).get("model") if config else None
+    if not isinstance(model, dict):
+        return None
+    return (model.get("init_args") or model).get("base")
+
+
+def _metrics(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_findings(run: Path) -> Findings:
+    """Reads a run folder.
+
+    Args:
+        run: folder that `reblock fit` wrote.
+
+    Raises:
+        ValueError: if the folder is missing or holds neither a config nor figures.
+    """
+    if not (run / "config.yaml").is_file() and not (run / "metrics.csv").is_file():
+        raise ValueError(
+            f"{run} holds neither config.yaml nor metrics.csv; expected a folder that `reblock fit` wrote."
+        )
+    config = (run / "config.yaml").read_text() if (run / "config.yaml").is_file() else None
+    base = _base(config)
+    planted = _json(Path(base) / "planted.json") if base else None
+    samples = _json(run / "samples" / "samples.json") or []
+    return Findings(
+        run=run,
+        config=config,
+        base=base,
+        planted_record=planted,
+        planted=(planted or {}).get("heads") or [],
+        sinks={stage: SinkStage(stage, arrays) for stage, arrays in _arrays(run, "sinks").items()},
+        masking={stage: MaskingStage(stage, arrays) for stage, arrays in _arrays(run, "masking").items()},
+        metrics=_metrics(run / "metrics.csv"),
+        fingerprint=_json(run / "fingerprint.json"),
+        versions=_json(run / "versions.json"),
+        samples=[entry for entry in samples if (run / "samples" / entry["file"]).is_file()],
+    )

@@ -1,0 +1,82 @@
+"""The `reblock` command: finds the function behind a command's name, reads its arguments, calls it."""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+#: Command -> where its function is, and what it does in one line. Modules are imported only when asked for.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "synth": ("data.synth:synth", "make procedural captioned clips, real H.264 files"),
+    "pack": ("data.pack:pack", "folder of clips and captions -> video shards"),
+    "encode": ("data.encode:encode", "video shards -> latent shards"),
+    "inspect": ("data.inspect:inspect", "counts, shapes, durations and faults of shards"),
+    "plant": ("launch.plant:plant", "a base with attention sinks planted in its last blocks"),
+    "pipeline": ("launch.pipeline:pipeline", "assemble a diffusers pipeline folder from trained parts"),
+    "fit": ("launch.cli:run", "retrain the chosen blocks as a recipe says"),
+    "validate": ("launch.cli:run", "all measurements, no training"),
+    "export": ("launch.export:export", "graft -> a pipeline folder that diffusers loads"),
+    "sample": ("launch.sample:sample", "videos: base, retrained, retrained and masked, same seeds"),
+    "report": ("launch.report:report", "one self-contained page about a run"),
+    "bench": ("launch.bench:bench", "the benchmarks"),
+    "demo": ("launch.demo:demo", "the whole road on a tiny model, in minutes"),
+}
+
+#: Commands that read their own arguments (LightningCLI).
+RAW = ("fit", "validate")
+
+
+def check_packages() -> None:
+    """Raises ValueError if another installed package has taken the name of one of ours."""
+    home = Path(__file__).resolve().parent.parent
+    for name in ("trainer", "data"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != home / name:
+            raise ValueError(
+                f"got package {name!r} from {found}, expected {home / name}: another package of that name comes first. "
+                "Uninstall it, clear PYTHONPATH, or install reblock into a virtual environment of its own."
+            )
+
+
+def call(command: str, function: Callable, argv: list[str]) -> None:
+    """Calls `function` with its arguments read from `argv`: positional ones as they stand, keyword-only as options."""
+    from jsonargparse import ArgumentParser
+
+    parameters = inspect.signature(function).parameters.values()
+    # str | int is what jsonargparse's `skip` takes
+    names: set[str | int] = {p.name for p in parameters}
+    positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is p.empty}
+    parser = ArgumentParser(prog=f"reblock {command}", description=(inspect.getdoc(function) or "").split("\n\n")[0])
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=names - positional)
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positional)
+    function(**parser.instantiate_classes(parser.parse_args(argv)))
+
+
+def usage() -> str:
+    """What `reblock --help` prints."""
+    lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: reblock COMMAND [ARGUMENTS]\n\n" + "\n".join(lines) + "\n\n`reblock COMMAND --help` says more."
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; a ValueError is the user's to mend and exits with 2, anything else propagates."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help", "--version"):
+        return print(f"reblock {version('reblock')}" if command == "--version" else usage())
+    try:
+        check_packages()
+        if command not in COMMANDS:
+            raise ValueError(f"got command {command!r}, expected one of: {', '.join(COMMANDS)}.")
+        module, name = COMMANDS[command][0].split(":")
+        function = getattr(importlib.import_module(module), name)
+        function([command, *rest]) if command in RAW else call(command, function, rest)
+    except ValueError as error:
+        if os.environ.get("REBLOCK_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

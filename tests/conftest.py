@@ -1,0 +1,97 @@
+"""Tiny Mochi transformers, batches and modules. All builders are deterministic by seed.
+
+Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D text width.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import MochiTransformer3DModel
+
+from data.batch import Batch, Sample
+
+# Tiny tensors gain nothing from threads, and pytest-xdist's workers would fight over the cores.
+torch.set_num_threads(1)
+
+#: The pooled caption always has 8 heads, so text_embed_dim is a multiple of 8.
+TINY = {
+    "patch_size": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 3,
+    "pooled_projection_dim": 8,
+    "in_channels": 4,
+    "qk_norm": "rms_norm",
+    "text_embed_dim": 16,
+    "time_embed_dim": 16,
+    "activation_fn": "swiglu",
+    "max_sequence_length": 16,
+}
+
+
+def _transformer(seed: int = 0, **config) -> MochiTransformer3DModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MochiTransformer3DModel(**{**TINY, **config})
+        for name, parameter in model.named_parameters():
+            # diffusers leaves frequencies zero and norm weights one, where a mix-up could not be seen.
+            if "norm_" in name and parameter.ndim == 1 or name == "pos_frequencies":
+                torch.nn.init.normal_(parameter, 0.0 if name == "pos_frequencies" else 1.0, 0.2)
+    return model
+
+
+def _batch(
+    lengths: Sequence[int] = (3, 0, 5), *, grid: tuple[int, int, int] = (2, 4, 6), pad: int = 0, seed: int = 0,
+    channels: int = TINY["in_channels"], text_width: int = TINY["text_embed_dim"], uids: Sequence[int] | None = None,
+) -> Batch:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    samples = [
+        Sample(
+            latent=torch.randn(channels, *grid, generator=generator),
+            text=torch.randn(length, text_width, generator=generator),
+            key=f"clip-{index}",
+            uid=index if uids is None else uids[index],
+        )
+        for index, length in enumerate(lengths)
+    ]
+    batch = Batch.collate(samples)
+    batch.text = torch.nn.functional.pad(batch.text, (0, 0, 0, pad))
+    batch.text_mask = torch.nn.functional.pad(batch.text_mask, (0, pad))
+    return batch
+
+
+@pytest.fixture(scope="session")
+def make_transformer() -> Callable[..., MochiTransformer3DModel]:
+    """(seed, **config) -> a tiny transformer with every parameter away from its default."""
+    return _transformer
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """(lengths, grid, pad, seed, ...) -> a batch with captions of those lengths and `pad` columns of extra padding."""
+    return _batch
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict:
+    """Fields of the tiny transformer's config."""
+    return {"_class_name": "MochiTransformer3DModel", **TINY}
+
+
+@pytest.fixture
+def config_json(tmp_path: Path, tiny_config: dict) -> Path:
+    """A bare config.json: a base with random weights."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder with a transformer in it, as diffusers saves it. Not to be written to."""
+    folder = tmp_path_factory.mktemp("base")
+    _transformer(seed=7).save_pretrained(folder / "transformer")
+    return folder

@@ -1,0 +1,35 @@
+"""Collating samples."""
+
+import pytest
+import torch
+
+from data.batch import Batch, Sample
+
+
+def sample(length, *, shape=(2, 1, 4, 4), uid=0):
+    return Sample(latent=torch.full(shape, float(uid)), text=torch.ones(length, 8), key=f"clip-{uid}", uid=uid)
+
+
+def test_text_is_padded_to_the_longest_and_lengths_stay_on_the_host():
+    batch = Batch.collate([sample(2, uid=5), sample(0, uid=6), sample(3, uid=7)])
+    assert len(batch) == 3 and batch.latents.shape == (3, 2, 1, 4, 4)
+    assert (batch.text_lengths, batch.uids, batch.keys) == ((2, 0, 3), (5, 6, 7), ("clip-5", "clip-6", "clip-7"))
+    assert batch.text_mask.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    assert torch.equal(batch.text.sum(dim=-1) > 0, batch.text_mask)
+
+
+def test_a_batch_of_empty_captions_has_one_column_of_padding():
+    batch = Batch.collate([sample(0), sample(0)])
+    assert batch.text.shape == (2, 1, 8) and not batch.text_mask.any() and not batch.text.any()
+
+
+def test_moving_keeps_everything_else():
+    batch = Batch.collate([sample(2), sample(1)])
+    moved = batch.to("meta")
+    assert moved.latents.device.type == moved.text.device.type == moved.text_mask.device.type == "meta"
+    assert (moved.text_lengths, moved.keys, moved.uids) == (batch.text_lengths, batch.keys, batch.uids)
+
+
+def test_latents_of_two_shapes_are_refused():
+    with pytest.raises(ValueError, match="latents of one shape"):
+        Batch.collate([sample(1), sample(1, shape=(2, 1, 4, 6))])

@@ -1,0 +1,96 @@
+"""What a measurement leaves in the run folder: arrays (.npz), figures (PNG) and scalars for the loggers."""
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
+
+#: Two-sided 95 % quantile of the standard normal.
+_Z95 = 1.959963984540054
+
+
+def measurement_path(run: str | Path, kind: str, stage: str) -> Path:
+    """Where the arrays of a measurement lie: RUN/measurements/KIND-STAGE.npz."""
+    return Path(run) / "measurements" / f"{kind}-{stage}.npz"
+
+
+def figure_path(run: str | Path, kind: str, stage: str) -> Path:
+    """Where its figure lies: RUN/figures/KIND-STAGE.png."""
+    return Path(run) / "figures" / f"{kind}-{stage}.png"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes beside and renames, so that a file under its own name is always whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays of numbers, booleans and strings, compressed, atomically.
+
+    Raises:
+        ValueError: if an array holds Python objects, which only pickle could store.
+    """
+    odd = [name for name, value in arrays.items() if np.asarray(value).dtype.hasobject]
+    if odd:
+        raise ValueError(f"got object arrays {odd}, expected numbers, booleans or strings: convert them first.")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy reads them as its own flags
+    _write(path, buffer.getvalue())
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads what `save_arrays` wrote; nothing in the file is executed."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
+    _write(path, buffer.getvalue())
+
+
+def log_scalars(trainer: Trainer, scalars: Mapping[str, float]) -> None:
+    """Hands scalars to every logger at the current step; only rank zero's loggers write."""
+    values = {name: float(value) for name, value in scalars.items()} | {"epoch": trainer.current_epoch}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+
+
+def wilson_interval(successes: np.ndarray, trials: int) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % score interval of a share.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+
+    Args:
+        successes: counts from 0 to `trials`.
+        trials: at least 1.
+
+    Returns:
+        Lower and upper ends, float64, of the shape of `successes`.
+    """
+    share = np.asarray(successes, dtype=np.float64) / trials
+    scale = 1 + _Z95**2 / trials
+    centre = (share + _Z95**2 / (2 * trials)) / scale
+    half = _Z95 / scale * np.sqrt(share * (1 - share) / trials + _Z95**2 / (4 * trials**2))
+    return np.clip(centre - half, 0.0, share), np.clip(centre + half, share, 1.0)
+
+
+def planted_heads(base: str) -> set[tuple[int, int]]:
+    """(layer, head) of the sinks that were planted into a base on purpose; empty for ordinary bases."""
+    path = Path(base) / "planted.json"
+    if not path.is_file():
+        return set()
+    return {(int(head["layer"]), int(head["head"])) for head in json.loads(path.read_text())["heads"]}

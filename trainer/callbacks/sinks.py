@@ -1,0 +1,162 @@
+"""Attention sinks on the probe set: which heads, how strong, where.
+
+Legend: P prompts, S sigmas, Ly measured layers, B probes of a batch, h heads, d head width, E eps values.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from trainer.attention import sink_statistics, sink_verdict
+from trainer.attention.statistics import EPS
+from trainer.callbacks import figures
+from trainer.callbacks.probes import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
+from trainer.callbacks.record import planted_heads, wilson_interval
+from trainer.callbacks.stages import ProbeCallback
+from trainer.vdit.layout import AttentionCall, dense_attention
+
+if TYPE_CHECKING:
+    from trainer.module import RetrainBlocks
+
+#: A head is consistent if the share of prompts with a sink is at least this on at least this share of the sigmas.
+CONSISTENT = 0.9
+
+_PER_HEAD = (
+    "fraction",
+    "key",
+    "text_fraction",
+    "alpha",
+    "alpha_key",
+    "text_alpha",
+    "value_norm_ratio",
+    "projected_value_norm_ratio",
+)
+
+
+class SinkFrequency(ProbeCallback):
+    """Sink verdicts for the eps sweep, alpha, value-norm ratios, positions, and the frequency with its interval.
+
+    Args:
+        layers: `retrained`, `all`, or block indices.
+        eps: weights above these are heavy.
+        default_eps: the eps of the verdict that scalars and figures use; one of `eps`.
+        prompts: how many held-out samples.
+        sigmas: noise levels, each in 0 .. 1.
+        seed: of the probes' noise.
+        batch_size: probes measured together; None chooses by the size of a latent.
+        base_stage: also measure the base's own weights.
+        every_n_epochs: measure after every so many epochs, and after the last.
+    """
+
+    kind = "sinks"
+
+    def __init__(
+        self,
+        *,
+        layers: Literal["retrained", "all"] | list[int] = "retrained",
+        eps: tuple[float, ...] = EPS,
+        default_eps: float = 0.3,
+        prompts: int = 14,
+        sigmas: tuple[float, ...] = SIGMAS,
+        seed: int = 1234,
+        batch_size: int | None = None,
+        base_stage: bool = True,
+        every_n_epochs: int = 1,
+    ) -> None:
+        super().__init__(
+            prompts=prompts,
+            sigmas=sigmas,
+            seed=seed,
+            batch_size=batch_size,
+            base_stage=base_stage,
+            every_n_epochs=every_n_epochs,
+        )
+        if default_eps not in eps or not all(0.0 < e < 1.0 for e in eps):
+            raise ValueError(
+                f"got eps={eps} with default_eps={default_eps}, expected values in 0 .. 1 that include it."
+            )
+        self.layers = layers
+        self.eps = tuple(eps)
+        self.default_eps = default_eps
+
+    def check(self, module: "RetrainBlocks") -> None:
+        if self.layers in ("retrained", "all"):
+            return
+        known = range(module.room.num_blocks)
+        if not self.layers or not set(self.layers) <= set(known):
+            raise ValueError(
+                f"got layers={self.layers}, expected 'retrained', 'all' or block indices in 0 .. {known[-1]}."
+            )
+
+    def _measured(self, module: "RetrainBlocks") -> list[int]:
+        named = {"retrained": module.blocks, "all": range(module.room.num_blocks)}
+        return sorted(set(named[self.layers] if isinstance(self.layers, str) else self.layers))
+
+    def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
+        room, layers = module.room, self._measured(module)
+        found: dict[int, dict[str, Tensor]] = {}
+        size: dict[str, Tensor] = {}
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+            refuse_key_mask(call)
+            vision = call.layout.num_vision
+            projection = room.output_projection(call.layer)
+            seen = sink_statistics(q, k, v, num_vision=vision, eps=self.eps, projection=projection)
+            found[call.layer] = {name: getattr(seen, name) for name in _PER_HEAD}
+            counts = (seen.queries, seen.keys, *call.layout.grid)
+            size["size"] = torch.tensor(counts, dtype=torch.float64, device=q.device).expand(len(q), -1)
+            return dense_attention(q, k, v, call)
+
+        batch, sigma = probes.batch, probes.sigma
+        x = module.flow.mix(batch.latents, probes.noise, sigma)
+        with room.attention(dict.fromkeys(layers, attend)):
+            state = module.trunk(x, sigma, batch)
+            room.run(state, module.first, max(module.first, layers[-1] + 1))
+        return size | {name: torch.stack([found[layer][name] for layer in layers], dim=1) for name in _PER_HEAD}
+
+    def summarise(
+        self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        with_sink = sink_verdict(torch.from_numpy(tables["fraction"])).numpy()  # (P, S, Ly, h, E)
+        count = with_sink.sum(axis=0)
+        trials = len(probes.samples)
+        low, high = wilson_interval(count, trials)
+        frequency = count / trials
+        often = frequency[..., self.eps.index(self.default_eps)] >= CONSISTENT  # (S, Ly, h)
+        size = tables["size"].astype(np.int64)  # (P, S, 5)
+        return {
+            "layers": np.array(self._measured(module)),
+            "sigmas": np.array(probes.sigmas),
+            "eps": np.array(self.eps),
+            "default_eps": np.array(self.default_eps),
+            "keys": np.array(probes.keys, dtype=np.str_),
+            **{name: tables[name].astype(np.float32) for name in _PER_HEAD if "key" not in name},
+            "key": tables["key"].astype(np.int32),
+            "alpha_key": tables["alpha_key"].astype(np.int32),
+            "frequency": frequency,
+            "frequency_low": low,
+            "frequency_high": high,
+            "consistent": often.mean(axis=0) >= CONSISTENT,
+            "grid": size[0, 0, 2:],
+            "queries": size[..., 0].max(),
+            "keys_count": size[..., 1].max(),
+            "text_tokens": np.array(probes.text_tokens),
+        }
+
+    def scalars(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        at = list(arrays["eps"]).index(arrays["default_eps"])
+        return {
+            "heads": arrays["consistent"].sum(),
+            "max_frequency": arrays["frequency"][..., at].mean(axis=0).max(),
+            "max_fraction": arrays["fraction"][..., at].mean(axis=(0, 1)).max(),
+            "alpha_max": arrays["alpha"].mean(axis=(0, 1)).max(),
+        }
+
+    def figures(self, module: "RetrainBlocks", arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Figure]:
+        drawn = {"sinks": figures.sinks(arrays, stage, planted_heads(module.base))}
+        positions = figures.sink_positions(arrays, stage)
+        return drawn if positions is None else drawn | {"positions": positions}

@@ -1,0 +1,93 @@
+"""What a Mochi needs when it is made from scratch rather than downloaded: rotary frequencies, and free channels.
+
+Legend: h heads, d head width, D width.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from diffusers import MochiTransformer3DModel
+from torch import Tensor
+
+#: Rotary pairs of every head that turn with no position: content alone moves what lies in them.
+ZERO_PAIRS = (0, 1)
+#: One token step along t, y and x in Mochi's positions, for a 4 x 4 grid: y and x span 192 whatever the grid.
+_STEP = (1.0, 48.0, 48.0)
+
+
+@torch.no_grad()
+def fresh_frequencies(model: MochiTransformer3DModel, seed: int) -> None:
+    """Gives `pos_frequencies` (3, h, d / 2) random directions with log-spaced magnitudes, 0.2 to 2 radians a token.
+
+    diffusers makes them zero, which would leave a model without any notion of place. The pairs `ZERO_PAIRS` stay zero.
+    """
+    _, heads, pairs = model.pos_frequencies.shape
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("cpu"):  # Lightning calls this where new tensors go to the accelerator
+        direction = torch.nn.functional.normalize(torch.randn(3, heads, pairs, generator=generator), dim=0)
+        magnitude = 10 ** torch.linspace(math.log10(0.2), math.log10(2.0), pairs)
+        values = direction * magnitude / torch.tensor(_STEP)[:, None, None]
+        values[..., list(ZERO_PAIRS)] = 0.0
+    model.pos_frequencies.copy_(values)
+
+
+def head_rows(model: MochiTransformer3DModel, head: int) -> list[int]:
+    """Rows of a query or key projection that hold `head`'s first component in each of the `ZERO_PAIRS`."""
+    width = model.config.attention_head_dim
+    return [head * width + 2 * pair for pair in ZERO_PAIRS]
+
+
+def _entries(model: MochiTransformer3DModel, channels: Sequence[int]) -> Iterator[tuple[Tensor, tuple]]:
+    """(parameter, index) of everything that would write or read the channels, or a head's zero-frequency rows."""
+    at = list(channels)
+    every_row = [row for head in range(model.config.num_attention_heads) for row in head_rows(model, head)]
+    for block in model.transformer_blocks:
+        attention = block.attn1
+        # The first D rows of the modulation scale the attention's input: without them a channel is read as it is.
+        yield block.norm1.linear.weight, (at,)
+        yield block.norm1.linear.bias, (at,)
+        for projection in (attention.to_q, attention.to_k, attention.to_v, block.ff.net[0].proj):
+            yield projection.weight, (slice(None), at)
+        for projection in (attention.to_q, attention.to_k):
+            yield projection.weight, (every_row,)
+        yield attention.to_out[0].weight, (at,)
+        yield attention.to_out[0].bias, (at,)
+        yield block.ff.net[2].weight, (at,)
+    yield model.proj_out.weight, (slice(None), at)
+    yield model.patch_embed.proj.weight, (at,)
+    yield model.patch_embed.proj.bias, (at,)
+
+
+@torch.no_grad()
+def reserve_channels(model: MochiTransformer3DModel, channels: Sequence[int], *, seed: int = 0) -> None:
+    """Keeps two residual channels free while a base is trained, so that sinks can be planted in it afterwards.
+
+    The first channel is constant one in every token; the second, the marker, holds a fixed random direction of the
+    latent patch. No layer writes or reads them (the sandwich norm leaves zeros zero), and the rows of the query and
+    key projections that feed the zero-frequency rotary pairs stay zero.
+
+    Args:
+        model: the transformer; its entries are set, and their gradients held at zero from now on.
+        channels: (constant, marker).
+        seed: of the marker's direction.
+
+    Raises:
+        ValueError: if the channels are not two distinct ones of the model.
+    """
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    if len(set(channels)) != 2 or len(channels) != 2 or not all(0 <= c < width for c in channels):
+        raise ValueError(f"got reserved_channels {tuple(channels)}, expected two distinct channels in 0 .. {width - 1}.")
+    held: dict[Tensor, Tensor] = {}
+    for parameter, index in _entries(model, channels):
+        held.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))[index] = True
+    for parameter, mask in held.items():
+        parameter.masked_fill_(mask, 0.0)
+        if parameter.requires_grad:
+            parameter.register_hook(lambda grad, mask=mask: grad.masked_fill(mask.to(grad.device), 0.0))
+    constant, marker = channels
+    patch = model.patch_embed.proj
+    patch.bias[constant] = 1.0
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(patch.weight[marker].shape, generator=generator, device="cpu")
+    patch.weight[marker] = (direction / direction.norm()).to(patch.weight.device)
