@@ -99,7 +99,7 @@ def environment(device: str) -> str:
     if device.startswith("cuda"):
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+        hardware = f"{_processor()}, {torch.get_num_threads()} thread(s)"
     return f"{hardware}; python {platform.python_version()}, {', '.join(packages)}, {sys.platform}"
 
 

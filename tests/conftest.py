@@ -3,6 +3,7 @@
 Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D text width.
 """
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import MochiTransformer3DModel
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 from data.batch import Batch, Sample
+from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
 # Tiny tensors gain nothing from threads, and pytest-xdist's workers would fight over the cores.
 torch.set_num_threads(1)
@@ -95,3 +99,54 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     _transformer(seed=7).save_pretrained(folder / "transformer")
     return folder
+
+
+@pytest.fixture
+def make_module(base_folder):
+    """RetrainBlocks on the tiny base, built on the CPU."""
+
+    def make(*, build=True, blocks=(1, 2), init="torch", optim=None, base=base_folder, **options):
+        surgery = options.pop("surgery", SurgeryConfig(blocks=list(blocks), init=init))
+        module = RetrainBlocks(base=str(base), surgery=surgery, optim=optim or OptimConfig(warmup_steps=1), **options)
+        if build:
+            module.build("cpu")
+        return module
+
+    return make
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Trains a module on batches and returns the Trainer."""
+
+    def run(module, batches, *, callbacks=(), resume=None, **options):
+        options = {"max_steps": len(batches), "max_epochs": 1, "log_every_n_steps": 1, **options}
+        trainer = Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, callbacks=list(callbacks), num_sanity_val_steps=0,
+            **options,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume)
+        return trainer
+
+    return run
+
+
+class Recorder(Callback):
+    """What each optimiser step left behind."""
+
+    def __init__(self):
+        self.weights, self.average, self.metrics, self.updates, self.adam = [], [], [], [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.weights.append({n: p.detach().clone() for n, p in module.retrained_parameters().items()})
+        self.average.append({n: a.clone() for n, a in module.ema.average.items()})
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.updates.append(module.ema.updates)
+        self.adam.append(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]))
+
+
+@pytest.fixture
+def make_recorder() -> type[Recorder]:
+    """A callback that keeps what each training batch left behind."""
+    return Recorder

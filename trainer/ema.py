@@ -57,7 +57,9 @@ class Ema:
         """
         if set(state["average"]) != set(self.average):
             odd = sorted(set(state["average"]) ^ set(self.average))[:4]
-            raise ValueError(f"the EMA in the checkpoint holds other parameters (e.g. {odd}); expected this run's blocks.")
+            raise ValueError(
+                f"the EMA in the checkpoint holds other parameters (e.g. {odd}); expected this run's blocks."
+            )
         for name, value in state["average"].items():
             self.average[name].copy_(value)
         self.updates = int(state["updates"])

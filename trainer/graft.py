@@ -69,7 +69,9 @@ def load_graft(path: Path) -> Graft:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}). Copy it again, or take the run's last checkpoint.") from error
+        raise ValueError(
+            f"{path} is damaged or truncated ({error}). Copy it again, or take the run's last checkpoint."
+        ) from error
     if metadata.get("format") != "reblock-graft-1":
         raise ValueError(f"{path} is not a graft (format {metadata.get('format')!r}, expected 'reblock-graft-1').")
 
