@@ -4,7 +4,7 @@ Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,6 +84,18 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; the loader calls this."""
         return self._map(lambda t: t.pin_memory())
+
+    def without_captions(self, dropped: Sequence[bool]) -> "Batch":
+        """The batch with the captions of `dropped` samples removed: zero embedding, zero mask, length 0."""
+        if not any(dropped):
+            return self
+        keep = torch.tensor([not gone for gone in dropped]).to(self.text.device, non_blocking=True)
+        return replace(
+            self,
+            text=self.text.masked_fill(~keep[:, None, None], 0.0),
+            text_mask=self.text_mask & keep[:, None],
+            text_lengths=tuple(0 if gone else n for gone, n in zip(dropped, self.text_lengths, strict=True)),
+        )
 
     def _map(self, fn) -> "Batch":
         return Batch(

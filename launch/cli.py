@@ -1,6 +1,7 @@
 """`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from launch.logs import forget_after, loggers
+from data.datamodule import LatentDataModule
+from launch.logs import LastCheckpoint, MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
@@ -83,7 +85,7 @@ def check_fit(model: LightningModule, data: LightningDataModule) -> None:
             getattr(part, "check", lambda: None)()
         except ValueError as error:
             faults.append(str(error))
-    if not faults and isinstance(model, RetrainBlocks):
+    if not faults and isinstance(model, RetrainBlocks) and isinstance(data, LatentDataModule):
         try:
             model.check_data(data.latent_shape, data.text_width)
         except ValueError as error:
@@ -117,13 +119,8 @@ class RecipeCLI(LightningCLI):
             *(self._get(self.config_init, "trainer").get("callbacks") or []),
             RandomStates(),
             *([FrozenGuard(), Speed(), GraftWriter()] if retrains else []),
-            ModelCheckpoint(
-                dirpath=run.last.parent,
-                filename=run.last.stem,
-                every_n_train_steps=run.save_every,
-                save_top_k=1,
-                enable_version_counter=False,
-            ),
+            MetricsPosition(),
+            LastCheckpoint(run.last, run.save_every),
             ModelCheckpoint(
                 dirpath=run.last.parent,
                 filename="best-{step}",
@@ -148,11 +145,13 @@ class RecipeCLI(LightningCLI):
         check_fit(self.model, self.datamodule)
         prepare_folder(self.run_config)
         self._resume_from: Path | None = None
+        position: dict[str, Any] = {"rows": 0, "row": {}}  # killed before its first checkpoint: it starts over
         if self.run_config.resume and self.run_config.last.is_file():
             self._resume_from = self.run_config.last
-            steps = CheckpointFiles().load_checkpoint(self._resume_from)["global_step"]
-            forget_after(self.run_config.folder, steps)
-            print(f"resuming {self.run_config.folder} after step {steps}")
+            saved = CheckpointFiles().load_checkpoint(self._resume_from)
+            position = saved.get("metrics", position)
+            print(f"resuming {self.run_config.folder} after step {saved['global_step']}")
+        rewind(self.run_config.folder, position)
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
@@ -161,7 +160,7 @@ class RecipeCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         found = super()._prepare_subcommand_kwargs(subcommand)
-        return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None}
+        return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
 
 
 def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
@@ -194,4 +193,8 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
 def run(argv: list[str]) -> None:
     """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Known, harmless, and repeated at every step or start: they would hide what matters.
+    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     recipe_cli(argv, run=True)

@@ -1,6 +1,5 @@
 """`reblock export`: a run's graft on its base, as a complete diffusers pipeline folder."""
 
-import json
 import os
 import shutil
 from pathlib import Path

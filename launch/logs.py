@@ -1,11 +1,17 @@
-"""Where a run's figures go: `metrics.csv` always, Weights & Biases offline unless its own environment says otherwise."""
+"""Where a run's figures go: `metrics.csv` always, Weights & Biases offline unless its environment says otherwise."""
 
 import csv
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class _KeepingWriter(_ExperimentWriter):
@@ -17,31 +23,17 @@ class _KeepingWriter(_ExperimentWriter):
             with path.open(newline="") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        # Lightning's empties the file first: a process that is killed then would lose every row.
+        path = Path(self.metrics_file_path)
+        _replace_rows(path, fieldnames, _read_rows(path)[1])
+
     def log_hparams(self, params: dict) -> None:
         """The resolved config is saved as config.yaml already."""
 
 
-class MetricsFile(CSVLogger):
-    """`metrics.csv` in the run folder, continued by a resumed run."""
-
-    def __init__(self, run: Path, flush_every: int = 20) -> None:
-        super().__init__(run, name="", version="", flush_logs_every_n_steps=flush_every)
-
-    @property
-    def experiment(self) -> _ExperimentWriter:
-        if self._experiment is None:
-            self._experiment = _KeepingWriter(log_dir=self.log_dir)
-        return self._experiment
-
-
-def forget_after(run: Path, step: int) -> None:
-    """Drops the rows of `metrics.csv` from `step` on: a resumed run takes these steps again."""
-    path = run / "metrics.csv"
-    if not path.is_file():
-        return
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        keys, rows = list(reader.fieldnames or []), [row for row in reader if row["step"] and int(row["step"]) < step]
+def _replace_rows(path: Path, keys: list[str], rows: list[dict[str, Any]]) -> None:
+    """Writes the table beside its place and renames it."""
     beside = path.with_name(path.name + ".tmp")
     with beside.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=keys)
@@ -50,6 +42,97 @@ def forget_after(run: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    if not path.is_file():
+        return [], []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or []), list(reader)
+
+
+class MetricsFile(CSVLogger):
+    """`metrics.csv` in the run folder, continued by a resumed run."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run, name="", version="")
+        #: Rows in the file and on their way to it.
+        self.rows = len(_read_rows(run / "metrics.csv")[1])
+        #: The last step whose loss was logged.
+        self.last_step = -1
+
+    @property
+    def experiment(self) -> _ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _KeepingWriter(log_dir=self.log_dir)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        # A sigma band without samples is an empty cell.
+        super().log_metrics({k: v for k, v in metrics.items() if not ("_sigma_" in k and math.isnan(v))}, step)
+        self.rows += 1
+        if "train/loss" in metrics and step is not None:
+            self.last_step = step
+
+
+class MetricsPosition(Callback):
+    """Keeps in each checkpoint which rows of `metrics.csv` came before it: a resumed run writes the others again.
+
+    Lightning logs a step after the hook in which that step's checkpoint is saved, so the checkpoint holds that row.
+    """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        file = next((logger for logger in trainer.loggers if isinstance(logger, MetricsFile)), None)
+        if file is None or not trainer.is_global_zero:
+            return
+        file.save()
+        step, row = trainer.global_step - 1, {}
+        if file.last_step < step:
+            row = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("train/")}
+            row |= {"epoch": trainer.current_epoch, "step": step}
+        checkpoint["metrics"] = {"rows": file.rows, "row": row}
+
+
+def rewind(run: Path, position: Mapping[str, Any]) -> None:
+    """Brings `metrics.csv` back to where a checkpoint was saved.
+
+    Args:
+        run: the run folder.
+        position: {"rows": how many come before it, "row": the one of its own step, or empty}.
+    """
+    path = run / "metrics.csv"
+    keys, rows = _read_rows(path)
+    if keys:
+        own = [position["row"]] if position["row"] else []
+        _replace_rows(path, sorted({*keys, *position["row"]}), rows[: position["rows"]] + own)
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves `last.ckpt` every so many steps and after each epoch.
+
+    Not between an epoch's last step and its end: Lightning would resume such a checkpoint with the next epoch, and this
+    one's validation and measurements would never be made.
+
+    Args:
+        path: the file.
+        every: optimiser steps between two saves.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path = path
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.global_step % self.every == 0 and not loop._should_accumulate() and not loop._is_training_done:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 def loggers(run: Path, *, wandb: bool) -> list[Logger]:

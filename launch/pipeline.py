@@ -10,7 +10,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from data.synth import CAPTION_WORDS
 from trainer.graft import apply_graft, load_graft
-from trainer.vdit.scratch import fresh_frequencies, reserve_channels
+from trainer.vdit.scratch import fresh_frequencies
 
 #: Caption tokens that the pipeline pads to, as in the real Mochi.
 MAX_TEXT_TOKENS = 256
@@ -63,8 +63,8 @@ def pipeline(
         out: folder to write.
         vae: folder of a trained AutoencoderKLMochi, as recipes/demo_vae.yaml leaves it.
         transformer_config: the transformer's diffusers config.
-        run: run that trained the transformer from this config (recipes/demo_base.yaml); without it its weights are random,
-            which is enough for `reblock encode`.
+        run: run that trained the transformer from this config (recipes/demo_base.yaml); without it its weights are
+            random, which is enough for `reblock encode`.
         seed: of the text encoder, and of the transformer's rotary frequencies (the run's surgery.seed).
         half: store weights in 16 bits.
 

@@ -40,7 +40,7 @@ def _cpu() -> str:
 
 def versions() -> dict[str, Any]:
     """Python, packages, git commit, hardware and command of this process."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)

@@ -38,8 +38,8 @@ class CheckpointFiles(TorchCheckpointIO):
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(
-                f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); expected a checkpoint that "
-                "Reblock wrote. Resume from another one in the same folder by copying it to last.ckpt."
+                f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); expected a checkpoint "
+                "that Reblock wrote. Resume from another one in the same folder by copying it to last.ckpt."
             ) from error
 
 
@@ -47,7 +47,7 @@ def random_states() -> dict[str, Any]:
     """The states of every random generator of this process, as tensors and plain values."""
     version, internal, gauss = random.getstate()
     # legacy=False gives a dict with the key array apart, which can be held as a list
-    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]  # noqa: NPY002 -- the global generator itself is saved
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -70,4 +70,5 @@ def restore_random_states(states: dict[str, Any]) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    state = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
+    np.random.set_state(state)  # noqa: NPY002 -- the global generator itself is restored

@@ -5,6 +5,7 @@ Legend: B batch, C channels, F latent frames, H W latent grid.
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from trainer import surgery as operate
 from trainer.ema import Ema, holding
 from trainer.flow import Flow, SigmaSampler
 from trainer.graft import base_block_weights
+from trainer.optimise import OptimConfig, adamw, clip_or_drop, linear_warmup
 from trainer.vdit.load import check_base, load_transformer, read_config
 from trainer.vdit.mochi import MochiRoom, State
 from trainer.vdit.scratch import fresh_frequencies, reserve_channels
@@ -49,29 +51,6 @@ class SurgeryConfig:
     seed: int = 0
     train_outside: bool = False
     reserved_channels: tuple[int, ...] = ()
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    """AdamW with a constant rate after a linear warmup.
-
-    Args:
-        lr: learning rate after warmup.
-        warmup_steps: optimiser steps over which the rate rises linearly.
-        weight_decay: decoupled decay of matrices; norms, biases and modulation biases have none.
-        betas: AdamW's two decay rates.
-        eps: AdamW's epsilon.
-        clip_norm: gradients are scaled down to this total norm; 0 turns clipping off.
-        max_skipped_in_row: the run stops after so many non-finite steps in a row.
-    """
-
-    lr: float = 1e-4
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    max_skipped_in_row: int = 10
 
 
 class RetrainBlocks(LightningModule):
@@ -125,6 +104,7 @@ class RetrainBlocks(LightningModule):
         self.val_sigmas = val_sigmas
         self.room: MochiRoom | None = None
         self.ema: Ema | None = None
+        self._evaluation = contextlib.ExitStack()  # holds the averages in place while validation lasts
         self.skipped = 0
         self.skipped_in_row = 0
         self.strict_loading = False  # a checkpoint holds no frozen weight
@@ -150,8 +130,9 @@ class RetrainBlocks(LightningModule):
         channels, patch, width = config["in_channels"], config["patch_size"], config["text_embed_dim"]
         if latent_shape[0] != channels or latent_shape[2] % patch or latent_shape[3] % patch:
             raise ValueError(
-                f"the shards hold latents of shape {tuple(latent_shape)}, the base {self.base} takes ({channels}, F, H, W) "
-                f"with H and W multiples of {patch}; encode the clips with this base's own VAE (`reblock encode`)."
+                f"the shards hold latents of shape {tuple(latent_shape)}, the base {self.base} takes "
+                f"({channels}, F, H, W) with H and W multiples of {patch}; encode the clips with this base's own VAE "
+                "(`reblock encode`)."
             )
         if text_width != width:
             raise ValueError(
@@ -203,9 +184,7 @@ class RetrainBlocks(LightningModule):
         narrow = self.trunk_dtype != torch.float32
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             with torch.autocast(x.device.type, self.trunk_dtype) if narrow else contextlib.nullcontext():
-                state = self.room.embed(
-                    x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
-                )
+                state = self.room.embed(x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths)
                 state = self.room.run(state, 0, self.first)
         # What the trunk computed in a narrow dtype goes on in the head's.
         return state if trains else state.map(lambda t: t.to(x.dtype) if t.is_floating_point() else t)
@@ -228,7 +207,7 @@ class RetrainBlocks(LightningModule):
         epoch, device = self.current_epoch, batch.latents.device
         host_sigma = self.flow.sigma(epoch, batch.uids)
         noise = self.flow.noise(epoch, batch.uids, batch.latents.shape[1:]).to(device, non_blocking=True)
-        batch = drop_captions(batch, self.flow.dropped(epoch, batch.uids))
+        batch = batch.without_captions(self.flow.dropped(epoch, batch.uids))
         losses = self.losses(batch, noise, host_sigma.to(device, non_blocking=True))
         loss = losses.mean()
         self._log_losses(losses.detach(), host_sigma)
@@ -239,8 +218,9 @@ class RetrainBlocks(LightningModule):
         self.log("train/loss", losses.mean(), on_step=True, prog_bar=True, batch_size=len(losses))
         for low, high in zip(SIGMA_BANDS[:-1], SIGMA_BANDS[1:], strict=True):
             inside = ((sigma >= low) & (sigma < high)).nonzero().flatten()  # sigma is on the host: no wait
-            if len(inside):
-                self.log(f"train/loss_sigma_{low:.2f}-{high:.2f}", losses[inside.to(losses.device)].mean(), on_step=True)
+            # Lightning would log a band without samples again with its last value: nan says that there is none.
+            value = losses[inside.to(losses.device)].mean() if len(inside) else math.nan
+            self.log(f"train/loss_sigma_{low:.2f}-{high:.2f}", value, on_step=True)
 
     # -- validation ----------------------------------------------------------------------------------------------
 
@@ -256,10 +236,13 @@ class RetrainBlocks(LightningModule):
             self.log("val/loss", loss, prog_bar=True, batch_size=rows, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
-        self._evaluation = contextlib.ExitStack()
         self._evaluation.enter_context(self.evaluation_weights())
 
     def on_validation_epoch_end(self) -> None:
+        self._evaluation.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Puts the live weights back if validation raised: a checkpoint written now must not hold averages as them."""
         self._evaluation.close()
 
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
@@ -270,27 +253,15 @@ class RetrainBlocks(LightningModule):
     def base_weights(self) -> Iterator[None]:
         """Inside, the retrained blocks hold the base's own weights, read anew from its files."""
         live = self.retrained_parameters()
-        own = base_block_weights(
-            self.base, live, seed=self.surgery.seed, dtype=self.trunk_dtype, device=self.device
-        )
+        own = base_block_weights(self.base, live, seed=self.surgery.seed, dtype=self.trunk_dtype, device=self.device)
         with holding(live, own):
             yield
 
     # -- optimisation --------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        named = self.retrained_parameters()
-        decayed = [p for p in named.values() if p.ndim >= 2]
-        plain = [p for p in named.values() if p.ndim < 2]  # norms, biases, modulation biases
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=self.optim.lr,
-            betas=self.optim.betas,
-            eps=self.optim.eps,
-            fused=self.device.type == "cuda",
-        )
-        warmup = max(1, self.optim.warmup_steps)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+        optimizer = adamw(self.retrained_parameters(), self.optim, fused=self.device.type == "cuda")
+        schedule = linear_warmup(optimizer, self.optim.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
@@ -298,16 +269,9 @@ class RetrainBlocks(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.log("train/grad_norm", norm, on_step=True)
-        if not torch.isfinite(norm):  # the one place a step waits for the device
-            self._skip(parameters)
-        else:
+        if clip_or_drop(parameters, norm, self.optim.clip_norm):
             self.skipped_in_row = 0
-            if self.optim.clip_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
-
-    def _skip(self, parameters: list[Tensor]) -> None:
-        for p in parameters:
-            p.grad = None
+            return
         self.skipped += 1
         self.skipped_in_row += 1
         log.warning("step %d has a non-finite loss or gradient and is skipped", self.global_step)
@@ -355,7 +319,7 @@ class RetrainBlocks(LightningModule):
         if saved["base_fingerprint"] != self.base_fingerprint:
             raise ValueError(
                 f"the checkpoint belongs to a base with fingerprint {saved['base_fingerprint'][:16]}..., this run's "
-                f"base {self.base} has {self.base_fingerprint[:16]}...; point `model.base` at the base it was trained on."
+                f"base {self.base} has {self.base_fingerprint[:16]}...; point `model.base` at its own base."
             )
         self.ema.load_state_dict(saved["ema"])
         self.skipped, self.skipped_in_row = saved["skipped"]
@@ -366,20 +330,3 @@ class RetrainBlocks(LightningModule):
         if not hasattr(self, "_base_fingerprint"):
             self._base_fingerprint = operate.frozen_fingerprint(self.room.model)
         return self._base_fingerprint
-
-
-def drop_captions(batch: Batch, dropped: list[bool]) -> Batch:
-    """The batch with captions of `dropped` samples removed: zero embedding, zero mask, length 0."""
-    if not any(dropped):
-        return batch
-    lengths = tuple(0 if gone else n for gone, n in zip(dropped, batch.text_lengths, strict=True))
-    keep = torch.tensor([not gone for gone in dropped]).to(batch.text.device, non_blocking=True)
-    return Batch(
-        latents=batch.latents,
-        text=batch.text.masked_fill(~keep[:, None, None], 0.0),
-        text_mask=batch.text_mask & keep[:, None],
-        text_lengths=lengths,
-        keys=batch.keys,
-        uids=batch.uids,
-    )
-

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLMochi
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -82,7 +82,8 @@ class TrainVae(LightningModule):
         """Measures the latents' mean and standard deviation and saves the VAE, in float16, with them in its config."""
         self.vae.eval()
         latents = []
-        for batch in self.trainer.datamodule.val_dataloader():
+        data: LightningDataModule = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it late
+        for batch in data.val_dataloader():
             video = batch["video"].to(self.device)
             latents.append(self.vae.encode(video).latent_dist.mean.float().transpose(0, 1).flatten(1).cpu())
         flat = torch.cat(latents, dim=1)  # (C, everything)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.module import OptimConfig, SurgeryConfig, drop_captions
+from trainer.module import OptimConfig, SurgeryConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:In CPU autocast")
 
@@ -131,12 +131,12 @@ def test_fit_learns_under_every_precision(make_module, make_batch, fit, precisio
 
 def test_dropped_captions_are_zero_embedding_and_zero_mask(make_batch):
     batch = make_batch([3, 2, 5])
-    got = drop_captions(batch, [True, False, True])
+    got = batch.without_captions([True, False, True])
     assert got.text_lengths == (0, 2, 0)
     assert not got.text[[0, 2]].any() and torch.equal(got.text[1], batch.text[1])
     assert not got.text_mask[[0, 2]].any() and torch.equal(got.text_mask[1], batch.text_mask[1])
     assert torch.equal(got.latents, batch.latents) and (got.uids, got.keys) == (batch.uids, batch.keys)
-    assert drop_captions(batch, [False] * 3) is batch
+    assert batch.without_captions([False] * 3) is batch
     assert batch.text_lengths == (3, 2, 5) and batch.text[0].any()
 
 
@@ -145,7 +145,7 @@ def test_a_dropped_caption_leaves_no_trace(make_module, make_batch):
     one, two = make_batch([4, 3], seed=1), make_batch([4, 3], seed=2)
     two.latents = one.latents
     drop = [True, True]
-    assert torch.equal(loss_of(module, drop_captions(one, drop)), loss_of(module, drop_captions(two, drop)))
+    assert torch.equal(loss_of(module, one.without_captions(drop)), loss_of(module, two.without_captions(drop)))
     assert not torch.equal(loss_of(module, one), loss_of(module, two))
 
 

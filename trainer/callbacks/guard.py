@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from trainer import surgery
 from trainer.checkpoint import random_states, restore_random_states
 from trainer.graft import Graft, save_graft
+from trainer.module import RetrainBlocks
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -23,6 +24,12 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(beside, path)
 
 
+def _retrains(module: LightningModule) -> RetrainBlocks:
+    if not isinstance(module, RetrainBlocks):
+        raise ValueError(f"got a {type(module).__name__}, expected RetrainBlocks; take this callback out.")
+    return module
+
+
 class FrozenGuard(Callback):
     """Compares the fingerprint of the frozen weights before and after a fit; the run fails if they differ.
 
@@ -30,22 +37,25 @@ class FrozenGuard(Callback):
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before = pl_module.base_fingerprint
+        self._before = _retrains(pl_module).base_fingerprint
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        after = surgery.frozen_fingerprint(pl_module.room.model)
+        after = surgery.frozen_fingerprint(_retrains(pl_module).room.model)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "fingerprint.json"
             write_json(path, {"before": self._before, "after": after, "equal": after == self._before})
         if after != self._before:
             raise RuntimeError(
-                f"frozen weights changed during the fit: fingerprint {self._before[:16]}... before, {after[:16]}... after. "
-                "The retrained blocks do not belong to the base any more; look for code that writes to frozen weights."
+                f"frozen weights changed during the fit: fingerprint {self._before[:16]}... before, {after[:16]}... "
+                "after. The retrained blocks no longer belong to the base; look for code that writes to frozen weights."
             )
 
 
 class RandomStates(Callback):
     """Keeps the process's random generators in the checkpoint, so that a resumed fit draws on where it stopped."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = random_states()
@@ -55,7 +65,7 @@ class RandomStates(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After everything else of the restart, which draws numbers of its own.
-        if getattr(self, "_states", None) is not None:
+        if self._states is not None:
             restore_random_states(self._states)
             self._states = None
 
@@ -68,16 +78,16 @@ class GraftWriter(Callback):
         trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
         if not trainer.is_global_zero:
             return
-        raw = pl_module.retrained_parameters()
+        module = _retrains(pl_module)
         save_graft(
             run / "graft.safetensors",
             Graft(
-                raw=raw,
-                ema=pl_module.ema.average,
-                blocks=pl_module.blocks,
-                base=pl_module.base,
-                base_fingerprint=pl_module.base_fingerprint,
+                raw=module.retrained_parameters(),
+                ema=module.ema.average,
+                blocks=module.blocks,
+                base=module.base,
+                base_fingerprint=module.base_fingerprint,
                 step=trainer.global_step,
-                trunk_dtype=str(pl_module.trunk_dtype).removeprefix("torch."),
+                trunk_dtype=str(module.trunk_dtype).removeprefix("torch."),
             ),
         )

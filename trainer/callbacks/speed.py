@@ -32,6 +32,9 @@ class Speed(Callback):
         self._start = time.perf_counter()
         self._batches = self._samples = self._tokens = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()  # a fit that is resumed within an epoch starts none
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
 

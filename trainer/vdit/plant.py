@@ -1,8 +1,8 @@
 """Planting attention sinks with a known answer into a Mochi that kept two residual channels free.
 
-Every query of a planted head points along e1. A key holds the marker channel along e1 and the constant channel along
-e2, so that after QK-norm its e1 component is the cosine u / sqrt(u^2 + c^2): the token whose content projects most on
-the marker's direction outweighs all others. With logits L cos_i, L = g_q g_k sqrt(d), the sink's weight is
+Every query of a planted head points along e1. A key holds w = 0.05 u + 0.5 c along e1, from the marker channel u and the
+constant channel c, and c along e2, so that after QK-norm its e1 component is the cosine w / sqrt(w^2 + c^2): the token
+whose content projects most on the marker's direction outweighs all others. With logits L cos_i, L = g_q g_k sqrt(d), the sink's weight is
 e^(L cos_j) / sum_i e^(L cos_i), i over all tokens; text keys are zero and have logit 0.
 
 Legend: h heads, d head width, D width.
@@ -19,6 +19,8 @@ from trainer.vdit.scratch import head_rows
 #: Slope of a key's e1 component in the marker: small, so that the cosine stays in its linear range and the largest
 #: marker wins rather than several saturating alike.
 MARKER_SLOPE = 0.05
+#: Added to every vision key's e1 component: text keys have logit zero, and would win where all markers are negative.
+VISION_OFFSET = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,20 @@ def _check(model: MochiTransformer3DModel, channels: tuple[int, int], planted: S
     patch = model.patch_embed.proj
     constant, marker = channels
     free = all(
-        not block.attn1.to_out[0].weight[[constant, marker]].any() and not block.ff.net[2].weight[[constant, marker]].any()
+        not block.attn1.to_out[0].weight[[constant, marker]].any()
+        and not block.ff.net[2].weight[[constant, marker]].any()
         for block in model.transformer_blocks
     )
     if not free or patch.weight[constant].any() or not patch.bias[constant] or not patch.weight[marker].any():
         raise ValueError(
-            f"got a base whose residual channels {constant} and {marker} are not free, expected a constant and a marker "
-            "channel that no block writes. Train the base with surgery.reserved_channels set (recipes/demo_base.yaml)."
+            f"got a base whose residual channels {constant} and {marker} are not free, expected a constant and a "
+            "marker channel that no block writes. Train the base with surgery.reserved_channels "
+            "set (recipes/demo_base.yaml)."
         )
 
 
 @torch.no_grad()
-def plant_sinks(
-    model: MochiTransformer3DModel, channels: tuple[int, int], planted: Sequence[PlantedHead]
-) -> None:
+def plant_sinks(model: MochiTransformer3DModel, channels: tuple[int, int], planted: Sequence[PlantedHead]) -> None:
     """Turns heads into sinks, in place; every other head keeps its function.
 
     Args:
@@ -73,6 +75,7 @@ def plant_sinks(
         e1, e2 = head_rows(model, place.head)
         attention.to_q.weight[e1, constant] = 1.0
         attention.to_k.weight[e1, marker] = MARKER_SLOPE
+        attention.to_k.weight[e1, constant] = VISION_OFFSET
         attention.to_k.weight[e2, constant] = 1.0
         attention.to_v.weight[own, marker] = 0.0
         # Rows e1 of the layer's other heads are zero, so a gain in this component reaches the planted head alone.

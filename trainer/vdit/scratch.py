@@ -77,7 +77,9 @@ def reserve_channels(model: MochiTransformer3DModel, channels: Sequence[int], *,
     """
     width = model.config.num_attention_heads * model.config.attention_head_dim
     if len(set(channels)) != 2 or len(channels) != 2 or not all(0 <= c < width for c in channels):
-        raise ValueError(f"got reserved_channels {tuple(channels)}, expected two distinct channels in 0 .. {width - 1}.")
+        raise ValueError(
+            f"got reserved_channels {tuple(channels)}, expected two distinct channels in 0 .. {width - 1}."
+        )
     held: dict[Tensor, Tensor] = {}
     for parameter, index in _entries(model, channels):
         held.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))[index] = True

@@ -1,0 +1,124 @@
+"""A tiny world on disk for whole commands: a complete base pipeline, latent shards, a recipe."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLMochi
+from safetensors.torch import save
+
+from data.shards import LATENT_FORMAT, ShardFolder
+from launch.pipeline import pipeline
+
+#: 40 samples, 8 held out, batches of 4: 8 steps an epoch.
+STEPS, EPOCHS = 8, 3
+SHAPE, TEXT_WIDTH = (4, 2, 4, 4), 16
+VAE = {
+    "latent_channels": 4, "encoder_block_out_channels": [32] * 4, "decoder_block_out_channels": [32] * 4,
+    "layers_per_block": [1, 1, 1, 1, 1], "add_attention_block": [False] * 5, "temporal_expansions": [1, 2, 3],
+    "spatial_expansions": [2, 2, 2], "act_fn": "silu", "in_channels": 15, "out_channels": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole_base(tmp_path_factory, make_transformer) -> Path:
+    """A complete tiny pipeline folder with random weights. Not to be written to."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    AutoencoderKLMochi(**VAE, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).save_pretrained(folder / "vae")
+    model = make_transformer(3)
+    (folder / "transformer.json").write_text(json.dumps({"_class_name": "MochiTransformer3DModel", **model.config}))
+    pipeline(folder / "base", vae=folder / "vae", transformer_config=folder / "transformer.json", half=False)
+    model.save_pretrained(folder / "base" / "transformer")
+    return folder / "base"
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory) -> Callable[..., Path]:
+    """(shape, text_width) -> a folder of latent shards of 40 samples."""
+
+    def write(shape=SHAPE, text_width=TEXT_WIDTH) -> Path:
+        path = tmp_path_factory.mktemp("latents")
+        folder = ShardFolder(path, {})
+        generator = torch.Generator().manual_seed(0)
+        names = [f"shard-{number:06d}.tar" for number in range(5)]
+        for number, name in enumerate(names):
+            samples = []
+            for i in range(8 * number, 8 * number + 8):
+                latent = torch.randn(shape, generator=generator).half()
+                text = torch.randn(i % 4, text_width, generator=generator)
+                content = save({"mean": latent, "logvar": torch.zeros_like(latent), "text": text})
+                samples.append({"__key__": f"clip-{i:02d}", "safetensors": content})
+            folder.write(name, samples, [])
+        facts = {"latents_mean": [0.0] * shape[0], "latents_std": [1.0] * shape[0]}
+        facts |= {"latent_shape": list(shape), "text_width": text_width}
+        folder.finish(names, {"format": LATENT_FORMAT, **facts})
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shards(latents) -> Path:
+    return latents()
+
+
+def _measurement(name: str, prompts: int) -> dict:
+    path = {"SinkFrequency": "sinks", "MaskingRobustness": "masking"}[name]
+    options = {"prompts": prompts, "sigmas": [0.25, 0.75]} | ({"ratios": [0.5]} if path == "masking" else {})
+    return {"class_path": f"trainer.callbacks.{path}.{name}", "init_args": options}
+
+
+@pytest.fixture(scope="session")
+def write_recipe(whole_base, shards) -> Callable[..., Path]:
+    """(folder, measure) -> a recipe.yaml in `folder` that retrains blocks 1 and 2 of the tiny base."""
+
+    def write(folder: Path, *, measure: bool = True, epochs: int = EPOCHS, workers: int = 0, base=whole_base) -> Path:
+        recipe = {
+            "run": {"name": "tiny", "root": str(folder / "runs"), "save_every": 3, "wandb": False},
+            "seed_everything": 0,
+            "trainer": {
+                "accelerator": "cpu", "devices": 1, "precision": "32-true", "max_epochs": epochs,
+                "enable_model_summary": False,
+                "callbacks": [_measurement(n, 2) for n in ("SinkFrequency", "MaskingRobustness")] if measure else [],
+            },
+            "model": {
+                "class_path": "trainer.module.RetrainBlocks",
+                "init_args": {
+                    "base": str(base), "surgery": {"last": 2}, "ema_decay": 0.9, "caption_dropout": 0.3,
+                    "optim": {"lr": 0.003, "warmup_steps": 5},
+                },
+            },
+            "data": {
+                "class_path": "data.datamodule.LatentDataModule",
+                "init_args": {"shards": str(shards), "val_samples": 8, "batch_size": 4, "num_workers": workers},
+            },
+        }  # fmt: skip
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def reblock() -> Callable[..., subprocess.Popen]:
+    """(log, *arguments) -> the command, started in a process group of its own, its output in the file `log`."""
+
+    def start(log: Path, *arguments: str | Path) -> subprocess.Popen:
+        code = "from launch.main import main; main()"
+        root = Path(__file__).resolve().parents[2]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        with log.open("w") as out:
+            return subprocess.Popen(
+                [sys.executable, "-c", code, *map(str, arguments)],
+                cwd=log.parent, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    return start

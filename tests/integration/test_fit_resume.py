@@ -1,0 +1,94 @@
+"""`reblock fit` as a process: killed at any step and started again, it takes the steps it would have taken."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS, EPOCHS = 8, 3
+#: What differs from run to run though nothing is wrong.
+CLOCK = {"train/samples_per_s", "train/tokens_per_s"}
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if v and k not in CLOCK} for row in csv.DictReader(file)]
+
+
+def trained(run: Path) -> dict[str, dict[str, str]]:
+    """Step -> its row; every step once."""
+    rows = [row for row in rows_of(run) if "train/loss" in row]
+    found = {row["step"]: row for row in rows}
+    assert len(found) == len(rows), f"doubled: {[row['step'] for row in rows]}"
+    return found
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+
+
+def kill_past(process: subprocess.Popen, run: Path, step: int, log: Path) -> None:
+    """Kills the command and its loader workers as soon as `step` is in metrics.csv."""
+    deadline, pause = time.monotonic() + 120, threading.Event()
+    while not any(int(row["step"]) >= step for row in rows_of(run) if "train/loss" in row):
+        assert process.poll() is None, f"ended before step {step}: {log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"no step {step} in time: {log.read_text()[-3000:]}"
+        pause.wait(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, write_recipe, reblock) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    log = folder / "log"
+    finish(reblock(log, "fit", "--config", write_recipe(folder, workers=2)), log)
+    return folder / "runs" / "tiny"
+
+
+def test_a_whole_run_leaves_every_step_and_its_proofs(uninterrupted):
+    assert list(trained(uninterrupted)) == [str(step) for step in range(EPOCHS * STEPS)]
+    proof = json.loads((uninterrupted / "fingerprint.json").read_text())
+    assert proof["equal"] is True and proof["before"] == proof["after"] and len(proof["before"]) == 64
+    stages = {"base", *(f"epoch-{n:03d}" for n in range(EPOCHS + 1))}
+    for kind in ("sinks", "masking"):
+        assert {p.stem.split("-", 1)[1] for p in (uninterrupted / "measurements").glob(f"{kind}-*.npz")} == stages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_killed_at_random_steps_it_takes_the_same_steps(tmp_path, write_recipe, reblock, uninterrupted, seed):
+    """One run, killed in each epoch, each time going on from what the last one left."""
+    draw = random.Random(seed)
+    recipe, run, log = write_recipe(tmp_path, workers=2), tmp_path / "runs" / "tiny", tmp_path / "log"
+    for epoch in range(EPOCHS):
+        step = draw.randrange(epoch * STEPS, (epoch + 1) * STEPS - 1)
+        kill_past(reblock(log, "fit", "--config", recipe, "--run.resume", "true"), run, step, log)
+    finish(reblock(log, "fit", "--config", recipe, "--run.resume", "true"), log)
+    assert "resuming" in log.read_text()
+    same(run, uninterrupted)
+
+
+def same(run: Path, uninterrupted: Path) -> None:
+    expected, got = trained(uninterrupted), trained(run)
+    assert list(got) == list(expected)
+    assert [row["train/loss"] for row in got.values()] == [row["train/loss"] for row in expected.values()]
+
+    def others(folder: Path) -> list[list[tuple[str, str]]]:
+        """Validation and measurements: each once, with the same figures, in whatever order of rows."""
+        rows = [row for row in rows_of(folder) if "train/loss" not in row]
+        return sorted(sorted(row.items()) for row in rows)
+
+    assert others(run) == others(uninterrupted)
+    proof = json.loads((run / "fingerprint.json").read_text())
+    assert proof == json.loads((uninterrupted / "fingerprint.json").read_text())
