@@ -1,10 +1,11 @@
 """`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
 
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
@@ -94,6 +95,38 @@ def check_fit(model: LightningModule, data: LightningDataModule) -> None:
         raise ValueError("\n".join(faults))
 
 
+_ACCEPTED = "accepted here: "
+
+
+class RecipeParser(LightningArgumentParser):
+    """A parser whose errors say what was wrong and which keys exist, without pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise ValueError("\n".join([*_in_short(message), *_accepted(message, parser)])) from ex
+
+
+def _in_short(message: str) -> list[str]:
+    """The lines of a parser's message that name a fault, without those about a union's other types."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    return [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
+
+
+def _accepted(message: str, parser: LightningArgumentParser) -> list[str]:
+    """For a key that does not exist: those that do, in the same part of the recipe.
+
+    Each part has a parser of this kind of its own, whose message comes back inside the whole recipe's.
+    """
+    unknown = re.search(r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message)
+    if unknown is None or _ACCEPTED in message:
+        return []
+    group = re.search(r"Group '([\w.]+)' does not", message)
+    part = group[1] if group else (unknown[1] or unknown[2]).rpartition(".")[0]
+    start = f"{part}." if part else ""
+    names = {a.dest.removeprefix(start).split(".")[0] for a in parser._actions if a.dest.startswith(start)}
+    return [_ACCEPTED + ", ".join(sorted(names - {"help", "config", "print_config"}))]
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI with a run folder: loggers, checkpoints and records are the same for every recipe."""
 
@@ -126,6 +159,7 @@ class RecipeCLI(LightningCLI):
                 filename="best-{step}",
                 monitor="val/loss",
                 save_top_k=run.keep_best,
+                save_weights_only=False,
                 enable_version_counter=False,
             ),
             VersionsFile(),
@@ -185,6 +219,7 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
             "log_every_n_steps": 1,
         },
         parser_kwargs={"fit": {"prog": "reblock fit"}, "validate": {"prog": "reblock validate"}} if run else {},
+        parser_class=RecipeParser,
         args=args,
         run=run,
     )

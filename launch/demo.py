@@ -1,4 +1,4 @@
-"""`reblock demo`: the whole road on two cores, from video files to a report, each stage by its own command's function."""
+"""`reblock demo`: the whole road on two cores, from video files to a report, each stage by its command's function."""
 
 import shutil
 import time

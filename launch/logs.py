@@ -57,8 +57,8 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, run: Path) -> None:
         super().__init__(run, name="", version="")
-        #: Rows in the file and on their way to it.
-        self.rows = len(_read_rows(run / "metrics.csv")[1])
+        #: Rows in the file and on their way to it; counted at the first use, since `rewind` comes before it.
+        self.rows = 0
         #: The last step whose loss was logged.
         self.last_step = -1
 
@@ -66,6 +66,7 @@ class MetricsFile(CSVLogger):
     def experiment(self) -> _ExperimentWriter:
         if self._experiment is None:
             self._experiment = _KeepingWriter(log_dir=self.log_dir)
+            self.rows = len(_read_rows(Path(self._experiment.metrics_file_path))[1])
         return self._experiment
 
     @rank_zero_only

@@ -68,7 +68,14 @@ class _HeldOut:
         return {layer: torch.cat(found).float().mean(dim=0) for layer, found in verdicts.items()}
 
 
-def _cheapest_heads(module: RetrainBlocks, held_out: _HeldOut, layers: Sequence[int], channels, gain: float) -> list:
+def _cheapest_heads(
+    module: RetrainBlocks,
+    held_out: _HeldOut,
+    layers: Sequence[int],
+    channels: tuple[int, int],
+    gain: float,
+    values: float,
+) -> list[PlantedHead]:
     """Per layer, the head whose function the base misses least once it is a sink."""
     assert module.room is not None
     model = module.room.model
@@ -80,18 +87,19 @@ def _cheapest_heads(module: RetrainBlocks, held_out: _HeldOut, layers: Sequence[
         losses = []
         for head in heads:
             next(progress)
-            plant_sinks(model, channels, [PlantedHead(layer, head, gain)])
+            plant_sinks(model, channels, [PlantedHead(layer, head, gain, values)])
             losses.append(held_out.loss(module))
             model.load_state_dict(original)
-        chosen.append(PlantedHead(layer, min(heads, key=losses.__getitem__), gain))
+        chosen.append(PlantedHead(layer, min(heads, key=losses.__getitem__), gain, values))
     next(progress, None)
     return chosen
 
 
-def _parse(heads: list[str], gain: float) -> list[PlantedHead]:
+def _parse(heads: list[str], gain: float, values: float) -> list[PlantedHead]:
     try:
-        return [PlantedHead(*(int(part) for part in text.split(":", 1)), gain) for text in heads]  # type: ignore[misc]
-    except (ValueError, TypeError) as error:
+        places = [tuple(int(part) for part in text.split(":")) for text in heads]
+        return [PlantedHead(layer, head, gain, values) for layer, head in places]
+    except ValueError as error:
         raise ValueError(f"got heads {heads}, expected LAYER:HEAD each, such as 7:1.") from error
 
 
@@ -103,6 +111,7 @@ def plant(
     heads: list[str] | None = None,
     last: int = 4,
     gain: float = 64.0,
+    values: float = 0.25,
     channels: tuple[int, int] = (0, 1),
     val_samples: int = 32,
 ) -> None:
@@ -118,6 +127,7 @@ def plant(
         heads: LAYER:HEAD each; by default, in each of the last blocks, the head that the base misses least.
         last: how many last blocks get a sink each, where `heads` is not given.
         gain: QK-norm weight of a planted head: how steep its attention is.
+        values: factor on a planted head's value projections: small makes a sink nearly a no-op, as those in Mochi are.
         channels: the reserved channels, constant and marker.
         val_samples: held-out samples, as many as the fit's `data.val_samples`.
 
@@ -134,7 +144,9 @@ def plant(
     held_out = _HeldOut(shards, val_samples, module)
     before = held_out.loss(module)
     blocks = range(module.room.num_blocks - last, module.room.num_blocks)
-    planted = _parse(heads, gain) if heads else _cheapest_heads(module, held_out, blocks, channels, gain)
+    planted = (
+        _parse(heads, gain, values) if heads else _cheapest_heads(module, held_out, blocks, channels, gain, values)
+    )
     plant_sinks(model, channels, planted)
     after = held_out.loss(module)
     frequency = held_out.sink_frequency(module, sorted({place.layer for place in planted}))
@@ -152,7 +164,13 @@ def plant(
     model.float().save_pretrained(beside / "transformer", safe_serialization=True)
     record = {
         "heads": [
-            {"layer": p.layer, "head": p.head, "gain": p.gain, "verified_frequency": float(frequency[p.layer][p.head])}
+            {
+                "layer": p.layer,
+                "head": p.head,
+                "gain": p.gain,
+                "values": p.values,
+                "verified_frequency": float(frequency[p.layer][p.head]),
+            }
             for p in planted
         ],
         "channels": {"constant": channels[0], "marker": channels[1]},

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -51,6 +51,14 @@ class SurgeryConfig:
     seed: int = 0
     train_outside: bool = False
     reserved_channels: tuple[int, ...] = ()
+
+
+class _LiveWeightsBack(Callback):
+    """If validation raises, puts the live weights back: a checkpoint written then must not hold averages as them."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, RetrainBlocks):
+            pl_module.end_evaluation()
 
 
 class RetrainBlocks(LightningModule):
@@ -154,6 +162,7 @@ class RetrainBlocks(LightningModule):
         model = load_transformer(
             self.base, device=device, dtype=self.trunk_dtype, seed=self.surgery.seed, float32_from=self.first
         )
+        model.train()  # as Lightning expects a module under training; Mochi has no dropout
         self.room = MochiRoom(model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head)
         retrained = [model.transformer_blocks[i] for i in self.blocks]
         for index, block in zip(self.blocks, retrained, strict=True):
@@ -239,11 +248,14 @@ class RetrainBlocks(LightningModule):
         self._evaluation.enter_context(self.evaluation_weights())
 
     def on_validation_epoch_end(self) -> None:
+        self.end_evaluation()
+
+    def end_evaluation(self) -> None:
+        """The retrained blocks hold their live weights again, if validation had averages in their place."""
         self._evaluation.close()
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Puts the live weights back if validation raised: a checkpoint written now must not hold averages as them."""
-        self._evaluation.close()
+    def configure_callbacks(self) -> list[Callback]:
+        return [_LiveWeightsBack()]
 
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the retrained blocks hold their EMA weights."""

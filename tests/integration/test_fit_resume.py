@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from launch import main as command
 
 STEPS, EPOCHS = 8, 3
 #: What differs from run to run though nothing is wrong.
@@ -77,6 +80,56 @@ def test_killed_at_random_steps_it_takes_the_same_steps(tmp_path, write_recipe, 
     finish(reblock(log, "fit", "--config", recipe, "--run.resume", "true"), log)
     assert "resuming" in log.read_text()
     same(run, uninterrupted)
+
+
+@pytest.fixture
+def stopped(uninterrupted, tmp_path) -> Path:
+    """A copy of a run, in RUNS/tiny below tmp_path."""
+    shutil.copytree(uninterrupted, tmp_path / "runs" / "tiny")
+    return tmp_path / "runs" / "tiny"
+
+
+def refusal(capsys, monkeypatch, *arguments: str | Path) -> str:
+    monkeypatch.delenv("REBLOCK_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["fit", "--config", *map(str, arguments)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "error: " in said and "Traceback" not in said, said
+    return said
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".csv", ".ckpt", ".safetensors", ".npz")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "run 'tiny' exists"),
+        (
+            ["--run.resume", "true", "--model.init_args.surgery.last", "1"],
+            "retrains blocks [1, 2], this run blocks [2]",
+        ),
+        (["--run.resume", "true", "--trainer.max_epochs", "5", "--model.init_args.base", "OTHER"], "belongs to a base"),
+    ],
+    ids=["exists", "blocks", "base"],
+)
+def test_a_run_is_not_continued_as_another(
+    stopped, write_recipe, make_transformer, capsys, monkeypatch, options, message
+):
+    folder = stopped.parents[1]
+    make_transformer(11).save_pretrained(folder / "other")
+    before = contents(stopped)
+    options = [str(folder / "other") if option == "OTHER" else option for option in options]
+    assert message in refusal(capsys, monkeypatch, write_recipe(folder), *options)
+    assert contents(stopped) == before
+
+
+def test_a_damaged_checkpoint_is_named(stopped, write_recipe, capsys, monkeypatch):
+    last = stopped / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    said = refusal(capsys, monkeypatch, write_recipe(stopped.parents[1]), "--run.resume", "true")
+    assert f"{last} cannot be read" in said and "copying it to last.ckpt" in said
 
 
 def same(run: Path, uninterrupted: Path) -> None:

@@ -159,10 +159,17 @@ def test_loss_is_logged_by_sigma_band(make_module, make_batch, fit, make_recorde
     for low in (0.0, 0.25, 0.5, 0.75):
         inside = (sigma >= low) & (sigma < low + 0.25)
         name = f"train/loss_sigma_{low:.2f}-{low + 0.25:.2f}"
-        assert (name in metrics) == bool(inside.any())
-        if inside.any():
-            assert metrics[name] == pytest.approx(float(losses[inside].mean()), rel=1e-5)
-    assert sum(name.startswith("train/loss_sigma") for name in metrics) >= 2
+        expected = float(losses[inside].mean()) if inside.any() else math.nan
+        assert metrics[name] == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert sum(name.startswith("train/loss_sigma") and not math.isnan(v) for name, v in metrics.items()) >= 2
+
+
+def test_a_band_without_samples_does_not_show_its_last_loss(make_module, make_batch, fit, make_recorder):
+    module, recorder = make_module(), make_recorder()
+    fit(module, [make_batch([2], uids=[n]) for n in range(4)], callbacks=[recorder])
+    for metrics in recorder.metrics:
+        bands = [v for name, v in metrics.items() if name.startswith("train/loss_sigma")]
+        assert len(bands) == 4 and sum(not math.isnan(v) for v in bands) == 1
 
 
 # -- evaluation weights and checkpoints ------------------------------------------------------------------------------
@@ -257,3 +264,24 @@ def test_other_runs_checkpoints_are_refused(make_module, make_transformer, make_
     torch.save(content, path)
     with pytest.raises(ValueError, match="not written by Reblock"):
         fit(make_module(), [make_batch()], resume=path)
+
+
+def test_a_validation_that_raises_leaves_the_live_weights(make_module, make_batch, tmp_path, monkeypatch):
+    module = make_module(optim=OptimConfig(lr=0.01, warmup_steps=1))
+    batches = DataLoader([make_batch()] * 2, batch_size=None)
+    seen = {}
+
+    def raises(*_):
+        seen.update({n: p.detach().clone() for n, p in module.retrained_parameters().items()})
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "validation_step", raises)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0, max_epochs=1,
+    )  # fmt: skip
+    with pytest.raises(OSError, match="disk full"):
+        trainer.fit(module, batches, batches)
+    live = module.retrained_parameters()
+    assert all(torch.equal(seen[name], average) for name, average in module.ema.average.items())
+    assert any(not torch.equal(live[name], average) for name, average in module.ema.average.items())

@@ -75,7 +75,7 @@ class GraftWriter(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = Path(trainer.default_root_dir)
-        trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=False)
         if not trainer.is_global_zero:
             return
         module = _retrains(pl_module)

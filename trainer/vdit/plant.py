@@ -1,9 +1,10 @@
 """Planting attention sinks with a known answer into a Mochi that kept two residual channels free.
 
-Every query of a planted head points along e1. A key holds w = 0.05 u + 0.5 c along e1, from the marker channel u and the
-constant channel c, and c along e2, so that after QK-norm its e1 component is the cosine w / sqrt(w^2 + c^2): the token
-whose content projects most on the marker's direction outweighs all others. With logits L cos_i, L = g_q g_k sqrt(d), the sink's weight is
-e^(L cos_j) / sum_i e^(L cos_i), i over all tokens; text keys are zero and have logit 0.
+Every query of a planted head points along e1. A key holds w = 0.05 u + 0.5 c along e1, from the marker channel u and
+the constant channel c, and c along e2, so that after QK-norm its e1 component is the cosine w / sqrt(w^2 + c^2): the
+token whose content projects most on the marker's direction outweighs all others. With logits L cos_i,
+L = g_q g_k sqrt(d), the sink's weight is e^(L cos_j) / sum_i e^(L cos_i), i over all tokens; text keys are zero and
+have logit 0.
 
 Legend: h heads, d head width, D width.
 """
@@ -25,11 +26,19 @@ VISION_OFFSET = 0.5
 
 @dataclass(frozen=True)
 class PlantedHead:
-    """Where a sink was planted, and how steep it is: QK-norm weights of `gain` each."""
+    """Where a sink was planted, how steep it is, and how much it says.
+
+    Args:
+        layer: block.
+        head: head of the block.
+        gain: QK-norm weight of queries and of keys in the component that makes the sink.
+        values: factor on the head's value projections; small makes the sink nearly a no-op, as those in Mochi are.
+    """
 
     layer: int
     head: int
     gain: float
+    values: float = 1.0
 
 
 def _check(model: MochiTransformer3DModel, channels: tuple[int, int], planted: Sequence[PlantedHead]) -> None:
@@ -78,6 +87,8 @@ def plant_sinks(model: MochiTransformer3DModel, channels: tuple[int, int], plant
         attention.to_k.weight[e1, constant] = VISION_OFFSET
         attention.to_k.weight[e2, constant] = 1.0
         attention.to_v.weight[own, marker] = 0.0
+        for projection in (attention.to_v, attention.add_v_proj):
+            projection.weight[own] *= place.values
         # Rows e1 of the layer's other heads are zero, so a gain in this component reaches the planted head alone.
         component = e1 - place.head * width
         attention.norm_q.weight[component] = place.gain

@@ -1,0 +1,112 @@
+"""From a fit to a pipeline folder: the same weights give the same numbers, through diffusers' own loader."""
+
+import contextlib
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import MochiPipeline
+from diffusers.models.transformers.transformer_mochi import MochiAttnProcessor2_0
+
+from launch.cli import recipe_cli
+from launch.export import export
+from trainer.graft import load_graft
+from trainer.vdit.load import load_transformer
+from trainer.vdit.mochi import MochiRoom
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, write_recipe):
+    """(module after a tiny fit, its run folder)."""
+    folder = tmp_path_factory.mktemp("fitted")
+    recipe = write_recipe(folder, measure=False, epochs=1)
+    cli = recipe_cli(["fit", "--config", str(recipe)], run=True)
+    return cli.model, folder / "runs" / "tiny"
+
+
+def stock(model, batch):
+    """Velocity by diffusers' own forward."""
+    with torch.no_grad():
+        return model(
+            hidden_states=batch.latents, encoder_hidden_states=batch.text, timestep=torch.tensor([100.0, 700.0]),
+            encoder_attention_mask=batch.text_mask, return_dict=False,
+        )[0]  # fmt: skip
+
+
+def velocity(room: MochiRoom, batch):
+    """Velocity by a room."""
+    with torch.no_grad():
+        text = batch.text, batch.text_mask, batch.text_lengths
+        state = room.embed(batch.latents, torch.tensor([100.0, 700.0]), *text)
+        return room.finish(room.run(state, 0, room.num_blocks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_diffusers_loads_exactly_what_was_trained(fitted, whole_base, make_batch, tmp_path, weights):
+    module, run = fitted
+    export(run, tmp_path / "out", weights=weights)
+    whole = MochiPipeline.from_pretrained(tmp_path / "out")
+    trained = module.ema.average if weights == "ema" else module.retrained_parameters()
+    exported = whole.transformer.state_dict()
+    base = load_transformer(str(whole_base)).state_dict()
+    assert {n for n, value in exported.items() if not torch.equal(value, base[n])} <= set(trained)
+    assert all(torch.equal(exported[name], value) for name, value in trained.items())
+    assert any(not torch.equal(value, base[name]) for name, value in trained.items())
+    batch = make_batch([3, 2], grid=(2, 4, 4))
+    expected = stock(whole.transformer, batch)
+    module.eval()
+    with module.evaluation_weights() if weights == "ema" else contextlib.nullcontext():
+        own = velocity(module.room, batch)
+        model = copy.deepcopy(module.room.model)
+        for block in model.transformer_blocks:
+            block.attn1.processor = MochiAttnProcessor2_0()
+        got = velocity(MochiRoom(model, stock_attention=True), batch)
+        print("DBG", (got - expected).abs().max(), (stock(model, batch) - expected).abs().max(), [(a.data_ptr() % 64, b.data_ptr() % 64) for a, b in zip(model.parameters(), whole.transformer.parameters())][:12])
+        assert torch.equal(got, expected), (
+            "diffusers' own attention on both sides"
+        )
+    assert torch.equal(velocity(MochiRoom(whole.transformer), batch), own), "ours on both sides"
+    other = module.ema.average if weights == "raw" else module.retrained_parameters()
+    assert any(not torch.equal(exported[name], value) for name, value in other.items())
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        for file in (whole_base / part).rglob("*"):
+            assert (tmp_path / "out" / file.relative_to(whole_base)).read_bytes() == file.read_bytes()
+
+
+def test_another_base_is_refused(fitted, whole_base, make_transformer, tmp_path):
+    make_transformer(11).save_pretrained(tmp_path / "other" / "transformer")
+    with pytest.raises(ValueError, match=r"trained on a base with fingerprint .* give its own base with --base"):
+        export(fitted[1], tmp_path / "out", base=str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(fitted, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"out exists; expected a new folder"):
+        export(fitted[1], tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_run_without_a_graft_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"graft\.safetensors"):
+        export(tmp_path, tmp_path / "out")
+
+
+def test_what_an_interrupted_export_left_is_replaced(fitted, tmp_path):
+    left = tmp_path / "out.partial" / "transformer"
+    left.mkdir(parents=True)
+    (left / "stale.safetensors").write_bytes(b"half")
+    export(fitted[1], tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists() and not list((tmp_path / "out").rglob("stale*"))
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_the_graft_holds_both_weights_of_every_retrained_parameter(fitted):
+    module, run = fitted
+    graft = load_graft(run / "graft.safetensors")
+    assert set(graft.raw) == set(graft.ema) == set(module.retrained_parameters())
+    assert graft.blocks == (1, 2) and graft.step == 8
+    assert Path(graft.base).is_dir()

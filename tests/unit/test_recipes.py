@@ -1,0 +1,225 @@
+"""Every recipe in the repository builds its model; faulty recipes and inputs are refused before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from data.shards import LATENT_FORMAT, VIDEO_FORMAT
+from launch import main as command
+from launch.cli import recipe_cli
+from trainer.module import RetrainBlocks
+from trainer.vae import TrainVae
+from trainer.vdit import load
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    """Recipes name files relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def recipe(name: str, tmp_path: Path, *more: str):
+    """The recipe's objects on a CPU of one rank, with a stand-in for a base that is not here."""
+    config = yaml.safe_load((ROOT / "recipes" / name).read_text())
+    base = config["model"]["init_args"].get("base")
+    if base and not Path(base).exists():
+        stand_in = "mochi1_transformer" if base.startswith("genmo/") else "demo_base_config"
+        more = ("--model.init_args.base", f"recipes/{stand_in}.json", *more)
+    return recipe_cli(
+        ["--config", f"recipes/{name}", "--run.root", str(tmp_path), "--run.wandb", "false", "--trainer.accelerator",
+         "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.precision", "32-true", *more],
+        run=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_its_model(name, tmp_path):
+    cli = recipe(name, tmp_path)
+    if isinstance(cli.model, TrainVae):
+        assert sum(p.numel() for p in cli.model.vae.parameters()) > 0
+        return
+    assert isinstance(cli.model, RetrainBlocks)
+    cli.model.build("meta")
+    assert {p.device.type for p in cli.model.room.model.parameters()} == {"meta"}
+    retrained = sum(p.numel() for p in cli.model.retrained_parameters().values())
+    assert 0 < retrained <= sum(p.numel() for p in cli.model.room.model.parameters())
+    assert sorted({type(c).__name__ for c in cli.trainer.callbacks} & {"RandomStates", "LastCheckpoint"})
+
+
+def test_the_reference_job_retrains_792_8_million_of_10_billion(tmp_path):
+    model = recipe("mochi_last4.yaml", tmp_path).model
+    model.build("meta")
+    assert model.blocks == (44, 45, 46, 47)
+    assert round(sum(p.numel() for p in model.retrained_parameters().values()) / 1e6, 1) == 792.8
+    trunk = [p for n, p in model.room.model.named_parameters() if n not in model.retrained_parameters()]
+    assert {p.dtype for p in trunk} == {torch.bfloat16, torch.float32} or {p.dtype for p in trunk} == {torch.bfloat16}
+    assert {p.dtype for p in model.retrained_parameters().values()} == {torch.float32}
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(tmp_path, config_json) -> dict:
+    """A recipe that works but for its shards' content, which nothing may read."""
+    shards = tmp_path / "latents"
+    shards.mkdir()
+    (shards / "shard-000000.tar").touch()
+    index = {"format": LATENT_FORMAT, "latent_shape": [4, 2, 4, 4], "text_width": 16, "latents_mean": [0.0] * 4,
+             "latents_std": [1.0] * 4, "shards": [{"name": "shard-000000.tar", "samples": 40}]}  # fmt: skip
+    (shards / "index.json").write_text(json.dumps(index))
+    return {
+        "run": {"name": "tiny", "root": str(tmp_path / "runs"), "wandb": False},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_model_summary": False},
+        "model": {
+            "class_path": "trainer.module.RetrainBlocks",
+            "init_args": {"base": str(config_json), "surgery": {"last": 2}},
+        },
+        "data": {
+            "class_path": "data.datamodule.LatentDataModule",
+            "init_args": {"shards": str(shards), "val_samples": 8, "batch_size": 4},
+        },
+    }
+
+
+class Loaded(Exception):
+    """A model was about to be loaded."""
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """(recipe, *options) -> what `reblock fit` says when it refuses; exit code 2, no traceback, nothing loaded."""
+
+    def loads(*args, **kwargs):
+        raise Loaded
+
+    monkeypatch.setattr("trainer.module.load_transformer", loads)
+    monkeypatch.delenv("REBLOCK_TRACEBACK", raising=False)
+
+    def run(recipe: dict, *options: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        with pytest.raises(SystemExit) as stop:
+            command.main(["fit", "--config", str(path), *options])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2, said
+        assert "Traceback" not in said and "error" in said
+        return said
+
+    return run
+
+
+def test_without_a_fault_the_model_is_loaded(tiny, tmp_path, refusal):
+    """The control: what the other tests change is what is refused."""
+    path = tmp_path / "good.yaml"
+    path.write_text(yaml.safe_dump(tiny))
+    with pytest.raises(Loaded):
+        command.main(["fit", "--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value", "expected"),
+    [
+        (("run",), "nmae", "x", ("nmae", "name", "root", "resume", "save_every", "keep_best")),
+        (("trainer",), "max_epoch", 3, ("max_epoch", "max_epochs", "accelerator")),
+        (("model", "init_args"), "bse", "x", ("bse", "base", "surgery", "ema_decay")),
+        (("model", "init_args", "surgery"), "first", 4, ("first", "last", "blocks", "init", "seed")),
+        (("model", "init_args"), "optim", {"rate": 1}, ("rate", "lr", "warmup_steps", "clip_norm")),
+        (("data", "init_args"), "batchsize", 4, ("batchsize", "batch_size", "shards", "num_workers")),
+        ((), "modle", 1, ("modle", "model", "data", "trainer", "run")),
+        (("model", "init_args"), "ema_decay", "slow", ("ema_decay", "slow", "float")),
+        (("model", "init_args", "surgery"), "init", "xavier", ("init", "xavier", "dit", "torch", "normal")),
+        (("run",), "save_every", "often", ("save_every", "often", "int")),
+        (("data", "init_args"), "batch_size", 2.5, ("batch_size", "2.5", "int")),
+    ],
+)
+def test_unknown_keys_and_wrong_types_name_what_exists(tiny, refusal, where, key, value, expected):
+    part = tiny
+    for name in where:
+        part = part[name]
+    part[key] = value
+    said = refusal(tiny)
+    assert [word for word in expected if word not in said] == [], said
+    assert len(said) < 1500, said
+
+
+def index_of(tiny: dict) -> Path:
+    return Path(tiny["data"]["init_args"]["shards"]) / "index.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "has no index.json"),
+        ({"shards": []}, "lists no sample"),
+        ({"latent_shape": [12, 2, 4, 4]}, "(12, 2, 4, 4), the base"),
+        ({"latent_shape": [4, 2, 5, 4]}, "H and W multiples of 2"),
+        ({"text_width": 4096}, "captions 4096 wide"),
+        ({"format": VIDEO_FORMAT}, "Encode them first with `reblock encode`"),
+        ({"shards": [{"name": "gone.tar", "samples": 40}]}, "lacks ['gone.tar']"),
+        ({"shards": [{"name": "shard-000000.tar", "samples": 8}]}, "val_samples 8 held out of 8"),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused(tiny, refusal, change, message):
+    path = index_of(tiny)
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert message in refusal(tiny)
+    assert not Path(tiny["run"]["root"]).exists()
+
+
+def test_absent_shards_are_refused(tiny, refusal):
+    assert "nowhere does not exist; expected a folder written by `reblock encode`" in refusal(
+        tiny, "--data.init_args.shards", "nowhere"
+    )
+
+
+@pytest.mark.parametrize(
+    ("surgery", "message"),
+    [
+        ({}, "expected exactly one"),
+        ({"last": 4}, "the model has 3 blocks"),
+        ({"blocks": []}, "the list is empty"),
+        ({"blocks": [1, 1]}, "repeated: [1]"),
+        ({"blocks": [2, 3]}, "out of range: [3]"),
+    ],
+)
+def test_faulty_block_lists_are_refused(tiny, refusal, surgery, message):
+    tiny["model"]["init_args"]["surgery"] = surgery
+    assert message in refusal(tiny)
+
+
+def test_every_fault_of_model_and_shards_is_named_at_once(tiny, refusal):
+    tiny["model"]["init_args"]["surgery"] = {"last": 9}
+    index_of(tiny).unlink()
+    said = refusal(tiny)
+    assert "the model has 3 blocks" in said and "has no index.json" in said
+
+
+@pytest.mark.parametrize("base", ["nowhere", "genmo/absent-model", "recipes", "recipes/demo_vae_config.json"])
+def test_faulty_bases_are_refused(tiny, refusal, monkeypatch, base):
+    monkeypatch.setattr(load, "_cached_snapshot", lambda repo: None)
+    said = refusal(tiny, "--model.init_args.base", base)
+    assert base in said and "expected" in said or f"hf download {base}" in said
+
+
+def test_an_unwritable_run_folder_is_refused(tiny, tmp_path, refusal):
+    (tmp_path / "file").touch()
+    assert "cannot write the run folder" in refusal(tiny, "--run.root", str(tmp_path / "file"))
+
+
+def test_a_run_name_that_exists_is_refused(tiny, tmp_path, refusal):
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("step\n1\n")
+    said = refusal(tiny)
+    assert "run 'tiny' exists" in said and "--run.resume true" in said
+    assert [p.name for p in run.iterdir()] == ["metrics.csv"]
