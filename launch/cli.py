@@ -127,6 +127,16 @@ def _accepted(message: str, parser: LightningArgumentParser) -> list[str]:
     return [_ACCEPTED + ", ".join(sorted(names - {"help", "config", "print_config"}))]
 
 
+class SaveRecipe(SaveConfigCallback):
+    """Saves config.yaml once the checkpoint is accepted: a refused resume must not replace the run's recipe."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI with a run folder: loggers, checkpoints and records are the same for every recipe."""
 
@@ -208,7 +218,7 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        save_config_callback=SaveConfigCallback,
+        save_config_callback=SaveRecipe,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         auto_configure_optimizers=False,

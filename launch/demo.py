@@ -18,6 +18,8 @@ CAPTIONS = [
     "a green square moves up and left over a light brown background",
 ]
 MASK_RATIO = 0.5
+#: A model this small draws cleaner shapes with less guidance than the real one's 4.5.
+GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ def _stages(root: Path) -> list[Stage]:
     shipped, recipe, retrained = _RECIPES / "demo_base", _RECIPES / "demo.yaml", run / "pipeline"
 
     def draw() -> None:
-        sample(run / "samples", base=base, retrained=retrained, captions=CAPTIONS, mask_ratio=MASK_RATIO)
+        sample(
+            run / "samples", base=base, retrained=retrained, captions=CAPTIONS, mask_ratio=MASK_RATIO, guidance=GUIDANCE
+        )
 
     return [
         Stage("clips", f"reblock synth {clips} --clips {CLIPS}", lambda: synth(clips, clips=CLIPS)),

@@ -46,10 +46,16 @@ def velocity(room: MochiRoom, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_diffusers_loads_exactly_what_was_trained(fitted, whole_base, make_batch, tmp_path, weights):
-    module, run = fitted
+    module, run = copy.deepcopy(fitted[0]), fitted[1]
+    live = module.retrained_parameters()
     export(run, tmp_path / "out", weights=weights)
     whole = MochiPipeline.from_pretrained(tmp_path / "out")
-    trained = module.ema.average if weights == "ema" else module.retrained_parameters()
+    # torch's CPU kernels may add in another order for weights at other offsets, or that take no gradient.
+    module.room.model.requires_grad_(False)
+    whole.transformer.requires_grad_(False)
+    for p in (*whole.transformer.parameters(), *module.room.model.parameters()):
+        p.data = p.data.clone()
+    trained = module.ema.average if weights == "ema" else live
     exported = whole.transformer.state_dict()
     base = load_transformer(str(whole_base)).state_dict()
     assert {n for n, value in exported.items() if not torch.equal(value, base[n])} <= set(trained)
@@ -64,12 +70,9 @@ def test_diffusers_loads_exactly_what_was_trained(fitted, whole_base, make_batch
         for block in model.transformer_blocks:
             block.attn1.processor = MochiAttnProcessor2_0()
         got = velocity(MochiRoom(model, stock_attention=True), batch)
-        print("DBG", (got - expected).abs().max(), (stock(model, batch) - expected).abs().max(), [(a.data_ptr() % 64, b.data_ptr() % 64) for a, b in zip(model.parameters(), whole.transformer.parameters())][:12])
-        assert torch.equal(got, expected), (
-            "diffusers' own attention on both sides"
-        )
+        assert torch.equal(got, expected), "diffusers' own attention on both sides"
     assert torch.equal(velocity(MochiRoom(whole.transformer), batch), own), "ours on both sides"
-    other = module.ema.average if weights == "raw" else module.retrained_parameters()
+    other = module.ema.average if weights == "raw" else live
     assert any(not torch.equal(exported[name], value) for name, value in other.items())
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         for file in (whole_base / part).rglob("*"):

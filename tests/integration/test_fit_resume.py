@@ -99,7 +99,11 @@ def refusal(capsys, monkeypatch, *arguments: str | Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".csv", ".ckpt", ".safetensors", ".npz")}
+    return {
+        p.name: p.read_bytes()
+        for p in folder.rglob("*")
+        if p.suffix in (".csv", ".ckpt", ".safetensors", ".npz", ".yaml")
+    }
 
 
 @pytest.mark.parametrize(
