@@ -238,8 +238,4 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
 def run(argv: list[str]) -> None:
     """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Known, harmless, and repeated at every step or start: they would hide what matters.
-    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     recipe_cli(argv, run=True)

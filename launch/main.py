@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("launch.bench:bench", "the benchmarks"),
     "demo": ("launch.demo:demo", "the whole road on a tiny model, in minutes"),
 }
+
+#: Warnings of libraries that are known, harmless and repeated: they would hide what matters.
+KNOWN_WARNINGS = (
+    "In CPU autocast, but the target dtype is not supported",
+    "LightningCLI's args parameter is intended",
+    ".*treespec, LeafSpec.*",
+    ".*`torch_dtype` is deprecated",
+)
 
 #: Commands that read their own arguments (LightningCLI).
 RAW = ("fit", "validate")
@@ -68,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help", "--version"):
         return print(f"reblock {version('reblock')}" if command == "--version" else usage())
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     try:
         check_packages()
         if command not in COMMANDS:
