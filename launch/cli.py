@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
