@@ -80,10 +80,12 @@ def pipeline(
         model = MochiTransformer3DModel.from_config(json.loads(transformer_config.read_text()))
     else:
         model = _transformer(transformer_config, run, seed)
+    encoder = AutoencoderKLMochi.from_pretrained(vae, torch_dtype=torch.float32)
+    encoder.register_to_config(_name_or_path="")  # no path of this machine in what may be published
     tokenizer = caption_tokenizer(CAPTION_WORDS)
     whole = MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-        vae=AutoencoderKLMochi.from_pretrained(vae, torch_dtype=torch.float32),
+        vae=encoder,
         text_encoder=small_text_encoder(len(tokenizer), model.config.text_embed_dim, seed),
         tokenizer=tokenizer,
         transformer=model,
