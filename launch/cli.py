@@ -39,6 +39,17 @@ class RunConfig:
     keep_best: int = 2
     wandb: bool = True
 
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.name or self.name in (".", "..") or "/" in self.name:
+            faults.append(f"run.name {self.name!r}, expected the name of a folder inside run.root")
+        if self.save_every < 1:
+            faults.append(f"run.save_every {self.save_every}, expected at least 1 step")
+        if self.keep_best < -1:
+            faults.append(f"run.keep_best {self.keep_best}, expected a count, or -1 for every checkpoint")
+        if faults:
+            raise ValueError(f"got {'; '.join(faults)}. Mend it in the recipe or on the command line.")
+
     @property
     def folder(self) -> Path:
         """ROOT/NAME."""
@@ -116,6 +127,7 @@ def _accepted(message: str, parser: LightningArgumentParser) -> list[str]:
 
     Each part has a parser of this kind of its own, whose message comes back inside the whole recipe's.
     """
+    message = re.sub(r"unrecognized arguments: --([\w.]+)", r"option '\1' is not accepted", message)
     unknown = re.search(r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message)
     if unknown is None or _ACCEPTED in message:
         return []
@@ -187,19 +199,20 @@ class RecipeCLI(LightningCLI):
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
         check_fit(self.model, self.datamodule)
         prepare_folder(self.run_config)
-        self._resume_from: Path | None = None
-        position: dict[str, Any] = {"rows": 0, "row": {}}  # killed before its first checkpoint: it starts over
-        if self.run_config.resume and self.run_config.last.is_file():
-            self._resume_from = self.run_config.last
-            saved = CheckpointFiles().load_checkpoint(self._resume_from)
-            position = saved.get("metrics", position)
-            print(f"resuming {self.run_config.folder} after step {saved['global_step']}")
-        rewind(self.run_config.folder, position)
+        resumes = self.run_config.resume and self.run_config.last.is_file()
+        self._resume_from: Path | None = self.run_config.last if resumes else None
+        if not resumes:  # killed before its first checkpoint: it starts over
+            rewind(self.run_config.folder, {"rows": 0, "row": {}})
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
         check_fit(self.model, self.datamodule)
-        self._resume_from = self.run_config.last if self.run_config.last.is_file() else None
+        if not self.run_config.last.is_file():
+            raise ValueError(
+                f"{self.run_config.last} does not exist; expected the checkpoint of a run, whose blocks are measured. "
+                "Name a run that was fitted: --run.name, --run.root."
+            )
+        self._resume_from = self.run_config.last
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         found = super()._prepare_subcommand_kwargs(subcommand)

@@ -57,7 +57,7 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, run: Path) -> None:
         super().__init__(run, name="", version="")
-        #: Rows in the file and on their way to it; counted at the first use, since `rewind` comes before it.
+        #: Rows in the file and on their way to it; counted at the first use, and anew after `rewind`.
         self.rows = 0
         #: The last step whose loss was logged.
         self.last_step = -1
@@ -68,6 +68,11 @@ class MetricsFile(CSVLogger):
             self._experiment = _KeepingWriter(log_dir=self.log_dir)
             self.rows = len(_read_rows(Path(self._experiment.metrics_file_path))[1])
         return self._experiment
+
+    def reopen(self) -> None:
+        """Forgets what was read of the file, which `rewind` has replaced."""
+        self._experiment = None
+        assert self.experiment is not None  # read it now, so that `rows` is right before the next row is logged
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -94,6 +99,15 @@ class MetricsPosition(Callback):
             row = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("train/")}
             row |= {"epoch": trainer.current_epoch, "step": step}
         checkpoint["metrics"] = {"rows": file.rows, "row": row}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Comes after the module has accepted the checkpoint: a refused resume must not touch the file.
+        if trainer.state.fn == "fit" and trainer.is_global_zero:
+            print(f"resuming {trainer.default_root_dir} after step {checkpoint['global_step']}")
+            file = next((logger for logger in trainer.loggers if isinstance(logger, MetricsFile)), None)
+            if file is not None and "metrics" in checkpoint:
+                rewind(Path(trainer.default_root_dir), checkpoint["metrics"])
+                file.reopen()
 
 
 def rewind(run: Path, position: Mapping[str, Any]) -> None:
