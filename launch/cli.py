@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.datamodule import LatentDataModule
 from launch.logs import LastCheckpoint, MetricsPosition, loggers, rewind
@@ -250,4 +251,7 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
 def run(argv: list[str]) -> None:
     """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    recipe_cli(argv, run=True)
+    try:
+        recipe_cli(argv, run=True)
+    except MisconfigurationException as error:  # Lightning's word for a Trainer that cannot be built as asked
+        raise ValueError(str(error)) from error

@@ -123,6 +123,9 @@ def test_a_run_is_not_continued_as_another(
 ):
     folder = stopped.parents[1]
     make_transformer(11).save_pretrained(folder / "other")
+    table = stopped / "metrics.csv"
+    # A step after the last checkpoint: an accepted resume would drop it, a refused one must not.
+    table.write_text(table.read_text() + table.read_text().splitlines()[-1] + "\n")
     before = contents(stopped)
     options = [str(folder / "other") if option == "OTHER" else option for option in options]
     assert message in refusal(capsys, monkeypatch, write_recipe(folder), *options)

@@ -216,6 +216,21 @@ def test_an_unwritable_run_folder_is_refused(tiny, tmp_path, refusal):
     assert "cannot write the run folder" in refusal(tiny, "--run.root", str(tmp_path / "file"))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--run.save_every", "0", "expected at least 1 step"),
+        ("--run.keep_best", "-2", "expected a count"),
+        ("--run.name", "", "expected the name of a folder"),
+        ("--run.bogus", "1", "accepted here: keep_best, name, resume, root, save_every, wandb"),
+        ("--trainer.devices", "0", "devices"),
+    ],
+)
+def test_faulty_run_options_are_refused(tiny, tmp_path, refusal, option, value, expected):
+    assert expected in refusal(tiny, option, value)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_name_that_exists_is_refused(tiny, tmp_path, refusal):
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
