@@ -124,7 +124,8 @@ def plant(
         base: diffusers pipeline folder.
         out: folder to write; complete or absent.
         shards: latent shards; their last `val_samples` measure the loss before and after, and the sinks.
-        heads: LAYER:HEAD each, quoted, as in --heads '["6:3", "7:1"]'; by default, in each of the last blocks, the head that the base misses least.
+        heads: LAYER:HEAD each, quoted, as in --heads '["6:3", "7:1"]'; by default, in each of the last blocks, the head
+            that the base misses least.
         last: how many last blocks get a sink each, where `heads` is not given.
         gain: QK-norm weight of a planted head: how steep its attention is.
         values: factor on a planted head's value projections: small makes a sink nearly a no-op, as those in Mochi are.
