@@ -1,11 +1,22 @@
 """Files and intervals of the measurements."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from matplotlib.figure import Figure
 
-from trainer.callbacks.record import load_arrays, planted_heads, save_arrays, wilson_interval
+from trainer.callbacks.record import (
+    figure_path,
+    load_arrays,
+    log_figure,
+    planted_heads,
+    save_arrays,
+    save_figure,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +69,14 @@ def test_planted_heads_are_read_from_the_base(tmp_path):
     }
     (tmp_path / "planted.json").write_text(json.dumps(fields))
     assert planted_heads(str(tmp_path)) == {(5, 1), (7, 3)}
+
+
+def test_figures_reach_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    path = figure_path(tmp_path, "sinks", "epoch-001")
+    save_figure(path, Figure())
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
+    log_figure(SimpleNamespace(loggers=[CSVLogger(tmp_path), logger], global_step=3), "sinks", path)
+    logger.experiment.finish()
+    images = list(tmp_path.rglob("media/images/figures/sinks*.png"))
+    assert [image.read_bytes() for image in images] == [path.read_bytes()]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
 #: Two-sided 95 % quantile of the standard normal.
@@ -60,6 +61,13 @@ def save_figure(path: Path, figure: Figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, facecolor="white")
     _write(path, buffer.getvalue())
+
+
+def log_figure(trainer: Trainer, name: str, path: Path) -> None:
+    """Hands a saved figure to those loggers that take images (Weights & Biases); the others have the file."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
 
 
 def log_scalars(trainer: Trainer, scalars: Mapping[str, float]) -> None:
