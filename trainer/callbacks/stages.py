@@ -153,9 +153,9 @@ class ProbeCallback(Callback, ABC):
             return
         if arrays is not None:
             for name, figure in self.figures(module, arrays, stage).items():
-                path = record.figure_path(trainer.default_root_dir, name, stage)
-                record.save_figure(path, figure)
-                record.log_figure(trainer, name, path)
+                drawn = record.figure_path(trainer.default_root_dir, name, stage)
+                record.save_figure(drawn, figure)
+                record.log_figure(trainer, name, drawn)
             record.save_arrays(path, arrays)  # last: it is the sign that the stage is complete
         if tell:
             # After a resume the loggers may have lost this step with the work that was done twice.
