@@ -3,7 +3,7 @@
 Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D text width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +19,16 @@ class Sample:
         text: (length, D) caption embeddings without padding; length 0 for an empty caption.
         key: name of the sample inside its shard.
         uid: stable index of the sample in its data set; noise is keyed by it.
+        faults: damaged samples that it stands for.
+        counts: false for one that comes again, only so that all ranks evaluate equally many.
     """
 
     latent: Tensor
     text: Tensor
     key: str
     uid: int
+    faults: int = 0
+    counts: bool = True
 
 
 @dataclass
@@ -41,6 +45,8 @@ class Batch:
         text_lengths: valid tokens per sample, on the host.
         keys: sample names.
         uids: stable sample indices.
+        counts: per sample, whether it counts in an evaluation.
+        faults: damaged samples that were passed over for this batch.
     """
 
     latents: Tensor
@@ -49,6 +55,8 @@ class Batch:
     text_lengths: tuple[int, ...]
     keys: tuple[str, ...]
     uids: tuple[int, ...]
+    counts: tuple[bool, ...]
+    faults: int = 0
 
     def __len__(self) -> int:
         return self.latents.shape[0]
@@ -75,6 +83,8 @@ class Batch:
             text_lengths=lengths,
             keys=tuple(s.key for s in samples),
             uids=tuple(s.uid for s in samples),
+            counts=tuple(s.counts for s in samples),
+            faults=sum(s.faults for s in samples),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
@@ -97,12 +107,5 @@ class Batch:
             text_lengths=tuple(0 if gone else n for gone, n in zip(dropped, self.text_lengths, strict=True)),
         )
 
-    def _map(self, fn) -> "Batch":
-        return Batch(
-            latents=fn(self.latents),
-            text=fn(self.text),
-            text_mask=fn(self.text_mask),
-            text_lengths=self.text_lengths,
-            keys=self.keys,
-            uids=self.uids,
-        )
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, latents=fn(self.latents), text=fn(self.text), text_mask=fn(self.text_mask))

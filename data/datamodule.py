@@ -1,32 +1,83 @@
-"""The two data modules: latents for a transformer, clips for a VAE. How they resume: see `data.resume`."""
+"""The data modules over shards: latents for a transformer, clips for a VAE (`data.online` encodes in the step).
 
+How they are ordered, split and resumed: see `data.stream.resume`.
+"""
+
+from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.batch import Batch, Sample
-from data.resume import ShardDataModule
+from data.bucket import Bucket
 from data.shards import LATENT_FORMAT, VIDEO_FORMAT
-from data.stream import LatentDataset, VideoDataset, common_head
+from data.stream.clips import VideoDataset
+from data.stream.latents import LatentDataset, common_head
+from data.stream.places import Source
+from data.stream.resume import ShardDataModule
 
-__all__ = ["LatentDataModule", "ShardDataModule", "VideoDataModule"]
+__all__ = ["LatentDataModule", "LatentSource", "ShardDataModule", "VideoDataModule"]
 
 
-class LatentDataModule(ShardDataModule):
+class LatentSource(ShardDataModule):
+    """A data module whose batches are `data.batch.Batch`.
+
+    `check` sets `latent_shapes`, bucket name -> (C, F, H, W), and `text_width`.
+    """
+
+    latent_shapes: dict[str, tuple[int, int, int, int]]
+    text_width: int
+
+    @property
+    def probe_bucket(self) -> Bucket:
+        """The bucket that probes come from: that of most validation samples, of equals the largest."""
+        groups = [(len(group), Bucket.parse(group.name)) for group in self.val_split.groups]
+        return max(groups, key=lambda g: (g[0], g[1].frames * g[1].height * g[1].width, g[1]))[1]
+
+    def probe_samples(self, count: int) -> list[Sample]:
+        """The first `count` validation samples of `probe_bucket`: the same on every rank and in every epoch.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        name = self.probe_bucket.name
+        group = next(group for group in self.val_split.groups if group.name == name)
+        if not 1 <= count <= len(group):
+            raise ValueError(
+                f"got {count} probe samples, expected 1 to {len(group)}, the validation samples of bucket {name}; "
+                "lower the number of probes, or raise data.val_samples."
+            )
+        positions = [
+            p for start, size in zip(group.starts, group.sizes, strict=True) for p in range(start, start + size)
+        ]
+        return self.held_out_samples(positions[:count])
+
+    @abstractmethod
+    def held_out_samples(self, positions: Sequence[int]) -> list[Sample]:
+        """Validation samples by position."""
+
+
+class LatentDataModule(LatentSource):
     """Latents and captions for training a transformer; batches are `data.batch.Batch`.
 
     Args:
-        shards: folder (or folders) of latent shards.
-        val_shards: folder of validation latents; None takes the last `val_samples` of `shards`.
-        val_samples: held-out samples if there are no `val_shards`, else how many of them are used.
-        batch_size: training samples per rank and step.
+        shards: latent shards: folders, `.tar` files in them, wildcards, braces, or URLs of such.
+        val_shards: validation latents; None holds out the last samples of each bucket of `shards`.
+        val_samples: held-out samples if there are no `val_shards`, else how many of them are used; each bucket has its
+            share of them.
+        batch_size: training samples per rank and step; 16 if `global_batch_size` is not given either.
+        global_batch_size: training samples per step over all ranks, instead of `batch_size`: the sequence of global
+            batches is then the same on any number of ranks.
         val_batch_size: validation samples per rank and step.
         num_workers: loader processes.
+        prefetch_factor: batches that each of them holds ready.
         passes: how often a nominal epoch visits each training sample; visits of one sample have different uids.
         seed: of the order.
         sample_latents: draw latents from the VAE's posterior, keyed by uid, instead of taking its mean.
+        max_fault_share: share of samples that may be damaged; they are named in the run's `faults.jsonl`.
+        cache: local folder for what is read of remote shards; None keeps nothing.
+        cache_bytes: its bound.
     """
 
     format = LATENT_FORMAT
@@ -35,72 +86,67 @@ class LatentDataModule(ShardDataModule):
         self,
         *,
         shards: str | list[str],
-        val_shards: str | None = None,
+        val_shards: str | list[str] | None = None,
         val_samples: int = 16,
-        batch_size: int = 16,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         val_batch_size: int = 16,
         num_workers: int = 0,
+        prefetch_factor: int = 2,
         passes: int = 1,
         seed: int = 0,
         sample_latents: bool = False,
+        max_fault_share: float = 0.01,
+        cache: str | None = None,
+        cache_bytes: int = 64 << 30,
     ) -> None:
         super().__init__(
             shards=shards, val_shards=val_shards, val_samples=val_samples, batch_size=batch_size,
-            val_batch_size=val_batch_size, num_workers=num_workers, passes=passes, seed=seed,
+            global_batch_size=global_batch_size, default_batch_size=16, val_batch_size=val_batch_size,
+            num_workers=num_workers, prefetch_factor=prefetch_factor, passes=passes, seed=seed,
+            max_fault_share=max_fault_share, cache=cache, cache_bytes=cache_bytes,
         )  # fmt: skip
         self.sample_latents = sample_latents
-        self.latent_shape: tuple[int, int, int, int]
-        self.text_width: int
 
-    def check(self) -> list[dict[str, Any]]:
-        """Like `ShardDataModule.check`; sets `latent_shape` (C, F, H, W) and `text_width`.
-
-        Raises:
-            ValueError: also if folders differ in shape, width or normalisation.
-        """
-        indices = super().check()
-        head = common_head([*self.shards, *([self.val_shards] if self.val_shards else [])], indices)
-        channels, frames, height, width = head["latent_shape"]
-        self.latent_shape = (channels, frames, height, width)
+    def check_sources(self, sources: Sequence[Source]) -> None:
+        head = common_head(sources)
+        names = {entry["bucket"] for source in sources for entry in source.index["shards"]}
+        self.latent_shapes = {name: Bucket.parse(name).latent_shape(head["channels"]) for name in sorted(names)}
         self.text_width = head["text_width"]
-        return indices
 
-    def make_dataset(self, folders: Sequence[Path]) -> LatentDataset:
-        return LatentDataset(folders, sample_latents=self.sample_latents)
+    def make_dataset(self, sources: Sequence[Source]) -> LatentDataset:
+        return LatentDataset(
+            sources, sample_latents=self.sample_latents, store=self.store, max_fault_share=self.max_fault_share
+        )
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> Batch:
         return Batch.collate(samples)
 
-    def probe_samples(self, count: int) -> list[Sample]:
-        """The first `count` validation samples: the same on every rank and in every epoch.
-
-        Raises:
-            ValueError: if there are fewer.
-        """
-        if not 1 <= count <= len(self.val_split):
-            raise ValueError(
-                f"got {count} probe samples, expected 1 to {len(self.val_split)}, the validation samples; "
-                "lower the number of probes, or raise data.val_samples."
-            )
-        return [self.val_split[number] for number in range(count)]
+    def held_out_samples(self, positions: Sequence[int]) -> list[Sample]:
+        return self.val_split.__getitems__(list(positions))
 
 
 class VideoDataModule(ShardDataModule):
     """Clips for training a VAE: {"video": (B, 3, T, H, W) float32 in [-1, 1], "uid": (B,), "key": list of names}.
 
     Args:
-        shards: folder (or folders) of video shards.
-        val_shards: folder of validation clips; None takes the last `val_samples` of `shards`.
+        shards: video shards: folders, `.tar` files in them, wildcards, braces, or URLs of such.
+        val_shards: validation clips; None takes the last `val_samples` of `shards`.
         val_samples: held-out clips if there are no `val_shards`, else how many of them are used.
-        batch_size: clips per rank and step.
+        batch_size: clips per rank and step; 8 if `global_batch_size` is not given either.
+        global_batch_size: clips per step over all ranks, instead of `batch_size`.
         val_batch_size: validation clips per rank and step.
         num_workers: loader processes; each decodes.
+        prefetch_factor: batches that each of them holds ready.
         passes: how often a nominal epoch visits each clip.
         seed: of the order.
-        frames: first frames of each clip.
+        frames: first frames of each clip's window.
         height: clips of another size are scaled and cropped about the centre.
         width: likewise.
+        max_fault_share: share of clips that may be damaged; they are named in the run's `faults.jsonl`.
+        cache: local folder for what is read of remote shards; None keeps nothing.
+        cache_bytes: its bound.
     """
 
     format = VIDEO_FORMAT
@@ -109,30 +155,42 @@ class VideoDataModule(ShardDataModule):
         self,
         *,
         shards: str | list[str],
-        val_shards: str | None = None,
+        val_shards: str | list[str] | None = None,
         val_samples: int = 16,
-        batch_size: int = 8,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         val_batch_size: int = 8,
         num_workers: int = 0,
+        prefetch_factor: int = 2,
         passes: int = 1,
         seed: int = 0,
         frames: int = 19,
         height: int = 64,
         width: int = 64,
+        max_fault_share: float = 0.01,
+        cache: str | None = None,
+        cache_bytes: int = 64 << 30,
     ) -> None:
         super().__init__(
             shards=shards, val_shards=val_shards, val_samples=val_samples, batch_size=batch_size,
-            val_batch_size=val_batch_size, num_workers=num_workers, passes=passes, seed=seed,
+            global_batch_size=global_batch_size, default_batch_size=8, val_batch_size=val_batch_size,
+            num_workers=num_workers, prefetch_factor=prefetch_factor, passes=passes, seed=seed,
+            max_fault_share=max_fault_share, cache=cache, cache_bytes=cache_bytes,
         )  # fmt: skip
         self.frames, self.height, self.width = frames, height, width
 
-    def make_dataset(self, folders: Sequence[Path]) -> VideoDataset:
-        return VideoDataset(folders, frames=self.frames, height=self.height, width=self.width)
+    def make_dataset(self, sources: Sequence[Source]) -> VideoDataset:
+        return VideoDataset(
+            sources, frames=self.frames, height=self.height, width=self.width, store=self.store,
+            max_fault_share=self.max_fault_share,
+        )  # fmt: skip
 
     @staticmethod
     def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of clips."""
         return {
             "video": torch.stack([sample["video"] for sample in samples]),
             "uid": torch.tensor([sample["uid"] for sample in samples]),
             "key": [sample["key"] for sample in samples],
+            "faults": sum(sample["faults"] for sample in samples),
         }

@@ -1,14 +1,12 @@
-"""What video and latent shards have in common: tar archives, the record of each, the index of a folder, faults.
+"""What video and latent shards have in common: the archives, the record of each, the index of a folder.
 
-A folder of shards holds `shard-000000.tar`, ..., `records/shard-000000.json` (settings, counts, checksum and faults of
-each finished shard), `faults.jsonl` and, when all shards are there, `index.json`.
+A folder of shards holds `19x64x64-000000.tar`, ... (bucket and number), `records/19x64x64-000000.json` (settings,
+counts, checksum, faults, and where every sample lies), `faults.jsonl` and, when all shards are there, `index.json`.
+docs/data.md has the formats to the byte.
 """
 
 import hashlib
 import json
-import os
-import tarfile
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +14,17 @@ from typing import Any
 
 import webdataset
 
-VIDEO_FORMAT = "reblock-videos-1"
-LATENT_FORMAT = "reblock-latents-1"
+from data.bucket import Bucket
+from data.storage.archive import Member, Members, scan_tar
+from data.storage.files import beside, put_in_place, settings_hash, sha256, write_json, write_text
+from data.storage.store import Store, is_remote, join
+
+VIDEO_FORMAT = "reblock-videos-2"
+LATENT_FORMAT = "reblock-latents-2"
+_MADE_BY = {VIDEO_FORMAT: "`reblock pack`", LATENT_FORMAT: "`reblock encode`"}
+
+#: Of an entry of a latent shard that is drawn by `ShardFolder.write`: the digest of its caption.
+TEXT = "__text__"
 
 
 @dataclass(frozen=True)
@@ -26,127 +33,174 @@ class Fault:
 
     key: str
     reason: str
+    shard: str = ""
+
+    def line(self) -> str:
+        """As it stands in `faults.jsonl`."""
+        return json.dumps({"shard": self.shard, "key": self.key, "reason": self.reason}, ensure_ascii=False) + "\n"
 
 
-def beside(path: Path) -> Path:
-    """A hidden name next to `path`, of its own for every process on every machine."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes text beside `path` and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = beside(path)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside `path` and renames it."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """A short name for settings, to know that a finished shard was made with the same ones."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# -- archives --------------------------------------------------------------------------------------------------------
-
-
-def write_tar(path: Path, samples: Iterable[Mapping[str, bytes | str]]) -> dict[str, Any]:
-    """Writes samples ({"__key__": name, extension: bytes}) as a webdataset archive; equal samples give equal bytes.
-
-    Returns:
-        The shard's entry in the index: name, samples, bytes, sha256.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = beside(path)
-    count = 0
-    try:
-        with webdataset.TarWriter(str(part), encoder=False, mtime=0) as writer:
-            for sample in samples:
-                writer.write({k: v.encode() if isinstance(v, str) and k != "__key__" else v for k, v in sample.items()})
-                count += 1
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return {"name": path.name, "samples": count, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where a file lies inside an archive."""
-
-    offset: int
-    size: int
-
-
-def list_samples(path: Path) -> dict[str, dict[str, Member]]:
-    """Samples of an archive in its order: key -> extension -> place. Only headers are read.
-
-    Raises:
-        ValueError: if the archive is damaged or truncated.
-    """
-    samples: dict[str, dict[str, Member]] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
-                folder, _, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                samples.setdefault(key, {})[extension] = Member(info.offset_data, info.size)
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{path} is not a whole tar archive ({error}); make it again.") from error
-    return samples
-
-
-def read_member(path: Path, member: Member) -> bytes:
-    """The bytes of one file inside an archive."""
-    with path.open("rb") as file:
-        file.seek(member.offset)
-        return file.read(member.size)
-
-
-# -- folders ---------------------------------------------------------------------------------------------------------
-
-
-def read_index(folder: Path, expected: str | None = None) -> dict[str, Any]:
+def read_index(folder: str, store: Store, expected: str | None = None) -> dict[str, Any]:
     """The index of a folder of shards.
 
     Args:
-        folder: of the shards.
+        folder: path or URL.
+        store: that reads it.
         expected: its format, `VIDEO_FORMAT` or `LATENT_FORMAT`; None takes either.
 
     Raises:
-        ValueError: if there is none, it is of another format, or it lists no sample or an absent shard.
+        ValueError: if there is none, it is of another format, or it lists no sample.
+        StoreError: if a store does not answer.
     """
-    commands = {VIDEO_FORMAT: "`reblock pack`", LATENT_FORMAT: "`reblock encode`"}
-    made_by = commands.get(expected or "", " or ".join(commands.values()))
-    path = folder / "index.json"
-    if not path.is_file():
-        seen = "does not exist" if not folder.exists() else "has no index.json: no shards, or not all of them are made"
+    formats = [expected] if expected else list(_MADE_BY)
+    made_by = " or ".join(_MADE_BY[name] for name in formats)
+    location = join(folder, "index.json")
+    if not store.exists(location):
+        there = is_remote(folder) or Path(folder).exists()
+        seen = "has no index.json: no shards, or not all of them are made" if there else "does not exist"
         raise ValueError(f"{folder} {seen}; expected a folder written by {made_by}.")
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(store.read(location))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); make the shards again with {made_by}.") from error
+        raise ValueError(f"{location} is not JSON ({error}); make the shards again with {made_by}.") from error
     got = index.get("format") if isinstance(index, dict) else None
-    if got not in ([expected] if expected else list(commands)):
-        hint = " Encode them first with `reblock encode`." if got == VIDEO_FORMAT else ""
-        raise ValueError(f"{path} has format {got!r}, expected {expected or list(commands)}.{hint}")
+    if got not in formats:
+        hint = ""
+        if got == VIDEO_FORMAT:
+            hint = " Encode them first with `reblock encode`."
+        elif str(got).startswith("reblock-"):
+            hint = f" It was written by another version; make the shards again with {made_by}."
+        raise ValueError(f"{location} has format {got!r}, expected {' or '.join(map(repr, formats))}.{hint}")
     if not sum(shard["samples"] for shard in index["shards"]):
         raise ValueError(f"{folder} lists no sample, expected at least one; make it again with {made_by}.")
-    absent = [shard["name"] for shard in index["shards"] if not (folder / shard["name"]).is_file()]
-    if absent:
-        raise ValueError(f"{folder} lacks {absent[:3]} of its {len(index['shards'])} shards; copy or make them again.")
     return index
+
+
+def record_name(shard: str) -> str:
+    """Where the record of a shard lies in its folder."""
+    return f"records/{shard.removesuffix('.tar')}.json"
+
+
+def read_samples(folder: str, shard: str, store: Store) -> list[tuple[str, Members]]:
+    """Samples of a shard in its order, (key, extension -> place), from its record: no archive is touched.
+
+    Raises:
+        ValueError: if the record is damaged.
+        OSError: if it cannot be read.
+    """
+    location = join(folder, record_name(shard))
+    try:
+        listed = json.loads(store.read(location))["samples"]
+        return [(key, {name: Member(*place) for name, place in members.items()}) for key, members in listed]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{location} is damaged ({error}); make the shard again.") from error
+
+
+def read_member(shard: str, member: Member, store: Store) -> bytes:
+    """The bytes of one file inside an archive.
+
+    Raises:
+        ValueError: if the archive ends before.
+        OSError: if it cannot be read.
+    """
+    return store.read(shard, member.offset, member.size)
+
+
+def clip_extension(shard: str, members: Members) -> str:
+    """The extension of a sample's video: the member that is neither caption nor facts.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    extensions = [extension for extension in members if extension not in ("txt", "json")]
+    if len(extensions) != 1:
+        raise ValueError(f"{shard} has a sample with members {sorted(members)}, expected one video, txt and json")
+    return extensions[0]
+
+
+def read_clip(shard: str, members: Members, store: Store) -> bytes:
+    """The video file of a sample; errors as `read_member` and `clip_extension`."""
+    return read_member(shard, members[clip_extension(shard, members)], store)
+
+
+def read_json(shard: str, members: Members, store: Store) -> dict[str, Any]:
+    """The facts of a sample.
+
+    Raises:
+        ValueError: if it has none, or they are no JSON object.
+    """
+    try:
+        facts = json.loads(read_member(shard, members["json"], store))
+    except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shard} has a sample whose json is missing or damaged ({error})") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{shard} has a sample whose json is a {type(facts).__name__}, expected an object")
+    return facts
+
+
+def cut_samples(folder: str, index: Mapping[str, Any], store: Store) -> list[Fault]:
+    """Samples of a local folder that lie behind the end of a shard that is cut short or absent; sizes are compared.
+
+    Nothing is asked of a remote store: a request for every shard would take minutes. Its faults show as they are read.
+    """
+    faults: list[Fault] = []
+    if is_remote(folder):
+        return faults
+    for entry in index["shards"]:
+        shard = join(folder, entry["name"])
+        size = store.size(shard)
+        if size is not None and size >= entry["bytes"]:
+            continue
+        reason = "its shard is absent" if size is None else f"its shard has {size} of {entry['bytes']} bytes"
+        try:
+            listed = read_samples(folder, entry["name"], store)
+        except (ValueError, OSError) as error:
+            faults += [Fault(f"sample {n}", f"{reason}, its record: {error}", shard) for n in range(entry["samples"])]
+            continue
+        for key, members in listed:
+            if size is None or max(m.offset + m.size for m in members.values()) > size:
+                faults.append(Fault(key, reason, shard))
+    return faults
+
+
+def text_digest(caption: str) -> str:
+    """What a caption's embedding is called inside a shard."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:16]
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+Sample = Mapping[str, bytes | str]
+
+
+def write_tar(path: Path, samples: Iterable[Sample]) -> dict[str, str]:
+    """Writes samples ({"__key__": name, extension: bytes}) as a webdataset archive; equal samples give equal bytes.
+
+    Members of a sample are sorted by extension. The archive is written beside its place, forced to the disk, renamed.
+
+    Returns:
+        Key -> digest of its caption, of the samples that name one under `TEXT`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = beside(path)
+    texts: dict[str, str] = {}
+    try:
+        with webdataset.TarWriter(str(part), encoder=False, mtime=0) as writer:
+            for sample in samples:
+                if TEXT in sample:
+                    texts[str(sample["__key__"])] = str(sample[TEXT])
+                writer.write({k: _bytes(v) if k != "__key__" else v for k, v in sample.items() if k != TEXT})
+        put_in_place(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return texts
+
+
+def _bytes(value: bytes | str) -> bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
 class ShardFolder:
@@ -162,19 +216,20 @@ class ShardFolder:
         self.settings = json.loads(json.dumps(settings))
         self.hash = settings_hash(settings)
 
-    def _record(self, name: str) -> Path:
-        return self.folder / "records" / f"{Path(name).stem}.json"
-
     def finished(self, name: str) -> dict[str, Any] | None:
         """The record of a finished shard, None if it is still to be made.
 
         Raises:
             ValueError: if it was made with other settings.
         """
-        path = self._record(name)
+        path = self.folder / record_name(name)
+        # The record is written after the archive: where it is, the archive is whole.
         if not path.is_file() or not (self.folder / name).is_file():
             return None
-        record = json.loads(path.read_text())
+        try:
+            record = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return None  # damaged from outside: made again
         if record["hash"] != self.hash:
             changed = {
                 key: (record["settings"].get(key), self.settings.get(key))
@@ -187,31 +242,80 @@ class ShardFolder:
             )
         return record
 
-    def write(self, name: str, samples: Iterable[Mapping[str, bytes | str]], faults: list[Fault]) -> dict[str, Any]:
-        """Writes a shard and its record; `faults` may grow while `samples` is drawn from."""
-        entry = write_tar(self.folder / name, samples)
-        record = {"hash": self.hash, "settings": self.settings, "entry": entry, "faults": [asdict(f) for f in faults]}
-        write_json(self._record(name), record)
+    def write(self, name: str, bucket: Bucket, samples: Iterable[Sample], faults: list[Fault]) -> dict[str, Any]:
+        """Writes a shard and its record.
+
+        Args:
+            name: file name of the shard.
+            bucket: of all its samples.
+            samples: as for `write_tar`. Samples of latents name their caption's digest under `TEXT`; before the first
+                that does comes {"__key__": "text-DIGEST", "safetensors": ...}.
+            faults: may grow while `samples` is drawn from.
+        """
+        path = self.folder / name
+        texts = write_tar(path, samples)
+        listed = dict(scan_tar(path).samples)
+        shared = {digest: listed.pop(f"text-{digest}")["safetensors"] for digest in dict.fromkeys(texts.values())}
+        rows = [
+            (key, {e: (m.offset, m.size) for e, m in [*members.items(), *_text_of(key, texts, shared)]})
+            for key, members in listed.items()
+        ]
+        entry = {
+            "name": name,
+            "bucket": bucket.name,
+            "samples": len(rows),
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        }
+        named = [asdict(fault) for fault in faults]
+        record = {"hash": self.hash, "settings": self.settings, "entry": entry, "faults": named, "samples": rows}
+        write_json(self.folder / record_name(name), record, compact=True)
         return record
 
-    def finish(self, names: Sequence[str], head: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Writes `faults.jsonl` and `index.json` once every shard is finished; None before."""
-        records = [self.finished(name) for name in names]
-        if any(record is None for record in records):
-            return None
-        done = [record for record in records if record is not None]
-        faults = [fault for record in done for fault in record["faults"]]
-        write_text(self.folder / "faults.jsonl", "".join(json.dumps(f, ensure_ascii=False) + "\n" for f in faults))
-        shards = [record["entry"] for record in done if record["entry"]["samples"]]
+    def finish(
+        self, names: Sequence[str], head: Mapping[str, Any], faults: Sequence[Fault] = ()
+    ) -> dict[str, Any] | None:
+        """Writes `faults.jsonl` and `index.json` once every shard is finished; None before.
+
+        Args:
+            names: of all shards, in the order of the index.
+            head: what else the index says; `format` among it.
+            faults: of items that came to no shard; they stand before those of the shards.
+        """
+        entries, named = [], list(faults)
+        for name in names:
+            record = self.finished(name)
+            if record is None:
+                return None
+            named += [Fault(**fault) for fault in record["faults"]]
+            if record["entry"]["samples"]:
+                entries.append(record["entry"])
+        write_text(self.folder / "faults.jsonl", "".join(fault.line() for fault in named))
+        buckets: dict[str, dict[str, int]] = {}
+        for entry in entries:
+            counts = buckets.setdefault(entry["bucket"], {"samples": 0, "shards": 0})
+            counts["samples"] += entry["samples"]
+            counts["shards"] += 1
         index = {
             **head,
-            "samples": sum(shard["samples"] for shard in shards),
-            "bytes": sum(shard["bytes"] for shard in shards),
-            "faults": len(faults),
-            "shards": shards,
+            "settings": self.settings,
+            "buckets": buckets,
+            "samples": sum(entry["samples"] for entry in entries),
+            "bytes": sum(entry["bytes"] for entry in entries),
+            "faults": len(named),
+            "shards": entries,
         }
         write_json(self.folder / "index.json", index)
         return index
+
+
+def _text_of(key: str, texts: Mapping[str, str], shared: Mapping[str, Member]) -> list[tuple[str, Member]]:
+    return [("text", shared[texts[key]])] if key in texts else []
+
+
+def shard_name(bucket: Bucket, number: int) -> str:
+    """File name of a bucket's shard: brace notation works, `19x64x64-{000000..000041}.tar`."""
+    return f"{bucket.name}-{number:06d}.tar"
 
 
 def check_fault_share(faults: Sequence[Fault], total: int, limit: float, where: str) -> None:
@@ -221,7 +325,7 @@ def check_fault_share(faults: Sequence[Fault], total: int, limit: float, where: 
         ValueError: if faults are more than `limit` of `total`; names the first few.
     """
     if len(faults) > limit * total:
-        named = "; ".join(f"{fault.key}: {fault.reason}" for fault in faults[:3])
+        named = "; ".join(f"{fault.key}: {fault.reason.rstrip('.')}" for fault in faults[:3])
         raise ValueError(
             f"{len(faults)} of {total} items in {where} are faulty, more than max_fault_share {limit} allows. "
             f"First: {named}. Mend or remove them, or raise max_fault_share."

@@ -11,6 +11,9 @@ from pathlib import Path
 #: Name -> module with `run(options) -> list[Row]`, its columns, and what it measures in one line.
 BENCHES: dict[str, tuple[str, str]] = {
     "step": ("launch.bench_step", "time and memory of a training step: trunk / head against diffusers' own forward"),
+    "pack": ("launch.bench_pack", "files per second and peak memory of packing, against ffmpeg's own probing"),
+    "encode": ("launch.bench_encode", "clips per second of the encoding stage, against the bare model calls"),
+    "stream": ("launch.bench_stream", "samples per second of the stream, against plain webdataset and bare reading"),
     "full": ("launch.bench_full", "seconds per step and peak memory of a full-size model with random weights"),
 }
 
@@ -30,6 +33,10 @@ class Options:
     text_tokens: int
     steps: int
     last: int
+    clips: int
+    samples: int
+    workers: int
+    base: Path
 
 
 @dataclass(frozen=True)
@@ -54,20 +61,28 @@ def bench(
     text_tokens: int = 256,
     steps: int = 5,
     last: int = 4,
+    clips: int = 1000,
+    samples: int = 4000,
+    workers: int = 2,
+    base: Path = _RECIPES / "demo_base",
 ) -> None:
     """Runs one benchmark and prints its figures with versions and hardware.
 
     Args:
-        name: `step` or `full`.
+        name: `step`, `pack`, `encode`, `stream` or `full`.
         device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: step: timed steps of each variant, interleaved.
+        repeats: step, encode, stream: timed rounds of each variant, interleaved.
         config_json: full: the transformer's config; weights are random.
-        frames: full: clip lengths, each 6k + 1.
-        height: full: of the clips, in pixels, a multiple of 16.
-        width: full: of the clips, in pixels, a multiple of 16.
+        frames: full: clip lengths, each 6k + 1; encode on a GPU: the first of them.
+        height: full, and encode on a GPU: of the clips, in pixels, a multiple of 16.
+        width: likewise.
         text_tokens: full: caption length.
         steps: full: training steps at each clip length.
         last: full: blocks retrained, from the end.
+        clips: pack, encode: clips that are made and measured on.
+        samples: stream: latents that are made and read.
+        workers: pack, stream: processes.
+        base: encode: pipeline folder whose encoders run.
 
     Raises:
         ValueError: if there is no such benchmark, or a size that Mochi cannot take.
@@ -81,7 +96,7 @@ def bench(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(
         device=device, repeats=repeats, config_json=Path(config_json), frames=tuple(frames), height=height, width=width,
-        text_tokens=text_tokens, steps=steps, last=last,
+        text_tokens=text_tokens, steps=steps, last=last, clips=clips, samples=samples, workers=workers, base=Path(base),
     )  # fmt: skip
     show(importlib.import_module(BENCHES[name][0]).run(options), device)
 

@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from data.datamodule import LatentDataModule
+from data.datamodule import LatentSource
 from launch.logs import LastCheckpoint, MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
+from trainer.callbacks.damage import Damage
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
 from trainer.checkpoint import CheckpointFiles
@@ -97,9 +98,10 @@ def check_fit(model: LightningModule, data: LightningDataModule) -> None:
             getattr(part, "check", lambda: None)()
         except ValueError as error:
             faults.append(str(error))
-    if not faults and isinstance(model, RetrainBlocks) and isinstance(data, LatentDataModule):
+    if not faults and isinstance(model, RetrainBlocks) and isinstance(data, LatentSource):
         try:
-            model.check_data(data.latent_shape, data.text_width)
+            for shape in data.latent_shapes.values():
+                model.check_data(shape, data.text_width)
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -119,7 +121,7 @@ class RecipeParser(LightningArgumentParser):
 
 def _in_short(message: str) -> list[str]:
     """The lines of a parser's message that name a fault, without those about a union's other types."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value type")
     return [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
 
 
@@ -173,7 +175,7 @@ class RecipeCLI(LightningCLI):
         callbacks: list[Callback] = [
             *(self._get(self.config_init, "trainer").get("callbacks") or []),
             RandomStates(),
-            *([FrozenGuard(), Speed(), GraftWriter()] if retrains else []),
+            *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
             MetricsPosition(),
             LastCheckpoint(run.last, run.save_every),
             ModelCheckpoint(

@@ -42,9 +42,9 @@ def _fit(recipe: Path, run: Path, base: Path, latents: Path) -> None:
 
 
 def _stages(root: Path) -> list[Stage]:
-    from data.encode import encode
-    from data.pack import pack
-    from data.synth import synth
+    from data.encode.encode import encode
+    from data.pack.pack import pack
+    from data.synth.synth import synth
     from launch.export import export
     from launch.plant import plant
     from launch.report import report
@@ -61,11 +61,15 @@ def _stages(root: Path) -> list[Stage]:
 
     return [
         Stage("clips", f"reblock synth {clips} --clips {CLIPS}", lambda: synth(clips, clips=CLIPS)),
-        Stage("video shards", f"reblock pack {clips} {shards}", lambda: pack(clips, shards)),
+        Stage(
+            "video shards",
+            f"reblock pack {clips} {shards} --shard_samples 64",
+            lambda: pack(str(clips), shards, shard_samples=64),
+        ),
         Stage(
             "latent shards",
             f"reblock encode {shards} {latents} --base {shipped}",
-            lambda: encode(shards, latents, base=shipped),
+            lambda: encode(str(shards), latents, base=shipped),
         ),
         Stage(
             "base with planted sinks",

@@ -96,7 +96,7 @@ class MetricsPosition(Callback):
         file.save()
         step, row = trainer.global_step - 1, {}
         if file.last_step < step:
-            row = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("train/")}
+            row = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith(("train/", "data/"))}
             row |= {"epoch": trainer.current_epoch, "step": step}
         checkpoint["metrics"] = {"rows": file.rows, "row": row}
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 #: Command -> where its function is, and what it does in one line. Modules are imported only when asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "synth": ("data.synth:synth", "make procedural captioned clips, real H.264 files"),
-    "pack": ("data.pack:pack", "folder of clips and captions -> video shards"),
-    "encode": ("data.encode:encode", "video shards -> latent shards"),
-    "inspect": ("data.inspect:inspect", "counts, shapes, durations and faults of shards"),
+    "synth": ("data.synth.synth:synth", "make procedural captioned clips, real H.264 files"),
+    "pack": ("data.pack.pack:pack", "folder of clips and captions -> video shards"),
+    "encode": ("data.encode.encode:encode", "video shards -> latent shards"),
+    "inspect": ("data.inspect.inspect:inspect", "counts, shapes, durations and faults of shards"),
     "plant": ("launch.plant:plant", "a base with attention sinks planted in its last blocks"),
     "pipeline": ("launch.pipeline:pipeline", "assemble a diffusers pipeline folder from trained parts"),
     "fit": ("launch.cli:run", "retrain the chosen blocks as a recipe says"),
@@ -53,7 +53,10 @@ def check_packages() -> None:
 
 
 def call(command: str, function: Callable, argv: list[str]) -> None:
-    """Calls `function` with its arguments read from `argv`: positional ones as they stand, keyword-only as options."""
+    """Calls `function` with its arguments read from `argv`: positional ones as they stand, keyword-only as options.
+
+    `--config FILE` reads options from YAML; what stands behind it on the command line wins.
+    """
     from jsonargparse import ArgumentParser
 
     parameters = inspect.signature(function).parameters.values()
@@ -61,9 +64,12 @@ def call(command: str, function: Callable, argv: list[str]) -> None:
     names: set[str | int] = {p.name for p in parameters}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is p.empty}
     parser = ArgumentParser(prog=f"reblock {command}", description=(inspect.getdoc(function) or "").split("\n\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=names - positional)
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positional)
-    function(**parser.instantiate_classes(parser.parse_args(argv)))
+    given = parser.instantiate_classes(parser.parse_args(argv))
+    given.pop("config")
+    function(**given)
 
 
 def usage() -> str:

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from data.synth import CAPTION_WORDS
+from data.synth.synth import CAPTION_WORDS
 from trainer.graft import apply_graft, load_graft
 from trainer.vdit.scratch import fresh_frequencies
 

@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, Sample
 from data.datamodule import LatentDataModule
 from trainer.attention import sink_statistics, sink_verdict
 from trainer.callbacks.guard import write_json
@@ -31,15 +31,17 @@ def _open(base: Path) -> RetrainBlocks:
 
 
 class _HeldOut:
-    """The held-out samples as one batch per caption length, with the noise that validation gives them."""
+    """The held-out samples as one batch per size and caption length, with the noise that validation gives them."""
 
     def __init__(self, shards: Path, samples: int, module: RetrainBlocks) -> None:
         data = LatentDataModule(shards=str(shards), val_samples=samples)
         data.check()
-        module.check_data(data.latent_shape, data.text_width)
-        found = data.probe_samples(samples)
-        lengths = sorted({len(sample.text) for sample in found})
-        self.batches = [Batch.collate([s for s in found if len(s.text) == length]) for length in lengths]
+        for shape in data.latent_shapes.values():
+            module.check_data(shape, data.text_width)
+        alike: dict[tuple[int, ...], list[Sample]] = {}
+        for sample in data.held_out_samples(range(len(data.val_split))):
+            alike.setdefault((*sample.latent.shape, len(sample.text)), []).append(sample)
+        self.batches = [Batch.collate(alike[kind]) for kind in sorted(alike)]
         self.samples = samples
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from data.video import decode_video, write_video
+from data.clips.video import decode_video, write_video
 from launch.paint import Painter, Settings, bottom_masked, likeness
 from launch.sheet import draw_sheet
 from trainer.vdit.layout import AttentionFunction

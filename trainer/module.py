@@ -235,12 +235,15 @@ class RetrainBlocks(LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        rows = len(batch)
+        # Samples that come again only to give all ranks as many do not count.
+        counts = torch.tensor(batch.counts, device=batch.latents.device)
+        rows = sum(batch.counts)
         shape = batch.latents.shape[1:]
         noise = self.flow.noise(0, batch.uids, shape).to(batch.latents.device)
         for value in self.val_sigmas:
-            sigma = torch.full((rows,), value, device=noise.device)
-            loss = self.losses(batch, noise, sigma).mean()
+            sigma = torch.full((len(batch),), value, device=noise.device)
+            losses = self.losses(batch, noise, sigma)
+            loss = losses[counts].mean() if rows else torch.zeros_like(losses[0])
             self.log(f"val/loss_sigma_{value:.3f}", loss, batch_size=rows, sync_dist=True)
             self.log("val/loss", loss, prog_bar=True, batch_size=rows, sync_dist=True)
 

@@ -68,7 +68,7 @@ def test_fit_in_bf16_mixed_with_fused_adamw(make_module, make_batch, tmp_path):
     module = make_module(build=False, trunk_dtype="bfloat16", checkpoint_head=True)
     losses = []
     step_of = module.training_step
-    module.training_step = lambda batch, index: (losses.append(step_of(batch, index)), losses[-1])[1]
+    module.training_step = lambda batch, batch_idx: (losses.append(step_of(batch, batch_idx)), losses[-1])[1]
     trainer = Trainer(
         accelerator="gpu", devices=1, precision="bf16-mixed", max_steps=25, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,

@@ -11,14 +11,13 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLMochi
-from safetensors.torch import save
 
-from data.shards import LATENT_FORMAT, ShardFolder
 from launch.pipeline import pipeline
+from tests.latents import write_latents
 
 #: 40 samples, 8 held out, batches of 4: 8 steps an epoch.
 STEPS, EPOCHS = 8, 3
-SHAPE, TEXT_WIDTH = (4, 2, 4, 4), 16
+BUCKET, TEXT_WIDTH = "7x32x32", 16
 VAE = {
     "latent_channels": 4, "encoder_block_out_channels": [32] * 4, "decoder_block_out_channels": [32] * 4,
     "layers_per_block": [1, 1, 1, 1, 1], "add_attention_block": [False] * 5, "temporal_expansions": [1, 2, 3],
@@ -41,24 +40,16 @@ def whole_base(tmp_path_factory, make_transformer) -> Path:
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory) -> Callable[..., Path]:
-    """(shape, text_width) -> a folder of latent shards of 40 samples."""
+    """(bucket, text_width, channels) -> a folder of latent shards of 40 samples."""
 
-    def write(shape=SHAPE, text_width=TEXT_WIDTH) -> Path:
+    def write(bucket=BUCKET, text_width=TEXT_WIDTH, channels=4) -> Path:
         path = tmp_path_factory.mktemp("latents")
-        folder = ShardFolder(path, {})
         generator = torch.Generator().manual_seed(0)
-        names = [f"shard-{number:06d}.tar" for number in range(5)]
-        for number, name in enumerate(names):
-            samples = []
-            for i in range(8 * number, 8 * number + 8):
-                latent = torch.randn(shape, generator=generator).half()
-                text = torch.randn(i % 4, text_width, generator=generator)
-                content = save({"mean": latent, "logvar": torch.zeros_like(latent), "text": text})
-                samples.append({"__key__": f"clip-{i:02d}", "safetensors": content})
-            folder.write(name, samples, [])
-        facts = {"latents_mean": [0.0] * shape[0], "latents_std": [1.0] * shape[0]}
-        facts |= {"latent_shape": list(shape), "text_width": text_width}
-        folder.finish(names, {"format": LATENT_FORMAT, **facts})
+        write_latents(
+            path, [(bucket, 8)] * 5, channels=channels, width=text_width,
+            latent=lambda i, shape: torch.randn(shape, generator=generator),
+            text=lambda i: torch.randn(i % 4, text_width, generator=generator),
+        )  # fmt: skip
         return path
 
     return write

@@ -1,154 +1,263 @@
-"""From clips on disk to normalised latents, through the classes that the real base has."""
+"""From video shards to latent shards, through the classes that the real base has."""
 
 import json
+import os
+import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 from diffusers import AutoencoderKLMochi, MochiPipeline
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from safetensors.torch import load as load_safetensors
+from transformers import T5EncoderModel, T5Tokenizer
 
-from data.base import check_size, read_base
-from data.datamodule import LatentDataModule
-from data.encode import encode
-from data.inspect import inspect
-from data.pack import pack
-from data.shards import list_samples, read_member
-from data.stream import LatentDataset
-from data.synth import CAPTION_WORDS, synth
-from data.video import decode_video
+from data.bucket import Bucket
+from data.clips.video import decode_video, write_video
+from data.encode.base import read_base
+from data.encode.encode import encode
+from data.shards import read_json, read_member, read_samples, text_digest
+from data.storage.store import Store
+from data.synth.draw import render
+from data.synth.scenes import choose_scene
+from launch.bench import Options
+from launch.bench_encode import BARE, STAGE, run
+from tests.clipshards import TEXT_WIDTH, write_encoders, write_video_shards
+from tests.webstore import WebStore
 
-FRAMES, SIDE, WIDTH = 7, 32, 16
-SIZE = {"frames": FRAMES, "height": SIDE, "width": SIDE}
+WIDE, TALL = Bucket(7, 32, 48), Bucket(7, 32, 32)
+STORE = Store()
+WINDOWS = {WIDE: [0, 2, 4, 6, 8, 10, 12], TALL: [3, 4, 5, 6, 7, 8, 9]}
+FIRST, SECOND, THIRD = "7x32x32-000000.tar", "7x32x32-000001.tar", "7x32x48-000000.tar"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A pipeline folder with tiny encoders of the real classes."""
-    folder = tmp_path_factory.mktemp("base")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKLMochi(
-            encoder_block_out_channels=(32, 32, 32, 32),
-            decoder_block_out_channels=(32, 32, 32, 32),
-            layers_per_block=(1, 1, 1, 1, 1),
-            add_attention_block=(False,) * 5,
-        )
-        vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-        vocabulary += [(f"▁{word}", -2.0) for word in CAPTION_WORDS] + [(letter, -6.0) for letter in "abcdefgh,"]
-        config = T5Config(vocab_size=len(vocabulary), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-        T5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    vae.save_pretrained(folder / "vae")
-    T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=64).save_pretrained(folder / "tokenizer")
-    return folder
+    return write_encoders(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    synth(folder, clips=5, frames=FRAMES, size=SIDE)
-    (folder / "clip-000003.txt").write_text("\n")
-    return folder
+    """(key, mp4, caption) of seven clips; two of one caption, one of none."""
+    folder, found = tmp_path_factory.mktemp("clips"), []
+    for number in range(7):
+        scene = choose_scene(0, number)
+        write_video(folder / "clip.mp4", render(scene, size=32, frames=13), 12)
+        caption = {2: choose_scene(0, 0).caption, 3: ""}.get(number, scene.caption)
+        found.append((f"clip-{number}", (folder / "clip.mp4").read_bytes(), caption.encode()))
+    return found
+
+
+def lay_out(clips):
+    """Five clips of one bucket in two shards, two of another."""
+    buckets = {TALL: clips[:5], WIDE: clips[5:]}
+    return {bucket: [(*clip, WINDOWS[bucket]) for clip in rows] for bucket, rows in buckets.items()}
 
 
 @pytest.fixture(scope="module")
 def shards(clips, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("video")
-    pack(clips, folder, frames=FRAMES, samples_per_shard=3)
-    return folder
+    return write_video_shards(tmp_path_factory.mktemp("video"), lay_out(clips), per_shard=3)
 
 
 @pytest.fixture(scope="module")
 def latents(shards, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
-    encode(shards, folder, base=base, **SIZE, batch_size=2)
+    encode(str(shards), folder, base=base, batch_size=2)
     return folder
 
 
-def test_latents_are_what_the_vae_gives_normalised_with_its_own_statistics(latents, clips, base):
+def read_all(folder):
+    """key -> (tensors, text, facts), through the records alone."""
+    found = {}
+    for entry in json.loads((folder / "index.json").read_text())["shards"]:
+        shard = str(folder / entry["name"])
+        for key, members in read_samples(str(folder), entry["name"], STORE):
+            tensors = load_safetensors(read_member(shard, members["safetensors"], STORE))
+            text = load_safetensors(read_member(shard, members["text"], STORE))["text"]
+            found[key] = (tensors, text, read_json(shard, members, STORE))
+    return found
+
+
+def files(folder):
+    """Every file of a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def faults_of(folder):
+    return [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
+
+
+def test_latents_are_what_the_vae_gives_for_the_window_of_each_clip(latents, clips, base):
     vae = AutoencoderKLMochi.from_pretrained(base / "vae")
-    mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
-    dataset = LatentDataset([latents])
-    assert dataset.latent_shape == (12, 2, 4, 4) and len(dataset) == 5
-    for sample in (dataset[i] for i in range(5)):
-        video = torch.from_numpy(decode_video(clips / f"{sample.key}.mp4")).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    found = read_all(latents)
+    assert list(found) == [key for key, *_ in clips]
+    for key, clip, _ in clips:
+        bucket = TALL if int(key[-1]) < 5 else WIDE
+        video = torch.from_numpy(decode_video(clip, WINDOWS[bucket], bucket.height, bucket.width))
         with torch.no_grad():
-            raw = vae.encode(video).latent_dist.mean[0]
-        torch.testing.assert_close(sample.latent, (raw - mean) / std, atol=2e-3, rtol=2e-3)  # kept in float16
+            posterior = vae.encode(video.permute(3, 0, 1, 2)[None] / 127.5 - 1).latent_dist
+        tensors, _, facts = found[key]
+        assert tensors["mean"].dtype == torch.float16 and tuple(tensors["mean"].shape) == bucket.latent_shape(12)
+        torch.testing.assert_close(tensors["mean"].float(), posterior.mean[0], atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(tensors["logvar"].float(), posterior.logvar[0], atol=2e-3, rtol=2e-3)
+        assert facts["indices"] == WINDOWS[bucket]
 
 
 def test_text_is_what_the_pipeline_gives_on_its_valid_tokens(latents, clips, base):
     encoder = T5EncoderModel.from_pretrained(base / "text_encoder")
     tokenizer = T5Tokenizer.from_pretrained(base / "tokenizer")
     pipeline = MochiPipeline(scheduler=None, vae=None, text_encoder=encoder, tokenizer=tokenizer, transformer=None)
-    dataset = LatentDataset([latents])
-    for sample in (dataset[i] for i in range(5)):
-        caption = (clips / f"{sample.key}.txt").read_text().strip()
+    found = read_all(latents)
+    for key, _, caption in clips:
+        text = found[key][1]
         if not caption:
-            assert sample.text.shape == (0, WIDTH)
+            assert text.shape == (0, TEXT_WIDTH)
             continue
         with torch.no_grad():
-            embeds, mask = pipeline._get_t5_prompt_embeds(caption, max_sequence_length=64, device="cpu")
-        torch.testing.assert_close(sample.text, embeds[0][mask[0]], atol=1e-5, rtol=1e-5)
-        assert len(sample.text) > len(caption.split())  # words and the end
+            embeds, mask = pipeline._get_t5_prompt_embeds(caption.decode(), max_sequence_length=64, device="cpu")
+        torch.testing.assert_close(text, embeds[0][mask[0]], atol=1e-5, rtol=1e-5)
+        assert len(text) > len(caption.split())  # words and the end
 
 
-def test_members_and_index(latents, clips):
+def test_index_members_and_facts(latents, clips, base):
     index = json.loads((latents / "index.json").read_text())
-    assert index["format"] == "reblock-latents-1" and index["text_width"] == WIDTH
-    assert [(s["name"], s["samples"]) for s in index["shards"]] == [("shard-000000.tar", 3), ("shard-000001.tar", 2)]
-    shard = latents / "shard-000000.tar"
-    members = list_samples(shard)["clip-000001"]
-    assert set(members) == {"safetensors", "json"}
-    facts = json.loads(read_member(shard, members["json"]))
-    assert facts == {**SIZE, "caption": (clips / "clip-000001.txt").read_text().strip(), "source": "clip-000001"}
+    facts = read_base(base)
+    head = {"format": "reblock-latents-2", "channels": 12, "text_width": TEXT_WIDTH}
+    head |= {"latents_mean": facts.mean, "latents_std": facts.std}
+    assert {name: index[name] for name in head} == head
+    assert [(s["name"], s["samples"]) for s in index["shards"]] == [(FIRST, 3), (SECOND, 2), (THIRD, 2)]
+    members = dict(read_samples(str(latents), FIRST, STORE))
+    assert all(set(each) == {"safetensors", "json", "text"} for each in members.values())
+    caption = clips[2][2].decode()
+    assert read_json(str(latents / FIRST), members["clip-2"], STORE) == {
+        "caption": caption, "text": text_digest(caption), "frames": 7, "height": 32, "width": 32,
+        "source": "clip-2.mp4", "indices": WINDOWS[TALL],
+    }  # fmt: skip
 
 
-def test_parts_give_the_same_shards_and_the_last_writes_the_index(latents, shards, base, tmp_path):
-    encode(shards, tmp_path, base=base, **SIZE, batch_size=2, part=1, parts=2)
-    assert not (tmp_path / "index.json").exists()
-    encode(shards, tmp_path, base=base, **SIZE, batch_size=2, part=0, parts=2)
-    assert json.loads((tmp_path / "index.json").read_text()) == json.loads((latents / "index.json").read_text())
+def test_a_caption_is_stored_once_per_shard_before_its_first_use(latents):
+    members = dict(read_samples(str(latents), FIRST, STORE))
+    shared = members["clip-0"]["text"]
+    assert members["clip-2"]["text"] == shared != members["clip-1"]["text"]
+    assert all(shared.offset < members["clip-0"][name].offset for name in ("safetensors", "json"))
+    assert (latents / FIRST).read_bytes().count(b"text-") == 2
 
 
-def test_finished_shards_are_kept_and_missing_ones_made_again(shards, base, tmp_path, capsys):
-    encode(shards, tmp_path, base=base, **SIZE)
-    before = (tmp_path / "shard-000001.tar").read_bytes()
-    stamp = (tmp_path / "shard-000000.tar").stat().st_mtime_ns
-    (tmp_path / "shard-000001.tar").unlink()
-    capsys.readouterr()
-    encode(shards, tmp_path, base=base, **SIZE)
-    assert "1 of 2 shards are finished already" in capsys.readouterr().out
-    assert (tmp_path / "shard-000001.tar").read_bytes() == before
-    assert (tmp_path / "shard-000000.tar").stat().st_mtime_ns == stamp
+def test_nothing_is_left_but_what_the_format_says(latents):
+    expected = {"index.json", "faults.jsonl", FIRST, SECOND, THIRD}
+    expected |= {f"records/{name[:-4]}.json" for name in (FIRST, SECOND, THIRD)}
+    assert set(files(latents)) == expected and not (latents / "claims").exists()
+
+
+def test_finished_shards_are_kept_and_missing_ones_made_again(latents, shards, base, tmp_path, capsys):
+    out = shutil.copytree(latents, tmp_path / "out")
+    (out / SECOND).unlink()
+    (out / "records" / f".{SECOND[:-4]}.json.0123.part").touch()  # left by a killed process
+    (out / f".{SECOND}.0123.part").touch()
+    stamp = (out / FIRST).stat().st_mtime_ns
+    encode(str(shards), out, base=base, batch_size=2)
+    assert "2 of 3 shards are finished already" in capsys.readouterr().out
+    assert files(out) == files(latents) and (out / FIRST).stat().st_mtime_ns == stamp
+
+
+def test_clips_beside_each_other_in_time_or_not_give_the_same_bytes(latents, shards, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")  # another order of shards
+    encode(str(shards), tmp_path, base=base, batch_size=2, processes=3)
+    assert files(tmp_path) == files(latents)
 
 
 def test_other_settings_or_another_base_are_refused(latents, shards, base, tmp_path):
-    with pytest.raises(ValueError, match=r"other settings .*'height': \(32, 16\)"):
-        encode(shards, latents, base=base, frames=FRAMES, height=16, width=SIDE)
-    for part in ("vae", "text_encoder", "tokenizer"):
-        (tmp_path / "base" / part).mkdir(parents=True)
-        for path in (base / part).iterdir():
-            (tmp_path / "base" / part / path.name).write_bytes(path.read_bytes())
-    weights = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match=r"other settings .*'max_text_tokens': \(256, 16\)"):
+        encode(str(shards), latents, base=base, max_text_tokens=16)
+    other = shutil.copytree(base, tmp_path / "base")
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(ValueError, match=r"other settings .*'base'"):
-        encode(shards, latents, base=tmp_path / "base", **SIZE)
+        encode(str(shards), latents, base=other)
 
 
-def test_a_clip_that_cannot_be_decoded_costs_that_clip_only(clips, base, tmp_path):
-    spoiled = tmp_path / "clips"
-    spoiled.mkdir()
-    for path in clips.glob("clip-*"):
-        (spoiled / path.name).write_bytes(path.read_bytes())
-    clip = spoiled / "clip-000001.mp4"
-    clip.write_bytes(clip.read_bytes()[:-20])  # begins well, so that packing takes it
-    pack(spoiled, tmp_path / "video", frames=FRAMES)
-    with pytest.raises(ValueError, match=r"1 of 5 items .*clip-000001"):
-        encode(tmp_path / "video", tmp_path / "strict", base=base, **SIZE)
-    encode(tmp_path / "video", tmp_path / "out", base=base, **SIZE, max_fault_share=0.3)
-    dataset = LatentDataset([tmp_path / "out"])
-    assert [dataset[i].key for i in range(4)] == [f"clip-{i:06d}" for i in (0, 2, 3, 4)]
-    assert json.loads((tmp_path / "out" / "faults.jsonl").read_text())["key"] == "clip-000001"
+@pytest.fixture(scope="module")
+def spoiled(clips, tmp_path_factory):
+    """Shards in which three of seven samples are damaged."""
+    rows = lay_out(clips)
+    key, clip, caption, indices = rows[TALL][1]
+    rows[TALL][1] = (key, clip[: len(clip) // 3], caption, indices)
+    key, clip, caption, indices = rows[TALL][3]
+    rows[TALL][3] = (key, clip, b"\xff\xfe" + caption, indices)
+    key, clip, caption, indices = rows[WIDE][0]
+    rows[WIDE][0] = (key, clip, caption, indices[:-1])
+    return write_video_shards(tmp_path_factory.mktemp("spoiled"), rows, per_shard=3)
+
+
+def test_a_damaged_sample_costs_that_sample_and_is_named(spoiled, base, tmp_path):
+    encode(str(spoiled), tmp_path, base=base, batch_size=2, max_fault_share=0.5)
+    assert list(read_all(tmp_path)) == ["clip-0", "clip-2", "clip-4", "clip-6"]
+    found = faults_of(tmp_path)
+    assert [(f["shard"], f["key"]) for f in found] == [(FIRST, "clip-1"), (SECOND, "clip-3"), (THIRD, "clip-5")]
+    assert "caption is not UTF-8" in found[1]["reason"] and "expected 7 numbers of frames" in found[2]["reason"]
+    assert json.loads((tmp_path / "index.json").read_text())["faults"] == 3
+
+
+def test_above_the_share_the_run_stops_and_the_shard_that_went_above_is_not_finished(
+    spoiled, base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")  # from the first shard on
+    with pytest.raises(ValueError, match=r"2 of 7 items .* max_fault_share 0\.2 .*clip-1: "):
+        encode(str(spoiled), tmp_path, base=base, batch_size=2, max_fault_share=0.2)
+    assert not (tmp_path / "index.json").exists()
+    assert [path.name for path in (tmp_path / "records").iterdir()] == [f"{FIRST[:-4]}.json"]
+    assert [name for name in files(tmp_path) if name.endswith(".part")] == []
+    encode(str(spoiled), tmp_path, base=base, batch_size=2, max_fault_share=0.5)
+    assert len(faults_of(tmp_path)) == 3
+
+
+def test_a_shard_that_is_cut_costs_what_lies_behind_the_cut(shards, base, tmp_path):
+    cut = shutil.copytree(shards, tmp_path / "video")
+    last = dict(read_samples(str(cut), FIRST, STORE))["clip-2"]
+    os.truncate(cut / FIRST, last["mp4"].offset + 100)
+    (cut / THIRD).unlink()
+    encode(str(cut), tmp_path / "out", base=base, max_fault_share=0.5)
+    assert list(read_all(tmp_path / "out")) == ["clip-0", "clip-1", "clip-3", "clip-4"]
+    reasons = {fault["key"]: fault["reason"] for fault in faults_of(tmp_path / "out")}
+    assert list(reasons) == ["clip-2", "clip-5", "clip-6"]
+    assert "its shard is cut at byte" in reasons["clip-2"] and reasons["clip-5"] == "its shard is absent"
+
+
+def test_from_a_web_store_that_stumbles_the_same_and_one_that_refuses_costs_the_shard(latents, shards, base, tmp_path):
+    with WebStore(shards) as store:
+        store.fail(FIRST, 2)
+        encode(store.url, tmp_path / "whole", base=base, batch_size=2)
+        assert files(tmp_path / "whole") == files(latents)
+        store.fail(SECOND, status=403)
+        store.fail(f"{THIRD[:-4]}.json", status=403)
+        encode(store.url, tmp_path / "part", base=base, batch_size=2, max_fault_share=0.6)
+    assert (tmp_path / "part" / FIRST).read_bytes() == (latents / FIRST).read_bytes()
+    found = faults_of(tmp_path / "part")
+    assert [(f["shard"], f["key"]) for f in found] == [
+        (SECOND, "clip-3"), (SECOND, "clip-4"), (THIRD, "#0"), (THIRD, "#1"),
+    ]  # fmt: skip
+    assert all("cannot be read" in fault["reason"] for fault in found)
+
+
+def test_what_another_holds_is_left_alone_and_named_or_waited_for(latents, shards, base, tmp_path, capsys):
+    claim = tmp_path / "claims" / f"{SECOND[:-4]}.json"
+    claim.parent.mkdir()
+    claim.write_text(json.dumps({"host": "node7", "pid": 12, "place": "elsewhere", "job": "345"}))
+    encode(str(shards), tmp_path, base=base, batch_size=2, wait=False)
+    printed = capsys.readouterr().out
+    assert "others hold 1 shards" in printed and f"{SECOND}: process 12 on node7, job 345, last seen" in printed
+    assert not (tmp_path / "index.json").exists() and not (tmp_path / SECOND).exists()
+    assert claim.exists() and (tmp_path / THIRD).exists()
+    # It gives no sign for a second, and is taken for dead.
+    encode(str(shards), tmp_path, base=base, batch_size=2, claim_timeout=1.0)
+    assert files(tmp_path) == files(latents)
+
+
+def test_the_report_says_where_the_time_went(shards, base, tmp_path, capsys):
+    encode(str(shards), tmp_path, base=base, report=True)
+    printed = capsys.readouterr().out
+    assert "7 clips in " in printed and "clips / s" in printed and "accelerator idle " in printed
+    stages = ("waiting for decoded clips", "VAE", "text encoder", "copies between", "waiting for the writer")
+    assert all(stage in printed for stage in stages) and "slowest stage: " in printed
 
 
 def test_faults_are_found_before_anything_is_loaded(shards, base, tmp_path, monkeypatch):
@@ -156,71 +265,31 @@ def test_faults_are_found_before_anything_is_loaded(shards, base, tmp_path, monk
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(AutoencoderKLMochi, "from_pretrained", loaded)
-    with pytest.raises(ValueError, match=r"got frames 20, expected 6 k \+ 1, for example 19 or 25"):
-        encode(shards, tmp_path / "out", base=base, frames=20)
-    with pytest.raises(ValueError, match=r"got height 40.*; got width 8"):
-        encode(shards, tmp_path / "out", base=base, height=40, width=8)
-    with pytest.raises(ValueError, match="got dtype 'int8'"):
-        encode(shards, tmp_path / "out", base=base, **SIZE, dtype="int8")
-    with pytest.raises(ValueError, match=r"lacks vae/config\.json"):
-        encode(shards, tmp_path / "out", base=tmp_path, **SIZE)
+    for options, message in [
+        ({"dtype": "int8"}, "got dtype 'int8'"),
+        ({"processes": 0}, "processes 0"),
+        ({"claim_timeout": 0}, "got claim_timeout 0"),
+        ({"base": tmp_path}, r"lacks vae/config\.json"),
+        ({"base": "genmo/none"}, r"neither a local folder nor a downloaded hub id.*`hf download genmo/none`"),
+        ({"base": tmp_path / "none"}, "is no folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            encode(str(shards), tmp_path / "out", **{"base": base, **options})
     with pytest.raises(ValueError, match="does not exist"):
-        encode(tmp_path / "none", tmp_path / "out", base=base, **SIZE)
+        encode(str(tmp_path / "none"), tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"_class_name": "AutoencoderKLWan"}, "describes 'AutoencoderKLWan', expected 'AutoencoderKLMochi'"),
-        ({"temporal_expansions": [1, 2, 2]}, r"by \(4, 8\), expected Mochi's \(6, 8\)"),
-        ({"latents_mean": [0.0]}, "has {'latents_mean': 1, 'latents_std': 12} values"),
-    ],
-)
-def test_a_base_that_is_not_mochis(base, tmp_path, change, message):
-    for part in ("vae", "text_encoder", "tokenizer"):
-        (tmp_path / part).mkdir()
-        for path in (base / part).glob("*.json"):
-            (tmp_path / part / path.name).write_bytes(path.read_bytes())
-    config = tmp_path / "vae" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-    with pytest.raises(ValueError, match=message):
-        read_base(tmp_path)
+def test_what_cannot_be_written_stops_the_run(shards, base, tmp_path):
+    (tmp_path / FIRST / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=FIRST):
+        encode(str(shards), tmp_path, base=base)
+    assert not (tmp_path / "index.json").exists()
 
 
-@pytest.mark.parametrize("frames", [1, 7, 163])
-def test_sizes_that_fit(frames):
-    check_size(frames, 480, 848)
-
-
-def test_the_data_module_and_inspect_read_them(latents, shards, tmp_path, capsys):
-    data = LatentDataModule(shards=str(latents), val_samples=2, batch_size=3)
-    data.check()
-    assert (data.latent_shape, data.text_width) == ((12, 2, 4, 4), WIDTH)
-    (batch,) = data.train_dataloader()
-    assert batch.latents.shape == (3, 12, 2, 4, 4) and sorted(batch.uids) == [0, 1, 2]
-    assert [s.key for s in data.probe_samples(2)] == ["clip-000003", "clip-000004"]
-    inspect(latents, verify=True)
-    printed = capsys.readouterr().out
-    assert "(12, 2, 4, 4)" in printed and "verified: 2 checksums, 5 samples" in printed and "channel 11" in printed
-    inspect(shards, verify=True, contact_sheet=tmp_path / "sheet.png")
-    printed = capsys.readouterr().out
-    assert "32x32: 5" in printed and "7 / 7 / 7" in printed
-    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="holds latents, expected video shards"):
-        inspect(latents, contact_sheet=tmp_path / "other.png")
-
-
-def test_verify_names_what_is_damaged(latents, tmp_path, capsys):
-    for path in latents.iterdir():
-        if path.is_file():
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    shard = tmp_path / "shard-000000.tar"
-    member = list_samples(shard)["clip-000002"]["safetensors"]
-    content = bytearray(shard.read_bytes())
-    content[member.offset : member.offset + 8] = b"\xff" * 8  # the length of the header
-    shard.write_bytes(content)
-    with pytest.raises(ValueError, match="2 faults in"):
-        inspect(tmp_path, verify=True)
-    printed = capsys.readouterr().out.replace("\n", "")
-    assert "its checksum differs from the index" in printed and "clip-000002" in printed
+@pytest.mark.slow
+def test_the_benchmark_sets_the_stage_against_the_same_work(base):
+    options = {field.name: None for field in fields(Options)}
+    result = run(Options(**{**options, "device": "cpu", "clips": 10, "repeats": 1, "base": base}))
+    assert result.title.startswith("Encoding 10 clips 19x64x64") and [row[0] for row in result.rows] == [STAGE, BARE]
+    assert "The stage adds " in result.notes[0] and "Accelerator idle " in result.notes[1]

@@ -1,20 +1,22 @@
 """A fit that is stopped goes on with exactly the batch after the last one, and loads none of those before."""
 
+import json
+import logging
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import save
 
 from data.datamodule import LatentDataModule, VideoDataModule
-from data.pack import pack
-from data.resume import Split
-from data.shards import LATENT_FORMAT, ShardFolder
-from data.stream import LatentDataset
-from data.synth import synth
+from data.pack.pack import pack
+from data.storage.store import Store
+from data.stream.split import Split
+from data.synth.synth import synth
+from tests.latents import write_latents
 
 BATCHES, EPOCHS = 7, 3
 
@@ -22,20 +24,7 @@ BATCHES, EPOCHS = 7, 3
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """Latent shards of 32 samples: 28 for training, 4 held out."""
-    path = tmp_path_factory.mktemp("latents")
-    folder = ShardFolder(path, {})
-    names = []
-    for number in range(4):
-        samples = []
-        for i in range(8 * number, 8 * number + 8):
-            latent = torch.full((2, 1, 2, 2), float(i)).half()
-            content = save({"mean": latent, "logvar": -latent, "text": torch.ones(i % 3, 8)})
-            samples.append({"__key__": f"clip-{i:02d}", "safetensors": content})
-        names.append(f"shard-{number}.tar")
-        folder.write(names[-1], samples, [])
-    facts = {"latents_mean": [0.0, 0.0], "latents_std": [1.0, 1.0], "latent_shape": [2, 1, 2, 2], "text_width": 8}
-    folder.finish(names, {"format": LATENT_FORMAT, **facts})
-    return str(path)
+    return write_latents(tmp_path_factory.mktemp("latents"), [("1x16x16", 8)] * 4)
 
 
 class Recorder(LightningModule):
@@ -207,24 +196,114 @@ def test_validation_and_probes_are_the_held_out_end(shards):
     keys = [key for batch in data.val_dataloader() for key in batch.keys]
     assert keys == ["clip-28", "clip-29", "clip-30", "clip-31"]
     assert [(s.key, s.uid) for s in data.probe_samples(2)] == [("clip-28", 28), ("clip-29", 29)]
-    with pytest.raises(ValueError, match="got 5 probe samples, expected 1 to 4"):
+    with pytest.raises(
+        ValueError, match="got 5 probe samples, expected 1 to 4, the validation samples of bucket 1x16x16"
+    ):
         data.probe_samples(5)
     apart = LatentDataModule(shards=shards, val_shards=shards, val_samples=5)
     assert [s.key for s in apart.probe_samples(5)] == [f"clip-{i:02d}" for i in range(5)]
     assert len(apart.train_split) == 32
 
 
-def test_a_damaged_training_sample_is_never_replaced_by_a_held_out_one(shards, monkeypatch):
-    original = LatentDataset.load
+def test_other_shards_or_another_seed_are_refused_in_mid_epoch_only(shards, uninterrupted, tmp_path):
+    _, folder = uninterrupted
+    other = write_latents(tmp_path, [("1x16x16", 8)] * 4, latent=lambda i, shape: torch.zeros(shape))
+    for change in ({"shards": other}, {"seed": 1}, {"passes": 2}, {"val_samples": 5}):
+        data = LatentDataModule(**{"shards": shards, "val_samples": 4, "batch_size": 4} | change)
+        with pytest.raises(ValueError, match="3 batches into an epoch over other shards"):
+            fit(shards, data=data, checkpoint=folder / "step=3.ckpt")
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    data = LatentDataModule(shards=str(moved), val_samples=4, batch_size=4)
+    assert fit(shards, data=data, checkpoint=folder / "step=3.ckpt") == uninterrupted[0][3:]
 
-    def damaged(self, shard, key, members, uid):
-        if key == "clip-27":
-            raise ValueError("damaged")
-        return original(self, shard, key, members, uid)
 
-    monkeypatch.setattr(LatentDataset, "load", damaged)
-    data = LatentDataModule(shards=shards, val_samples=4)
-    assert (data.train_split[27].key, data.train_split[27].uid) == ("clip-00", 27)
+def spoil_members(entry):
+    return entry | {"safetensors": b"damaged"}
+
+
+def test_damage_is_listed_once_in_the_run_folder_and_counted_for_each_batch(tmp_path):
+    """Two epochs, loader processes, a resumed run: each damaged sample is named once; every batch is full."""
+    damaged = (3, 12, 30)  # the last is held out
+    where = write_latents(tmp_path / "s", [("1x16x16", 8)] * 4, spoil=dict.fromkeys(damaged, spoil_members))
+    batches = []
+
+    class Noting(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            batches.append(batch)
+
+    for number in range(2):
+        data = LatentDataModule(shards=where, val_samples=4, batch_size=4, num_workers=2, max_fault_share=0.2)
+        checkpoint = tmp_path / "step=9.ckpt" if number else None
+        saver = [every_step(tmp_path)] if not number else []
+        fit(where, data=data, checkpoint=checkpoint, callbacks=[Noting(), *saver], max_epochs=2 + number,
+            default_root_dir=tmp_path / "run")  # fmt: skip
+        if not number:
+            assert len(batches) == 14 and sum(batch.faults for batch in batches) == 4
+    found = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
+    assert sorted(row["key"] for row in found) == ["clip-03", "clip-12", "clip-30"]
+    assert {row["shard"].rpartition("/")[2] for row in found} == {f"1x16x16-{n:06d}.tar" for n in (0, 1, 3)}
+    assert all(len(batch) == 4 for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_above_the_share_of_damage_a_run_stops_and_says_why(tmp_path, workers):
+    where = write_latents(tmp_path / "s", [("1x16x16", 8)] * 4, spoil=dict.fromkeys((3, 12, 13), spoil_members))
+    data = LatentDataModule(shards=where, val_samples=4, batch_size=4, num_workers=workers, max_fault_share=0.05)
+    with pytest.raises(ValueError, match=r"2 of 32 samples are damaged, more than max_fault_share 0\.05 allows"):
+        fit(where, data=data, default_root_dir=tmp_path / "run")
+
+
+def test_shards_that_are_cut_short_are_refused_before_anything_long(shards, tmp_path, caplog):
+    where = tmp_path / "copy"
+    shutil.copytree(shards, where)
+    shard = where / "1x16x16-000002.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    data = LatentDataModule(shards=str(where), val_samples=4)
+    with pytest.raises(ValueError, match=r"of 32 samples cannot be read.*1x16x16-000002.tar \(its shard has \d+ of"):
+        data.check()
+    with caplog.at_level(logging.WARNING):
+        LatentDataModule(shards=str(where), val_samples=4, max_fault_share=0.3).check()
+    assert "1x16x16-000002.tar" in caplog.text and "will be passed over" in caplog.text
+    shard.unlink()
+    with pytest.raises(
+        ValueError, match=r"8 of 32 samples cannot be read.*8 in .*1x16x16-000002.tar \(its shard is absent"
+    ):
+        LatentDataModule(shards=str(where), val_samples=4).check()
+
+
+def test_consumed_samples_cost_no_read(tmp_path):
+    """Resumed at nine tenths of an epoch, the first batch costs one batch and the records of its shards."""
+    where = write_latents(tmp_path, [("1x32x32", 40)] * 15, width=64, text=lambda i: torch.ones(24, 64))
+    counted = {}
+    for start in (0, 45):
+        data = LatentDataModule(shards=where, val_samples=100, batch_size=10)
+        data.check()
+        data.load_state_dict({"epoch": 0, "batches": start})
+        store = data.train_split.dataset.store = Counting()
+        batches = iter(data.train_dataloader())
+        first = next(batches)
+        counted[start] = (store.calls, store.bytes)
+        rest = list(batches)
+        assert len(first) == 10 and len(rest) == 49 - start
+        counted[start, "whole"] = (store.calls, store.bytes)
+    calls, size = counted[45]
+    assert calls <= 10 + 10 and calls < 0.05 * counted[0, "whole"][0]
+    assert size < 0.05 * counted[0, "whole"][1]
+    assert counted[45, "whole"][1] < 0.3 * counted[0, "whole"][1]
+
+
+class Counting(Store):
+    """A store that counts."""
+
+    calls = bytes = 0
+
+    def read(self, location, offset=0, size=None):
+        content = super().read(location, offset, size)
+        self.calls += 1
+        self.bytes += len(content)
+        return content
 
 
 def test_faults_of_a_data_module(shards, tmp_path):
@@ -232,17 +311,22 @@ def test_faults_of_a_data_module(shards, tmp_path):
         LatentDataModule(shards=str(tmp_path / "none")).check()
     with pytest.raises(ValueError, match="got val_samples 32 held out of 32"):
         LatentDataModule(shards=shards, val_samples=32).check()
-    with pytest.raises(ValueError, match="global batch of 29 x 1 ranks"):
+    with pytest.raises(ValueError, match=r"got 1x16x16: 28 samples .* global batch of 29"):
         LatentDataModule(shards=shards, val_samples=4, batch_size=29).train_dataloader()
     with pytest.raises(ValueError, match="expected at least 1 of each"):
         LatentDataModule(shards=shards, batch_size=0)
     with pytest.raises(ValueError, match="at least one folder"):
         LatentDataModule(shards=[]).check()
+    with pytest.raises(ValueError, match=r"batch_size 4 \(per rank\) and global_batch_size 8 \(all ranks\)"):
+        LatentDataModule(shards=shards, batch_size=4, global_batch_size=8)
+    for wrong in ({"global_batch_size": 0}, {"num_workers": -1}, {"prefetch_factor": 0}, {"max_fault_share": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            LatentDataModule(shards=shards, **wrong)
 
 
 def test_clips_for_a_vae(tmp_path):
-    synth(tmp_path / "clips", clips=6, frames=3, size=64)
-    pack(tmp_path / "clips", tmp_path / "video", frames=3)
+    synth(tmp_path / "clips", clips=6, frames=7, size=64)
+    pack(str(tmp_path / "clips"), tmp_path / "video", buckets=["7x64x64"], processes=1)
     data = VideoDataModule(
         shards=str(tmp_path / "video"), val_samples=2, batch_size=2, val_batch_size=2, frames=2, height=32, width=32
     )

@@ -1,5 +1,7 @@
 """Collating samples."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,7 +29,15 @@ def test_moving_keeps_everything_else():
     batch = Batch.collate([sample(2), sample(1)])
     moved = batch.to("meta")
     assert moved.latents.device.type == moved.text.device.type == moved.text_mask.device.type == "meta"
-    assert (moved.text_lengths, moved.keys, moved.uids) == (batch.text_lengths, batch.keys, batch.uids)
+    for name in ("text_lengths", "keys", "uids", "counts", "faults"):
+        assert getattr(moved, name) == getattr(batch, name)
+
+
+def test_faults_are_added_up_and_what_does_not_count_is_told():
+    samples = [replace(sample(1), faults=2), replace(sample(1), faults=1, counts=False), sample(1)]
+    batch = Batch.collate(samples)
+    assert batch.faults == 3 and batch.counts == (True, False, True)
+    assert batch.to("cpu").faults == 3 and batch.without_captions([True, False, False]).counts == batch.counts
 
 
 def test_latents_of_two_shapes_are_refused():

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.draw import render
-from data.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, PATTERNS, SHAPES, choose_scene
-from data.synth import CAPTION_WORDS, synth
-from data.video import decode_video
+from data.clips.video import decode_video
+from data.synth.draw import render
+from data.synth.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, PATTERNS, SHAPES, choose_scene
+from data.synth.synth import CAPTION_WORDS, synth
 
 SCENES = [choose_scene(0, index) for index in range(600)]
 

@@ -75,16 +75,16 @@ def test_every_room_was_read():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("data.pack", "from trainer.flow import Flow"),
-        ("data.pack", "def f():\n    import launch.main"),
-        ("trainer.module", "from data.stream import LatentDataset"),
+        ("data.pack.pack", "from trainer.flow import Flow"),
+        ("data.pack.pack", "def f():\n    import launch.main"),
+        ("trainer.module", "from data.stream.latents import LatentDataset"),
         ("trainer.module", "import data"),
         ("trainer.module", "from launch import main"),
         ("trainer.attention.rows", "from trainer.vdit import mochi"),
         ("trainer.attention.rows", "from ..callbacks import sinks"),
         ("trainer.attention.rows", "from diffusers import MochiPipeline"),
         ("trainer.vdit.mochi", "import trainer.module"),
-        ("data.pack", "import pickle"),
+        ("data.pack.pack", "import pickle"),
     ],
 )
 def test_the_reader_catches(module: str, source: str):
@@ -96,8 +96,8 @@ def test_the_reader_catches(module: str, source: str):
     [
         ("trainer.module", "from data.batch import Batch"),
         ("trainer.callbacks.sinks", "from trainer.attention import sink_statistics"),
-        ("launch.main", "import data.synth, trainer.module"),
-        ("data.stream", "from data.batch import Sample\nimport datasets"),
+        ("launch.main", "import data.synth.synth, trainer.module"),
+        ("data.stream.latents", "from data.batch import Sample\nimport datasets"),
     ],
 )
 def test_the_reader_lets_pass(module: str, source: str):

@@ -153,3 +153,16 @@ def test_a_foreign_trainer_package_is_named(tmp_path: Path):
 
 def test_the_version(tmp_path: Path):
     assert _reblock(tmp_path, "--version").stdout == "reblock 0.1.0\n"
+
+
+def test_options_from_a_file_give_way_to_the_command_line(echo, capsys, tmp_path):
+    (tmp_path / "options.yaml").write_text("base: c\nclips: 5\ncaptions: [x]\n")
+    command.main(["echo", "a", "b", "--config", str(tmp_path / "options.yaml"), "--clips", "6"])
+    assert capsys.readouterr().out == "a b c 6 ['x']\n"
+
+
+def test_an_unknown_option_in_a_file_is_named(echo, capsys, tmp_path):
+    (tmp_path / "options.yaml").write_text("base: c\nclipz: 5\n")
+    with pytest.raises(SystemExit):
+        command.main(["echo", "a", "b", "--config", str(tmp_path / "options.yaml")])
+    assert "clipz" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.video import write_video
+from data.clips.video import write_video
 from launch.charts import Series, heat_map, line_chart, number
 from launch.findings import read_findings
 from launch.report import report, running_mean

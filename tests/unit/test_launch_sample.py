@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline
 
-from data.synth import CAPTION_WORDS
-from data.video import decode_video
+from data.clips.video import decode_video
+from data.synth.synth import CAPTION_WORDS
 from launch.paint import IDENTICAL_DB, Painter, Settings, bottom_masked, likeness
 from launch.pipeline import caption_tokenizer, small_text_encoder
 from launch.sample import sample

@@ -197,6 +197,23 @@ def test_validation_uses_the_average_and_gives_the_weights_back(make_module, mak
         )
 
 
+def test_samples_that_only_fill_a_batch_do_not_count_in_validation(make_module, make_batch, tmp_path):
+    """Alone or with repeats beside them, the held-out samples have the same mean loss."""
+    module, plain = make_module(caption_dropout=0.0), make_batch([3, 3], uids=[0, 1])
+    padded, empty = make_batch([3, 3, 3], uids=[0, 1, 2]), make_batch([3], uids=[5])
+    padded.latents[:2], padded.text[:2] = plain.latents, plain.text
+    padded.counts, empty.counts = (True, True, False), (False,)
+
+    def losses(*batches):
+        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                          default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        return trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]
+
+    assert losses(padded, empty) == pytest.approx(losses(plain), rel=1e-5)
+    padded.counts = (True, True, True)
+    assert losses(padded)["val/loss"] != pytest.approx(losses(plain)["val/loss"], rel=1e-3)
+
+
 def test_base_weights_are_those_of_the_files(make_module, make_transformer, make_batch, config_json):
     module, batch = make_module(), make_batch()
     want = make_transformer(seed=7)

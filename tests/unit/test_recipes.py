@@ -65,14 +65,17 @@ def test_the_reference_job_retrains_792_8_million_of_10_billion(tmp_path):
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
+ENTRY = {"name": "shard-000000.tar", "bucket": "7x32x32", "samples": 40, "bytes": 0}
+
+
 @pytest.fixture
 def tiny(tmp_path, config_json) -> dict:
     """A recipe that works but for its shards' content, which nothing may read."""
     shards = tmp_path / "latents"
     shards.mkdir()
     (shards / "shard-000000.tar").touch()
-    index = {"format": LATENT_FORMAT, "latent_shape": [4, 2, 4, 4], "text_width": 16, "latents_mean": [0.0] * 4,
-             "latents_std": [1.0] * 4, "shards": [{"name": "shard-000000.tar", "samples": 40}]}  # fmt: skip
+    index = {"format": LATENT_FORMAT, "channels": 4, "text_width": 16, "latents_mean": [0.0] * 4,
+             "latents_std": [1.0] * 4, "shards": [ENTRY]}  # fmt: skip
     (shards / "index.json").write_text(json.dumps(index))
     return {
         "run": {"name": "tiny", "root": str(tmp_path / "runs"), "wandb": False},
@@ -158,12 +161,13 @@ def index_of(tiny: dict) -> Path:
     [
         (None, "has no index.json"),
         ({"shards": []}, "lists no sample"),
-        ({"latent_shape": [12, 2, 4, 4]}, "(12, 2, 4, 4), the base"),
-        ({"latent_shape": [4, 2, 5, 4]}, "H and W multiples of 2"),
+        ({"channels": 12, "latents_mean": [0.0] * 12, "latents_std": [1.0] * 12}, "(12, 2, 4, 4), the base"),
+        ({"channels": 12}, "4 means and 4 deviations for 12 channels"),
+        ({"shards": [ENTRY | {"bucket": "7x40x32"}]}, "got height 40, expected a multiple of 16"),
         ({"text_width": 4096}, "captions 4096 wide"),
         ({"format": VIDEO_FORMAT}, "Encode them first with `reblock encode`"),
-        ({"shards": [{"name": "gone.tar", "samples": 40}]}, "lacks ['gone.tar']"),
-        ({"shards": [{"name": "shard-000000.tar", "samples": 8}]}, "val_samples 8 held out of 8"),
+        ({"shards": [ENTRY | {"name": "gone.tar"}]}, "40 in"),
+        ({"shards": [ENTRY | {"samples": 8}]}, "val_samples 8 held out of 8"),
     ],
 )
 def test_shards_that_do_not_fit_are_refused(tiny, refusal, change, message):

@@ -1,4 +1,4 @@
-"""Procedural captioned clips as real H.264 files: `data.scenes` says what they show, `data.draw` draws it."""
+"""Procedural captioned clips as real H.264 files: `scenes` says what they show, `draw` draws it."""
 
 import json
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.progress import track
 
-from data.draw import render
-from data.scenes import CAPTION_WORDS, choose_scene
-from data.shards import write_json, write_text
-from data.video import write_video
+from data.clips.video import write_video
+from data.storage.files import write_json, write_text
+from data.synth.draw import render
+from data.synth.scenes import CAPTION_WORDS, choose_scene
 
 __all__ = ["CAPTION_WORDS", "choose_scene", "render", "synth"]
 

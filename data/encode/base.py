@@ -1,11 +1,15 @@
 """What encoding must know of a base before it loads a weight."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
 
 _EDGE = 1 << 20
 
@@ -29,22 +33,46 @@ class BaseFacts:
     fingerprint: str
 
 
-def check_size(frames: int, height: int, width: int) -> None:
-    """A size that Mochi's VAE and patches divide.
+def resolve_base(base: Path | str) -> Path:
+    """The folder that a path or the id of a downloaded hub repository names.
 
     Raises:
-        ValueError: if frames are not 6 k + 1, or a side is no multiple of 16.
+        ValueError: if there is none; the message holds the command that downloads it.
     """
-    faults = []
-    if frames < 1 or frames % 6 != 1:
-        near = max(1, frames - (frames - 1) % 6)
-        faults.append(f"got frames {frames}, expected 6 k + 1, for example {near} or {near + 6}")
-    for name, side in (("height", height), ("width", width)):
-        if side < 16 or side % 16:
-            near = max(16, side - side % 16)
-            faults.append(f"got {name} {side}, expected a multiple of 16, for example {near} or {near + 16}")
-    if faults:
-        raise ValueError("; ".join(faults) + ".")
+    path, name = Path(base), str(base)
+    if path.is_dir():
+        return path
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        with contextlib.suppress(CacheNotFound):
+            found = [rev for repo in scan_cache_dir().repos if repo.repo_id == name for rev in repo.revisions]
+            if found:
+                return max(found, key=lambda rev: rev.last_modified).snapshot_path
+        raise ValueError(
+            f"base {name!r} is neither a local folder nor a downloaded hub id. Download it first: "
+            f"`hf download {name}` (set HF_HOME to choose where), then run again."
+        )
+    raise ValueError(f"base {name!r} is no folder; expected a diffusers pipeline folder or a hub id.")
+
+
+def _check_weights(folder: Path, stem: str) -> None:
+    """Weights are safetensors, in one file or in all that their index names; nothing is unpickled."""
+    index = folder / f"{stem}.safetensors.index.json"
+    names = [f"{stem}.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}). Download or copy it again.") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+        return
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled and not index.is_file():
+        raise ValueError(
+            f"{folder} holds pickled weights only ({pickled[0]}), which can run code and are not read; expected "
+            f"{names[0]}. Download the safetensors, or load and save the model again with safe_serialization=True."
+        )
+    raise ValueError(f"{folder} lacks {', '.join(missing)}; the base is incomplete. Download or copy it again.")
 
 
 def _config(base: Path, part: str, expected: str) -> dict[str, Any]:
@@ -64,10 +92,13 @@ def _config(base: Path, part: str, expected: str) -> dict[str, Any]:
 
 
 def read_base(base: Path) -> BaseFacts:
-    """Reads the configs of the encoders.
+    """Reads the configs of the encoders, and looks for their weights.
+
+    Args:
+        base: diffusers pipeline folder; the transformer may be missing.
 
     Raises:
-        ValueError: if a part of the base is missing or of another class.
+        ValueError: if a part of the base is missing, of another class, or pickled.
     """
     vae = _config(base, "vae", "AutoencoderKLMochi")
     text = _config(base, "text_encoder", "T5EncoderModel")
@@ -80,6 +111,8 @@ def read_base(base: Path) -> BaseFacts:
     lengths = {name: len(vae.get(name) or []) for name in ("latents_mean", "latents_std")}
     if set(lengths.values()) != {channels}:
         raise ValueError(f"{base}/vae/config.json has {lengths} values for {channels} latent channels; mend the base.")
+    _check_weights(base / "vae", "diffusion_pytorch_model")
+    _check_weights(base / "text_encoder", "model")
     mean, std = list(vae["latents_mean"]), list(vae["latents_std"])
     return BaseFacts(channels, mean, std, text["d_model"], _fingerprint(base))
 

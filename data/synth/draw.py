@@ -6,7 +6,7 @@ Legend: T frames, S side of the square frame in pixels. Lengths are 64ths of the
 import numpy as np
 from numpy.typing import NDArray
 
-from data.scenes import BACKGROUNDS, COLOURS, Scene, pan_shift
+from data.synth.scenes import BACKGROUNDS, COLOURS, Scene, pan_shift
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,107 @@
+"""Buckets: the sizes that clips are brought to, so that every batch has one shape."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def check_size(frames: int, height: int, width: int) -> None:
+    """A size that Mochi's VAE and patches divide.
+
+    Raises:
+        ValueError: if frames are not 6 k + 1, or a side is no multiple of 16.
+    """
+    faults = []
+    if frames < 1 or frames % 6 != 1:
+        near = max(1, frames - (frames - 1) % 6)
+        faults.append(f"got frames {frames}, expected 6 k + 1, for example {near} or {near + 6}")
+    for name, side in (("height", height), ("width", width)):
+        if side < 16 or side % 16:
+            near = max(16, side - side % 16)
+            faults.append(f"got {name} {side}, expected a multiple of 16, for example {near} or {near + 16}")
+    if faults:
+        raise ValueError("; ".join(faults) + ".")
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One size of clip.
+
+    Args:
+        frames: 6 k + 1.
+        height: pixels, a multiple of 16.
+        width: likewise.
+
+    Raises:
+        ValueError: for sizes that Mochi's VAE and patches do not divide.
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        check_size(self.frames, self.height, self.width)
+
+    @property
+    def name(self) -> str:
+        """For example `19x64x64`: frames, height, width."""
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """A bucket from its name.
+
+        Raises:
+            ValueError: if the text is no name of a bucket.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+        if match is None:
+            raise ValueError(f"got bucket {text!r}, expected FRAMESxHEIGHTxWIDTH, for example 163x480x848.")
+        return cls(*map(int, match.groups()))
+
+    def latent_shape(self, channels: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a clip's latent under Mochi's VAE: 6 times fewer frames, 8 times smaller sides."""
+        return channels, (self.frames - 1) // 6 + 1, self.height // 8, self.width // 8
+
+
+def parse_buckets(names: Sequence[str]) -> list[Bucket]:
+    """Buckets by name, each once, sorted.
+
+    Raises:
+        ValueError: if there is none, one is given twice, or a name is wrong.
+    """
+    buckets = [Bucket.parse(name) for name in names]
+    if not buckets or len(set(buckets)) != len(buckets):
+        raise ValueError(f"got buckets {list(names)}, expected one or more, each once, for example 163x480x848.")
+    return sorted(buckets)
+
+
+def choose_bucket(
+    height: int, width: int, frames: int, buckets: Sequence[Bucket], *, upscale: bool = False
+) -> Bucket | None:
+    """The bucket that keeps most of a clip; None if it fits none.
+
+    A bucket fits if the clip has its frames and, unless `upscale`, covers its height and width without being
+    enlarged. Of those that fit, the one that crops least of the picture wins (shares within one part in twenty count
+    as equal); then the one with most pixels and frames; then the smaller name.
+
+    Args:
+        height: of the clip, pixels.
+        width: likewise.
+        frames: that the clip has at the rate it is read at.
+        buckets: to choose from.
+        upscale: take clips that have to be enlarged.
+    """
+
+    def kept(bucket: Bucket) -> float:
+        """Share of the picture that is left when it is scaled to cover the bucket and cropped."""
+        ratio = (width / height) / (bucket.width / bucket.height)
+        return min(ratio, 1 / ratio)
+
+    fits = [
+        b for b in buckets if b.frames <= frames and (upscale or (b.height <= height and b.width <= width))
+    ]  # fmt: skip
+    return max(
+        fits, key=lambda b: (round(20 * kept(b)), b.frames * b.height * b.width, -b.height), default=None
+    )  # fmt: skip

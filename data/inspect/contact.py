@@ -1,0 +1,93 @@
+"""Contact sheets: what some samples look like, on one page.
+
+Legend: C latent channels, F latent frames, H W latent grid, T video frames.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from data.clips.video import decode_video
+from data.shards import read_clip, read_json, read_member
+from data.storage.archive import Members
+from data.storage.store import Store
+
+_FRAMES = 5
+Placed = tuple[str, str, Members]
+
+
+def draw_videos(chosen: Sequence[Placed], store: Store, path: Path) -> None:
+    """Strips of frames of clips, each under its key and caption; a clip that cannot be read shows why.
+
+    Args:
+        chosen: (shard, key, members).
+        store: that reads them.
+        path: PNG to write.
+    """
+    strips = []
+    for shard, key, members in chosen:
+        try:
+            indices = read_json(shard, members, store)["indices"]
+            picked = [indices[i] for i in _evenly(len(indices))]
+            video = decode_video(read_clip(shard, members, store), picked)
+            strips.append((_title(key, read_member(shard, members["txt"], store).decode()), video))
+        except (ValueError, KeyError, OSError) as error:
+            strips.append((_title(key, str(error)), np.full((1, 36, 36 * _FRAMES, 3), 200, np.uint8)))
+    _draw(strips, path)
+
+
+def draw_latents(chosen: Sequence[Placed], store: Store, path: Path) -> None:
+    """Strips of latent frames, their three strongest directions as red, green and blue; arguments as `draw_videos`.
+
+    Raises:
+        ValueError: if none of them can be read.
+    """
+    latents, titles = [], []
+    for shard, key, members in chosen:
+        try:
+            mean = load_safetensors(read_member(shard, members["safetensors"], store))["mean"].astype(np.float64)
+            caption = read_json(shard, members, store).get("caption", "")
+        except (ValueError, KeyError, OSError, SafetensorError):
+            continue  # without colours of its own it has no place on the sheet; `verify` names it
+        latents.append(np.nan_to_num(mean[:, _evenly(mean.shape[1])]))
+        titles.append(_title(key, caption))
+    if not latents:
+        raise ValueError("none of the latents that were chosen for the contact sheet can be read; see --verify true.")
+    pixels = np.concatenate([latent.reshape(len(latent), -1) for latent in latents], axis=1)
+    centre = pixels.mean(axis=1, keepdims=True)
+    directions = np.linalg.svd(np.cov(pixels))[0][:, :3].T  # (3, C)
+    low, high = np.quantile(directions @ (pixels - centre), [0.02, 0.98], axis=1)
+    strips = []
+    for title, latent in zip(titles, latents, strict=True):
+        colours = np.einsum("kc,cfhw->fhwk", directions, latent - centre[..., None, None])
+        scaled = (colours - low) / np.maximum(high - low, 1e-9)
+        strips.append((title, (255 * scaled.clip(0, 1)).astype(np.uint8)))
+    _draw(strips, path)
+
+
+def _evenly(length: int) -> list[int]:
+    return np.linspace(0, length - 1, min(_FRAMES, length)).round().astype(int).tolist()
+
+
+def _title(key: str, caption: str) -> str:
+    # Matplotlib would read dollar signs as formulae.
+    return f"{key}: {caption}"[:110].replace("$", r"\$").replace("\n", " ")
+
+
+def _draw(strips: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
+    """Draws (title, (T, H, W, 3)) pairs in two columns."""
+    rows = -(-len(strips) // 2)
+    figure = Figure(figsize=(14, 1.75 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (title, frames) in zip(axes, strips, strict=False):
+        axis.imshow(np.concatenate(list(frames), axis=1), interpolation="nearest", aspect="equal")
+        axis.set_title(title, fontsize=7, loc="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,108 @@
+"""Whether shards hold what their records say: checksums, places, and every sample read."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.progress import Progress
+from safetensors import SafetensorError
+
+from data.clips.video import decode_video
+from data.clips.workers import Failure, Guarded
+from data.shards import VIDEO_FORMAT, read_clip, read_json, read_member, read_samples
+from data.storage.archive import Members, Scan, scan_tar
+from data.storage.store import Store, join
+from data.stream.latents import LatentDataset
+
+_CHUNK = 1 << 24
+
+
+def verify_shards(
+    folder: str, index: Mapping[str, Any], store: Store, *, processes: int | None = None, deadline: float = 60.0
+) -> Iterator[str]:
+    """Faults of a folder of shards, in words, as they are found.
+
+    Args:
+        folder: of the shards.
+        index: its index.
+        store: that reads it; a remote shard is copied to this machine for the time it takes.
+        processes: that decode clips; None takes one for each core.
+        deadline: seconds that one clip may take.
+    """
+    with Progress(transient=True) as progress, Guarded(processes or os.cpu_count() or 1, deadline) as guarded:
+        task = progress.add_task("verify", total=index["samples"])
+        check = _clips(guarded) if index["format"] == VIDEO_FORMAT else _latents(LatentDataset([folder], store=store))
+        for entry in index["shards"]:
+            yield from _verify(folder, entry, store, check)
+            progress.advance(task, entry["samples"])
+
+
+#: Local copy of a shard, its samples -> faults.
+_Check = Callable[[str, list[tuple[str, Members]], Store], Iterable[str]]
+
+
+def _verify(folder: str, entry: Mapping[str, Any], store: Store, check: _Check) -> Iterator[str]:
+    shard = join(folder, entry["name"])
+    try:
+        samples = read_samples(folder, entry["name"], store)
+        with store.local(shard) as path:
+            if _sha256(path) != entry["sha256"]:
+                yield f"{shard}: its checksum differs from the index"
+            scan = scan_tar(path)
+            yield from (f"{shard}: {fault}" for fault in _places(scan, samples, entry["samples"]))
+            yield from (f"{shard}: {fault}" for fault in check(str(path), samples, store))
+    except (ValueError, OSError) as error:
+        yield f"{shard}: {error}"
+
+
+def _sha256(path: Any) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _places(scan: Scan, samples: list[tuple[str, Members]], expected: int) -> Iterator[str]:
+    """Where the archive and its record differ."""
+    if scan.damage:
+        yield scan.damage
+    yield from (f"{name}: {why}" for name, why in scan.refused)
+    if len(samples) != expected:
+        yield f"its record lists {len(samples)} samples, the index {expected}"
+    found = {(key, extension): member for key, members in scan.samples for extension, member in members.items()}
+    texts = {member for (key, _), member in found.items() if key.startswith("text-")}
+    for key, members in samples:
+        for extension, member in members.items():
+            if found.get((key, extension)) != member and not (extension == "text" and member in texts):
+                yield f"{key}: its {extension} is not where the record says"
+
+
+def _clips(guarded: Guarded) -> _Check:
+    def check(path: str, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
+        answers = guarded.map(_decode, [(path, members, store) for _, members in samples])
+        for (key, _), answer in zip(samples, answers, strict=True):
+            if isinstance(answer, Failure):
+                yield f"{key}: {answer.reason}"
+
+    return check
+
+
+def _decode(task: tuple[str, Members, Store]) -> None:
+    """In a process that can be killed."""
+    path, members, store = task
+    facts = read_json(path, members, store)
+    read_member(path, members["txt"], store).decode()
+    decode_video(read_clip(path, members, store), facts["indices"])
+
+
+def _latents(dataset: LatentDataset) -> _Check:
+    def check(path: str, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
+        for key, members in samples:
+            try:
+                dataset.load(path, key, members, uid=0)
+            except (ValueError, KeyError, OSError, SafetensorError) as error:
+                yield f"{key}: {error}"
+
+    return check

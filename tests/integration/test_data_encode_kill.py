@@ -1,0 +1,108 @@
+"""Encoding by two processes that are killed again and again ends in the bytes of an undisturbed run."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.bucket import Bucket
+from data.clips.video import write_video
+from data.encode.claims import process_start
+from data.synth.draw import render
+from data.synth.scenes import choose_scene
+from tests.clipshards import write_encoders, write_video_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS, SHARDS, PER_SHARD, FRAMES, SIDE = 20, 100, 4, 7, 32
+BUCKET = Bucket(FRAMES, SIDE, SIDE)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Video shards with a damaged clip in every tenth, and a base."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = []
+    for number in range(SHARDS * PER_SHARD):
+        key = f"clip-{number:03d}"
+        if number < 12:
+            write_video(folder / f"{number}.mp4", render(choose_scene(0, number), size=SIDE, frames=FRAMES), 12)
+        clip = (folder / f"{number % 12}.mp4").read_bytes()
+        clip = clip[:200] if number % (10 * PER_SHARD) == 3 else clip
+        rows.append((key, clip, choose_scene(0, number).caption.encode(), list(range(FRAMES))))
+    shards = write_video_shards(folder / "video", {BUCKET: rows}, per_shard=PER_SHARD)
+    return shards, write_encoders(folder / "base")
+
+
+class Runner:
+    """Starts and follows encoding processes."""
+
+    def __init__(self, shards, base, log):
+        self.started = []
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "encode_runner.py", shards, base],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    def start(self, out):
+        self.process.stdin.write(f"{out}\n")
+        self.process.stdin.flush()
+        # The runs themselves print to the same place.
+        while not (line := self.process.stdout.readline()).strip().isdigit():
+            assert line, "the runner ended"
+        self.started.append(int(line))
+        return self.started[-1]
+
+    def close(self):
+        for pid in self.started:  # none is reaped before, so none of the numbers is another's
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(timeout=30)
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "encoding does not go on"
+        time.sleep(0.01)
+
+
+def wait_for(pids):
+    wait_until(lambda: not any(process_start(pid) for pid in pids))
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(world, tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        runner = Runner(*world, log)
+        try:
+            wait_for([runner.start(tmp_path / "calm")])
+            calm, killed, chance = files(tmp_path / "calm"), tmp_path / "killed", random.Random(0)
+            assert len(calm) == 2 + 2 * SHARDS and calm["faults.jsonl"].count(b"\n") == SHARDS / 10
+            running = [runner.start(killed) for _ in range(2)]
+            # Where in the work they are killed is random, and the work is never over before: on any machine.
+            for count in sorted(chance.sample(range(SHARDS - 10), KILLS)):
+                wait_until(lambda count=count: len(list(killed.glob("records/*.json"))) >= count)
+                time.sleep(chance.uniform(0.0, 0.3))  # and where in a shard
+                victim = chance.randrange(2)
+                os.kill(running[victim], signal.SIGKILL)
+                running[victim] = runner.start(killed)
+            wait_for(running)
+        finally:
+            runner.close()
+    assert (tmp_path / "log").read_text().count("Traceback") == 0, (tmp_path / "log").read_text()
+    found = files(killed)
+    # What was killed while writing the index is swept by a run that comes later.
+    assert {name: content for name, content in found.items() if not name.startswith((".index", ".faults"))} == calm

@@ -1,0 +1,155 @@
+"""`reblock inspect`: what it says of whole, damaged and wrongly normalised shards, local and remote."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.inspect.inspect import inspect, normalisation_doubts
+from data.pack.pack import pack
+from data.shards import record_name
+from data.synth.synth import synth
+from tests.latents import write_latents
+from tests.webstore import WebStore
+
+#: Like Mochi's: the deviations of its channels differ.
+STD = [0.7, 0.85, 1.0, 1.2, 1.37]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos")
+    synth(root / "clips", clips=5, size=32, frames=9)
+    pack(str(root / "clips"), root / "shards", buckets=["7x32x32"], shard_samples=3, processes=1)
+    return root / "shards"
+
+
+def latents(folder, scale=lambda c: STD[c], shift=0.0, **head):
+    """Raw latents of deviation `scale` per channel."""
+
+    def draw(i, shape):
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(i))
+        return noise * torch.tensor([scale(c) for c in range(shape[0])]).view(-1, 1, 1, 1) + shift
+
+    facts = {"latents_std": STD, "latents_mean": [0.0] * 5, **head}
+    return write_latents(folder, [("7x128x128", 6), ("19x128x128", 2)], channels=5, latent=draw, **facts)
+
+
+def said(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_video_shards_and_their_sheet(videos, tmp_path, capsys):
+    inspect(str(videos), verify=True, contact_sheet=tmp_path / "sheet.png", processes=1)
+    out = said(capsys)
+    for words in ("reblock-videos-2", "bucket 7x32x32", "5 samples (100.0%) in 2 shards", "32x32 h264: 5", "9 / 9 / 9"):
+        assert words in out
+    assert "verified: 2 checksums, 5 samples" in out and "fault" not in out.replace("left out as faulty", "")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100  # pictures, not an empty page
+
+
+def test_remote_shards_say_the_same(videos, capsys):
+    inspect(str(videos), verify=True, processes=1)
+    local = capsys.readouterr().out
+    with WebStore(videos) as web:
+        inspect(web.url, verify=True, processes=1)
+    remote = capsys.readouterr().out
+    assert local.splitlines()[1:] == remote.splitlines()[1:] and "5 samples" in remote
+
+
+def test_latent_shards_and_their_sheet(tmp_path, capsys):
+    inspect(latents(tmp_path / "l"), verify=True, contact_sheet=tmp_path / "sheet.png")
+    out = said(capsys)
+    assert "bucket 7x128x128" in out and "6 samples (75.0%)" in out and "verified" in out
+    assert "in doubt" not in out and "expected about" not in out and "channel 4, normalised" in out
+    assert Image.open(tmp_path / "sheet.png").width > 500
+
+
+@pytest.mark.parametrize(
+    "how, doubt",
+    [
+        ({"scale": lambda c: 5 * STD[c]}, "far from mean 0 and deviation 1"),
+        ({"shift": 3.0}, "far from mean 0"),
+        ({"scale": lambda c: 1.0}, "normalised twice"),  # stored after normalisation
+        ({"latents_std": [1.0] * 5, "scale": lambda c: 4.0}, "far from mean 0"),
+    ],
+)
+def test_wrong_normalisation_is_flagged(tmp_path, capsys, how, doubt):
+    inspect(latents(tmp_path / "l", **how))
+    assert "normalisation in doubt" in (out := said(capsys)) and doubt in out
+
+
+def test_right_normalisation_is_not_flagged():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        std = np.exp(rng.normal(0, 0.1, 12))
+        vae = rng.uniform(0.8, 1.2, 12)
+        assert normalisation_doubts(rng.normal(0, 0.1, 12), std, [0.0] * 12, vae.tolist()) == []
+
+
+def spoil_shard(folder, name):
+    raw = bytearray((folder / name).read_bytes())
+    raw[2000] ^= 0xFF
+    (folder / name).write_bytes(raw)
+
+
+def cut_shard(folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:3000])
+
+
+def move_member(folder, name):
+    record = json.loads((folder / record_name(name)).read_text())
+    record["samples"][0][1]["json"][0] += 512
+    (folder / record_name(name)).write_text(json.dumps(record))
+
+
+def forget_sample(folder, name):
+    record = json.loads((folder / record_name(name)).read_text())
+    record["samples"].pop()
+    (folder / record_name(name)).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "spoil, fault",
+    [
+        (spoil_shard, "checksum differs"),
+        (cut_shard, "cut"),
+        (move_member, "is not where the record says"),
+        (forget_sample, "its record lists 5 samples, the index 6"),
+        (lambda folder, name: (folder / name).unlink(), "No such file"),
+    ],
+)
+def test_verify_names_what_is_damaged(tmp_path, capsys, spoil, fault):
+    folder = latents(tmp_path / "l")
+    spoil(tmp_path / "l", "7x128x128-000000.tar")
+    with pytest.raises(ValueError, match="faults in"):
+        inspect(folder, verify=True)
+    assert fault in said(capsys)
+
+
+def test_verify_names_latents_that_are_not_finite(tmp_path, capsys):
+    def broken(i, shape):
+        return torch.full(shape, float("nan") if i == 2 else 0.5)
+
+    folder = write_latents(tmp_path / "l", [("7x32x32", 4)], latent=broken)
+    with pytest.raises(ValueError, match="1 faults"):
+        inspect(folder, verify=True)
+    assert "clip-02: it holds numbers that are not finite" in said(capsys)
+
+
+def test_a_clip_that_does_not_decode_is_named_by_verify(videos, tmp_path, capsys):
+    shutil.copytree(videos, tmp_path / "v")
+    name = "7x32x32-000000.tar"
+    record = json.loads((tmp_path / "v" / record_name(name)).read_text())
+    key, members = record["samples"][1]
+    offset, size = members["mp4"]
+    raw = bytearray((tmp_path / "v" / name).read_bytes())
+    raw[offset : offset + size] = bytes(size)
+    (tmp_path / "v" / name).write_bytes(raw)
+    with pytest.raises(ValueError, match="faults"):
+        inspect(str(tmp_path / "v"), verify=True, processes=1)
+    assert f"{key}: clip of {size} bytes cannot be decoded" in said(capsys)
