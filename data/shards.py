@@ -93,8 +93,12 @@ def read_samples(folder: str, shard: str, store: Store) -> list[tuple[str, Membe
     """
     location = join(folder, record_name(shard))
     try:
-        listed = json.loads(store.read(location))["samples"]
-        return [(key, {name: Member(*place) for name, place in members.items()}) for key, members in listed]
+        record = json.loads(store.read(location))
+        version = record["entry"]["sha256"]
+        return [
+            (key, {name: Member(*place, version) for name, place in members.items()})
+            for key, members in record["samples"]
+        ]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{location} is damaged ({error}); make the shard again.") from error
 
@@ -106,7 +110,7 @@ def read_member(shard: str, member: Member, store: Store) -> bytes:
         ValueError: if the archive ends before.
         OSError: if it cannot be read.
     """
-    return store.read(shard, member.offset, member.size)
+    return store.read(shard, member.offset, member.size, version=member.version)
 
 
 def clip_extension(shard: str, members: Members) -> str:
@@ -318,8 +322,14 @@ def shard_name(bucket: Bucket, number: int) -> str:
     return f"{bucket.name}-{number:06d}.tar"
 
 
-def check_fault_share(faults: Sequence[Fault], total: int, limit: float, where: str) -> None:
-    """Stops a run that leaves out too much.
+def check_fault_share(
+    faults: Sequence[Fault],
+    total: int,
+    limit: float,
+    where: str,
+    mend: str = "Mend or remove them, or raise max_fault_share.",
+) -> None:
+    """Stops a run that leaves out too much, and says how to `mend` that.
 
     Raises:
         ValueError: if faults are more than `limit` of `total`; names the first few.
@@ -328,5 +338,5 @@ def check_fault_share(faults: Sequence[Fault], total: int, limit: float, where: 
         named = "; ".join(f"{fault.key}: {fault.reason.rstrip('.')}" for fault in faults[:3])
         raise ValueError(
             f"{len(faults)} of {total} items in {where} are faulty, more than max_fault_share {limit} allows. "
-            f"First: {named}. Mend or remove them, or raise max_fault_share."
+            f"First: {named}. {mend}"
         )

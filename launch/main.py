@@ -79,7 +79,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; bad input and paths are the user's to mend and exits with 2, anything else propagates."""
+    """Runs one command; bad input, paths and disks are the user's to mend and exit with 2; faults of ours propagate."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help", "--version"):
         return print(f"reblock {version('reblock')}" if command == "--version" else usage())
@@ -92,8 +92,11 @@ def main(argv: list[str] | None = None) -> None:
         module, name = COMMANDS[command][0].split(":")
         function = getattr(importlib.import_module(module), name)
         function([command, *rest]) if command in RAW else call(command, function, rest)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("REBLOCK_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped.", file=sys.stderr)
+        sys.exit(130)  # as shells report it

@@ -88,7 +88,7 @@ class Entry:
         if isinstance(self.caption, str):
             return self.caption.strip()
         try:
-            text = self.caption.read(store).decode("utf-8")
+            text = self.caption.read(store).decode("utf-8-sig")  # some editors begin with a mark
         except UnicodeDecodeError as error:
             raise ValueError(f"its caption is not UTF-8 ({error.reason} at byte {error.start})") from error
         if self.field is None:

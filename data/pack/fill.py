@@ -129,8 +129,7 @@ class Filler:
             faults: grows.
         """
         # Started by the first clip that has to be cut; it reads ahead of this loop, and in the same order.
-        jobs = (job for sample in planned if self._is_cut(job := self._job(bucket, sample)))
-        cuts = self._workers.map(self._cut_out, jobs, ahead=2)
+        cuts = self._workers.map(self._cut_out, self._jobs(bucket, planned), ahead=2)
         for sample in planned:
             job = self._job(bucket, sample)
             result = next(cuts) if self._is_cut(job) else self._whole(job)
@@ -151,6 +150,13 @@ class Filler:
                 "txt": job.row["caption"],
                 "json": json.dumps(facts, ensure_ascii=False),
             }
+
+    def _jobs(self, bucket: Bucket, planned: Sequence[Sample]) -> Iterator[Job]:
+        """Of what has to be cut. A function of its own, since another thread draws from it."""
+        for sample in planned:
+            job = self._job(bucket, sample)
+            if self._is_cut(job):
+                yield job
 
     def _job(self, bucket: Bucket, sample: Sample) -> Job:
         row = self._survey.row(sample.chunk, sample.offset)

@@ -24,8 +24,8 @@ from data.clips.workers import Guarded
 from data.pack.entries import Columns
 from data.pack.fill import Filler
 from data.pack.plan import Plan, make_plan
-from data.pack.sources import open_source
-from data.pack.survey import Listing, Rules, Survey, list_source
+from data.pack.sources import Folder, open_source
+from data.pack.survey import MEND, Listing, Rules, Survey, list_source
 from data.pack.windows import Cutting, Filters
 from data.shards import VIDEO_FORMAT, Fault, ShardFolder, check_fault_share
 from data.storage.files import beside, put_in_place
@@ -36,7 +36,7 @@ def pack(
     src: str,
     out: Path,
     *,
-    buckets: list[str] = ["19x64x64"],  # noqa: B006 - read only, and the command line shows it
+    buckets: str | list[str] = ["19x64x64"],  # noqa: B006 - read only, and the command line shows it
     fps: float | None = None,
     window: Literal["first", "middle", "all"] = "first",
     split_scenes: bool = False,
@@ -63,7 +63,8 @@ def pack(
             with a path or URL and a caption in each row; or webdataset archives, also by wildcards or {000..009}.
             Tables and archives may be URLs.
         out: folder of the shards.
-        buckets: sizes that clips are brought to, FRAMESxHEIGHTxWIDTH; each clip goes to the one that fits it best.
+        buckets: sizes that clips are brought to, FRAMESxHEIGHTxWIDTH; each clip goes to the one that fits it
+            best. Several as a list, or separated by commas.
         fps: frames per second of the frames that are used; without it, every frame is.
         window: which part of a clip is used: the first, the middle, or all, as one sample after another.
         split_scenes: cut clips where the scene changes; each scene is used like a clip.
@@ -76,7 +77,7 @@ def pack(
         duplicates: what happens to clips with the bytes of another one; they are reported in any case.
         shard_bytes: target size of a shard.
         shard_samples: most samples of a shard.
-        processes: that read clips; without it, one for each core.
+        processes: how many read clips at a time; without it, one for each core.
         deadline: seconds that a clip may take.
         max_fault_share: the run stops when more than this share of the clips is faulty.
         allow_pipe: run `src` if it is a command, `pipe:...`, for the archive that it prints.
@@ -93,7 +94,7 @@ def pack(
         )
     if duplicates not in ("keep", "drop"):
         raise ValueError(f"got duplicates {duplicates!r}, expected keep or drop.")
-    sizes = parse_buckets(buckets)
+    sizes = parse_buckets(buckets.split(",") if isinstance(buckets, str) else buckets)
     cutting = Cutting(tuple(sizes), fps, window, scene_threshold if split_scenes else None, upscale)
     store = Store()
     journal = out / "survey"
@@ -118,6 +119,8 @@ def pack(
     with _alone(out):
         survey = Survey(journal, {**settings, "src": _absolute(src)})
         print(f"{out}: {listing.clips} clips found in {src}")
+        if isinstance(source, Folder) and (overlooked := source.overlooked()):
+            print(f"  passed over: {', '.join(f'{count} {what}' for what, count in overlooked.most_common(8))}")
         if not survey.finished:
             with _progress() as progress:
                 task = progress.add_task("survey", total=listing.clips)
@@ -131,7 +134,7 @@ def pack(
             drop_duplicates=duplicates == "drop",
         )  # fmt: skip
         faults, filtered = _write_lists(out, survey, plan)
-        check_fault_share(faults, listing.clips, max_fault_share, src)
+        check_fault_share(faults, listing.clips, max_fault_share, src, MEND)
         if not plan.samples:
             raise ValueError(
                 f"nothing is left of the {listing.clips} clips in {src}: {len(faults)} are faulty, filtered are "
@@ -201,12 +204,12 @@ class Writing:
             try:
                 for done in as_completed([threads.submit(write, name) for name in missing]):
                     late += done.result()
-                    check_fault_share([*faults, *late], clips, limit, where)
+                    check_fault_share([*faults, *late], clips, limit, where, MEND)
             except BaseException:
                 stop.set()
                 threads.shutdown(wait=True, cancel_futures=True)
                 raise
-        check_fault_share([*faults, *late], clips, limit, where)
+        check_fault_share([*faults, *late], clips, limit, where, MEND)
         return len(late)
 
     def _write(self, name: str, filler: Filler, stop: threading.Event, advance: Any) -> list[Fault]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,6 +88,17 @@ class Folder:
                 yield from self._walk(item.path, f"{inside}{name}/")
             elif split_suffix(name)[1] in VIDEO_EXTENSIONS and not item.is_dir():
                 yield self._entry(item, inside, there)
+
+    def overlooked(self) -> Counter[str]:
+        """What is in the folder and is neither clip nor caption: how many files of each ending, and linked folders."""
+        counts: Counter[str] = Counter()
+        endings = (*VIDEO_EXTENSIONS, "json", split_suffix(f"a{self.columns.caption_suffix}")[1])
+        for folder, inside, names in os.walk(self.path):
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            counts["linked folders"] += sum(os.path.islink(os.path.join(folder, name)) for name in inside)
+            found = [split_suffix(name)[1] for name in names if not name.startswith(".")]
+            counts.update(f"files .{printable(ending)}" for ending in found if ending not in endings)
+        return +counts
 
     def _entry(self, item: os.DirEntry[str], inside: str, there: dict[str, os.DirEntry[str]]) -> Entry:
         stem, extension = split_suffix(item.name)

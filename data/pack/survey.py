@@ -32,6 +32,8 @@ from data.storage.store import Store, StoreError
 
 #: Entries of one file of the journal: what a kill costs at most.
 CHUNK = 256
+#: What can be done about too many faults: a survey is of one source as it was.
+MEND = "Raise max_fault_share to go on without them; or mend or remove them and pack into another folder."
 #: What is said of a clip in its JSON.
 FACTS = ("codec", "frames", "fps", "height", "width", "duration")
 
@@ -279,10 +281,10 @@ class Survey:
                     # ASCII: names of files may be what no UTF-8 is.
                     write_text(self._path(chunk), "".join(json.dumps(row) + "\n" for row in rows))
                     rows.clear()
-                check_fault_share(faults, clips, limit, where)
+                check_fault_share(faults, clips, limit, where, MEND)
                 yield 1 + _drain(kept)
         yield _drain(kept)
-        check_fault_share(faults, clips, limit, where)
+        check_fault_share(faults, clips, limit, where, MEND)
         if seen != clips:
             raise ValueError(f"the source listed {clips} clips and then {seen}; expected one that does not change.")
         write_json(self.folder / "done.json", {"clips": clips})

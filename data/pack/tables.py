@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
 from data.pack.entries import VIDEO_EXTENSIONS, Columns, Entry, Piece, make_key, printable, split_suffix
@@ -62,7 +63,7 @@ class Table:
         csv.field_size_limit(_LONGEST)
         # Bytes that are no UTF-8 become surrogates, and a fault of their row instead of the whole table's.
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = csv.DictReader(file)
+            rows = csv.DictReader(file, strict=True)  # a quote left open must not swallow the rest of the table
             try:
                 self._check(list(rows.fieldnames or []))
                 yield from rows
@@ -70,23 +71,29 @@ class Table:
                 raise ValueError(f"{self.location} is not CSV at line {rows.line_num} ({error}); mend it.") from error
 
     def _jsonl(self, path: Path) -> Iterator[Row]:
-        checked = False
         with path.open("rb") as file:
-            for line in file:
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                    yield f"its row is not JSON ({error})"
-                    continue
-                if not isinstance(row, dict):
-                    yield f"its row is a JSON {type(row).__name__}, expected an object"
-                    continue
-                if not checked:
-                    self._check(list(row))
-                    checked = True
-                yield row
+            rows = self._json_rows(file)
+            # One row may lack a column, which is its own fault; a table in which none has both is another table.
+            first = list(islice(rows, _BATCH))
+            objects = [list(row) for row in first if isinstance(row, dict)]
+            if objects and not any({self.columns.clip, self.columns.caption} <= set(names) for names in objects):
+                self._unknown(objects[0])
+            yield from first
+            yield from rows
+
+    def _json_rows(self, file: BinaryIO) -> Iterator[Row]:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                yield f"its row is not JSON ({error})"
+                continue
+            if not isinstance(row, dict):
+                yield f"its row is a JSON {type(row).__name__}, expected an object"
+                continue
+            yield row
 
     def _parquet(self, path: Path) -> Iterator[Row]:
         try:

@@ -1,5 +1,6 @@
 """What lies where in a tar archive: read by its headers, never extracted, and never trusted."""
 
+import re
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,17 @@ _BLOCK = 512
 
 @dataclass(frozen=True)
 class Member:
-    """Where a file lies inside an archive."""
+    """Where a file lies inside an archive.
+
+    Args:
+        offset: of its first byte.
+        size: in bytes.
+        version: of the archive, so that a cache does not take another one of this name for it; empty if unknown.
+    """
 
     offset: int
     size: int
+    version: str = field(default="", compare=False)
 
 
 Members = Mapping[str, Member]
@@ -38,7 +46,7 @@ class Scan:
 
 def refusal(name: str) -> str | None:
     """Why a member of this name is not read; None if it may be."""
-    if name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":"):
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name):
         return "its name is absolute"
     if ".." in name.replace("\\", "/").split("/"):
         return "its name leads out of the archive"

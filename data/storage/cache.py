@@ -54,7 +54,8 @@ class ByteCache:
         except OSError:
             return
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
         self._added += len(content)
         if self._added >= self.limit // 16:
             self._added = 0

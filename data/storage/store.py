@@ -159,13 +159,15 @@ class Store:
         self._attempts = attempts
         self._backoff = backoff
 
-    def read(self, location: str, offset: int = 0, size: int | None = None) -> bytes:
-        """Bytes of a file; from the cache if they are there.
+    def read(self, location: str, offset: int = 0, size: int | None = None, *, version: str = "") -> bytes:
+        """Bytes of a file; from the cache if they are there and of this version.
 
         Args:
             location: of the file.
             offset: first byte.
             size: how many; None reads to the end, never from the cache.
+            version: of the file, for example its checksum; without one the cache is not used, since another file may
+                have taken the name.
 
         Raises:
             ValueError: if the file ends before.
@@ -175,8 +177,9 @@ class Store:
             with local_path(location).open("rb") as file:
                 file.seek(offset)
                 return _whole(file.read(-1 if size is None else size), location, offset, size)
-        name = f"{location} {offset} {size}"
-        if self._cache and size is not None and (kept := self._cache.get(name, size)) is not None:
+        name = f"{location} {version} {offset} {size}"
+        cached = self._cache if version and size is not None else None
+        if cached and size is not None and (kept := cached.get(name, size)) is not None:
             return kept
 
         def ask() -> bytes:
@@ -185,8 +188,8 @@ class Store:
             return system.cat_file(path, start=offset or None, end=end)
 
         content = _whole(self._try(location, ask), location, offset, size)
-        if self._cache and size is not None:
-            self._cache.put(name, content)
+        if cached:
+            cached.put(name, content)
         return content
 
     def size(self, location: str) -> int | None:

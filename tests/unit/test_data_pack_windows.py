@@ -227,3 +227,21 @@ def test_cutting_into_shards(sizes, limit, count):
         assert len(part) <= count and (total <= limit or len(part) == 1)
         if following is not None:  # no shard is smaller than it has to be
             assert len(part) == count or total + sizes[following.start] > limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reencode", [False, True])
+def test_every_window_keeps_the_caption_and_the_picture_of_its_clip(tmp_path, reencode):
+    """Clips are cut ahead of the loop that writes them: what belongs to one must not come with another."""
+    (tmp_path / "clips").mkdir()
+    for i in range(50):
+        # A clip's number is its brightness.
+        write_video(tmp_path / "clips" / f"{i:02d}.mp4", np.full((24, 32, 32, 3), 5 * i, np.uint8), 12)
+        (tmp_path / "clips" / f"{i:02d}.txt").write_text(f"number {i}")
+    run(tmp_path / "clips", tmp_path / "out", reencode=reencode, shard_samples=20, processes=2)
+    found = samples(tmp_path / "out")
+    assert [s["__key__"] for s in found] == [f"{i:02d}" for i in range(50)]
+    for i, sample in enumerate(found):
+        facts = json.loads(sample["json"])
+        assert sample["txt"] == f"number {i}".encode() and facts["source"] == f"{i:02d}.mp4"
+        assert abs(decode_video(sample["mp4"], facts["indices"]).mean() - 5 * i) < 4

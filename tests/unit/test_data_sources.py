@@ -246,3 +246,36 @@ def test_a_parquet_table_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install 'reblock\[parquet\]'"):
         packed(tmp_path / "t.parquet", tmp_path / "out")
+
+
+def test_a_quote_left_open_does_not_swallow_the_rows_behind_it(tmp_path, made):
+    rows = [f"{made}/clip-{i:06d}.mp4,caption {i}" for i in range(3)]
+    rows[1] = rows[1].replace("caption", '"caption')
+    (tmp_path / "table.csv").write_text("clip,caption\n" + "\n".join(rows) + "\n")
+    with pytest.raises(ValueError, match="is not CSV"):
+        packed(tmp_path / "table.csv", tmp_path / "out")
+
+
+def test_a_first_row_without_a_caption_costs_itself(tmp_path, made):
+    rows = [{"clip": f"{made}/clip-000000.mp4"}, {"clip": f"{made}/clip-000001.mp4", "caption": "there"}]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packed(tmp_path / "table.jsonl", tmp_path / "out", max_fault_share=0.5)
+    assert json.loads((tmp_path / "out" / "index.json").read_text())["samples"] == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path, clip):
+    for name, content in (("a", "hello"), ("b", json.dumps({"caption": "hello"}))):
+        (tmp_path / f"{name}.mp4").write_bytes(clip(0))
+        (tmp_path / f"{name}{'.txt' if name == 'a' else '.json'}").write_text(content, encoding="utf-8-sig")
+    store = Store()
+    assert [entry.read_caption(store) for entry in entries(tmp_path, tmp_path)] == ["hello", "hello"]
+
+
+def test_what_a_folder_holds_besides_is_counted(tmp_path, clip, capsys):
+    (tmp_path / "src" / "more").mkdir(parents=True)
+    for name in ("a.mp4", "b.ts", "more/c.TS", "more/d"):
+        (tmp_path / "src" / name).write_bytes(clip(0))
+    (tmp_path / "src" / "a.txt").write_text("hello")
+    (tmp_path / "src" / "link").symlink_to(tmp_path / "src" / "more", target_is_directory=True)
+    packed(tmp_path / "src", tmp_path / "out")
+    assert "passed over: 2 files .ts, 1 linked folders, 1 files ." in capsys.readouterr().out

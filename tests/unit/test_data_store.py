@@ -96,29 +96,39 @@ def test_a_whole_remote_file_is_copied_and_removed(web, tmp_path):
 
 def test_the_cache_answers_for_the_store(web, tmp_path):
     store = quick(cache=tmp_path / "cache")
-    assert store.read(f"{web.url}/a.tar", 5, 50) == store.read(f"{web.url}/a.tar", 5, 50) == CONTENT[5:55]
-    assert web.asked["a.tar"] == 1
-    assert store.read(f"{web.url}/a.tar", 5, 51) == CONTENT[5:56]
+    first, again = (store.read(f"{web.url}/a.tar", 5, 50, version="1") for _ in range(2))
+    assert first == again == CONTENT[5:55] and web.asked["a.tar"] == 1
+    assert store.read(f"{web.url}/a.tar", 5, 51, version="1") == CONTENT[5:56]
+
+
+def test_the_cache_knows_a_file_that_took_another_ones_name(web, tmp_path):
+    store = quick(cache=tmp_path / "cache")
+    store.read(f"{web.url}/a.tar", 5, 50, version="1")
+    (tmp_path / "served" / "a.tar").write_bytes(CONTENT[::-1])
+    assert store.read(f"{web.url}/a.tar", 5, 50, version="2") == CONTENT[::-1][5:55]
+    store.read(f"{web.url}/a.tar", 60, 5)
+    (tmp_path / "served" / "a.tar").write_bytes(CONTENT)
+    assert store.read(f"{web.url}/a.tar", 60, 5) == CONTENT[60:65]  # of no version: never kept
 
 
 def test_a_damaged_cache_entry_is_read_again(web, tmp_path):
     store = quick(cache=tmp_path / "cache")
-    store.read(f"{web.url}/a.tar", 5, 50)
+    store.read(f"{web.url}/a.tar", 5, 50, version="1")
     (entry,) = (tmp_path / "cache").glob("??/*")
     entry.write_bytes(b"short")
-    assert store.read(f"{web.url}/a.tar", 5, 50) == CONTENT[5:55]
+    assert store.read(f"{web.url}/a.tar", 5, 50, version="1") == CONTENT[5:55]
 
 
 def test_the_cache_is_bounded_and_keeps_what_was_used_last(web, tmp_path):
     store = quick(cache=tmp_path / "cache", cache_bytes=3200)
     for number in range(100):
-        store.read(f"{web.url}/a.tar", number * 100, 100)
-        store.read(f"{web.url}/a.tar", 0, 100)  # in use all the time
+        store.read(f"{web.url}/a.tar", number * 100, 100, version="1")
+        store.read(f"{web.url}/a.tar", 0, 100, version="1")  # in use all the time
         for path in (tmp_path / "cache").glob("??/*"):  # file systems keep times too coarsely for this loop
             os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 10**9))
         assert sum(p.stat().st_size for p in (tmp_path / "cache").glob("??/*")) <= 3200 + 3200 // 16
     asked = web.asked["a.tar"]
-    store.read(f"{web.url}/a.tar", 0, 100)
+    store.read(f"{web.url}/a.tar", 0, 100, version="1")
     assert web.asked["a.tar"] == asked
 
 

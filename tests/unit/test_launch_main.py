@@ -26,6 +26,10 @@ def _echo(src: Path, out: Path, *, base: Path, clips: int = 96, captions: list[s
         raise ValueError(f"got clips {clips}, expected at least 1.")
     if clips == 13:
         raise OSError("disk full")
+    if clips == 14:
+        clips /= 0
+    if clips == 15:
+        raise KeyboardInterrupt
     print(src, out, base, clips, captions)
 
 
@@ -94,9 +98,23 @@ def test_the_traceback_can_be_had(echo, monkeypatch: pytest.MonkeyPatch):
         command.main(["echo", "a", "b", "--base", "c", "--clips", "0"])
 
 
-def test_other_errors_propagate(echo):
-    with pytest.raises(OSError, match="disk full"):
+def test_a_full_disk_is_one_line(echo, capsys):
+    with pytest.raises(SystemExit) as stop:
         command.main(["echo", "a", "b", "--base", "c", "--clips", "13"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: disk full\n"
+
+
+def test_other_errors_propagate(echo):
+    with pytest.raises(ZeroDivisionError):
+        command.main(["echo", "a", "b", "--base", "c", "--clips", "14"])
+
+
+def test_an_interruption_is_one_line(echo, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["echo", "a", "b", "--base", "c", "--clips", "15"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nstopped.\n"
 
 
 def test_an_unknown_command_lists_what_exists(capsys):
