@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from trainer.attention import masked_attention, pooled_quantiles, reference, uniform_attention
+from tests import attentiondraws as draws
+from trainer.attention import masked_attention, pooled_quantiles, reference, row_quantiles, uniform_attention
+from trainer.attention.rows import weight_rows
 
 
 def draw_heads(seed: int, batch: int, heads: int, tokens: int, width: int, scale: float) -> tuple[torch.Tensor, ...]:
@@ -67,7 +69,7 @@ def test_ratio_zero_removes_nothing(chunk):
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 5])
-def test_ratio_one_keeps_exactly_the_row_maxima(chunk):
+def test_ratio_one_keeps_one_weight_a_row_where_none_tie(chunk):
     q, k, v = draw_heads(0, 2, 3, 17, 8, 4.0)
     thresholds = pooled_quantiles(q, k, (1.0,), chunk=chunk)[..., 0]
     weights = reference.attention_weights(q, k)
@@ -147,3 +149,141 @@ def test_wrong_thresholds_are_named():
     q, k, v = draw_heads(0, 1, 2, 4, 2, 1.0)
     with pytest.raises(ValueError, match="select one ratio"):
         masked_attention(q, k, v, torch.zeros(1, 2, 3))
+
+
+# -- drawn distributions, options, back ends --------------------------------------------------------------------------
+
+
+def clear_threshold(weights: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Near the ratio's order statistic of (..., weights), a value that no weight is close to; 0 where there is none."""
+    ordered = weights.sort(dim=-1).values
+    at = reference.rank(ratio, ordered.shape[-1])
+    low, high = ordered[..., :-1], ordered[..., 1:]
+    far = (high > low * 1.001) & (high > 1e-34)
+    distance = (torch.arange(high.shape[-1]) - at).abs().expand_as(high).masked_fill(~far, 10**9)
+    if not high.shape[-1]:
+        return torch.zeros(weights.shape[:-1])
+    place = distance.argmin(dim=-1, keepdim=True)
+    middle = (low.clamp(min=1e-37) * high).sqrt().gather(-1, place)
+    return middle.masked_fill(~far.gather(-1, place), 0.0)[..., 0].float()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    draws.heads_strategy, st.floats(0, 1), st.integers(1, 50), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from(["zero", "mean"]), st.integers(1, 60),
+)  # fmt: skip
+def test_every_option_agrees_with_the_float64_reference(drawn, ratio, chunk, per_row, padded, renorm, tail, num_keys):
+    q, k, v = draws.draw_heads(*drawn)
+    v = v.float()
+    lengths = draws.lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
+    options = {"num_keys": min(num_keys, k.shape[2]), "lengths": lengths, "renormalise": renorm, "tail": tail}
+    weights = reference.attention_weights(q, k, lengths)
+    thresholds = clear_threshold(weights if per_row else weights.flatten(2), ratio)
+    got = masked_attention(q, k, v, thresholds, chunk=chunk, **options)
+    truth = reference.masked_attention(weights, v, thresholds, **options)
+    torch.testing.assert_close(got[0].double(), truth[0], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(got[1].double(), truth[1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[2].double(), truth[2], rtol=1e-3, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(draws.heads_strategy, st.integers(1, 50), st.booleans(), st.sampled_from(["zero", "mean"]), st.booleans())
+def test_ratio_zero_is_dense_bit_for_bit(drawn, chunk, renormalise, tail, per_row):
+    q, k, v = draws.draw_heads(*drawn)
+    find = row_quantiles if per_row else pooled_quantiles
+    options = {"renormalise": renormalise, "tail": tail}
+    out, realised, dropped = masked_attention(
+        q, k, v, find(q, k, (0.0,), chunk=chunk)[..., 0], chunk=chunk, backend="chunked", **options
+    )
+    dense = torch.cat([rows @ v.float() for _, rows in weight_rows(q, k, chunk=chunk)], dim=2).to(v.dtype)
+    assert torch.equal(out, dense) and realised.max() == dropped.max() == 0
+
+    thresholds = find(q, k, (0.0,), backend="dense")[..., 0]
+    out, realised, dropped = masked_attention(q, k, v, thresholds, backend="dense", **options)
+    assert torch.equal(out, (reference.attention_weights(q, k) @ v.double()).to(v.dtype))
+    assert realised.max() == dropped.max() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(draws.heads_strategy, st.integers(1, 50), st.booleans(), st.sampled_from(["dense", "chunked"]))
+def test_ratio_one_keeps_exactly_the_row_maxima(drawn, chunk, per_row, backend):
+    q, k, v = draws.draw_heads(*drawn)
+    find = row_quantiles if per_row else pooled_quantiles
+    thresholds = find(q, k, (1.0,), chunk=chunk, backend=backend)[..., 0]
+    v = v.float()
+    out, realised, _ = masked_attention(q, k, v, thresholds, chunk=chunk, backend=backend)
+    if backend == "dense":
+        weights = reference.attention_weights(q, k)
+    else:
+        weights = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk)], dim=2)
+    largest = weights == weights.amax(dim=-1, keepdim=True)  # ties are kept all
+    expected = 1 - largest.double().mean(dim=(-1, -2))
+    torch.testing.assert_close(realised.double(), expected, rtol=1e-6, atol=1e-7)
+    mean = (largest.double() / largest.sum(dim=-1, keepdim=True)) @ v.double()
+    torch.testing.assert_close(out.double(), mean, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(draws.heads_strategy, st.integers(1, 50), st.floats(0, 1), st.integers(1, 45), st.booleans())
+def test_realised_ratio_counts_what_lies_below_among_the_pooled(drawn, chunk, ratio, num_keys, padded):
+    q, k, v = draws.draw_heads(*drawn)
+    options = {"num_keys": min(num_keys, k.shape[2]), "chunk": chunk}
+    options["lengths"] = lengths = draws.lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
+    thresholds = pooled_quantiles(q, k, (ratio,), **options)[..., 0]
+    _, realised, _ = masked_attention(q, k, v, thresholds, **options)
+    assert (realised <= ratio + 1e-6).all()
+    every = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths)], dim=2)
+    for sample, length in enumerate(lengths or [q.shape[2]] * q.shape[0]):
+        own = every[sample, :, :length]
+        pool = own[..., : min(length, options["num_keys"])]
+        removed = (pool < thresholds[sample, :, None, None]) & (pool < own.amax(dim=-1, keepdim=True))
+        torch.testing.assert_close(realised[sample].double(), removed.double().mean(dim=(1, 2)), rtol=1e-6, atol=1e-7)
+
+
+def test_tail_mean_replaces_each_removed_weight_by_their_mean():
+    weights = torch.tensor([0.5, 0.3, 0.12, 0.06, 0.02])
+    q = (weights.log() * 5**0.5).expand(1, 1, 5, 5).contiguous()
+    k = v = torch.eye(5)[None, None]
+    out, realised, dropped = masked_attention(q, k, v, torch.full((1, 1), 0.2), tail="mean")
+    torch.testing.assert_close(out[0, 0, 0], torch.tensor([0.5, 0.3, 0.2 / 3, 0.2 / 3, 0.2 / 3]))
+    assert (realised.item(), dropped.item()) == (pytest.approx(0.6), pytest.approx(0.2))
+
+
+def test_text_keys_from_num_keys_on_are_never_removed():
+    q, k, v = draws.draw_heads("random", 1, 1, 2, 20, 16)
+    only_text = reference.attention_weights(q, k)
+    out, realised, _ = masked_attention(q, k, v, torch.full((1, 2), torch.inf), num_keys=15, renormalise=False)
+    vision_winner = only_text[..., :15] == only_text.amax(dim=-1, keepdim=True)
+    only_text[..., :15] *= vision_winner
+    torch.testing.assert_close(out.double(), only_text @ v.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(realised.double(), 1 - vision_winner.double().mean(dim=(-1, -2)))
+
+
+def test_lengths_equal_each_sample_alone():
+    q, k, v = draws.draw_heads("sharp", 8, 2, 3, 31, 16)
+    for t in (q, k, v):
+        t[0, :, 20:] = 1e4  # what lies behind may be anything
+    thresholds = torch.full((2, 3), 0.02)
+    options = {"num_keys": 25, "chunk": 8}
+    got = masked_attention(q, k, v, thresholds, lengths=[20, 31], **options)
+    assert got[0][0, :, 20:].abs().max() == 0
+    for sample, length in enumerate([20, 31]):
+        own = [t[sample : sample + 1, :, :length] for t in (q, k, v)]
+        alone = masked_attention(*own, thresholds[:1], num_keys=min(25, length))
+        torch.testing.assert_close(got[0][sample, :, :length], alone[0][0])
+        assert torch.equal(got[1][sample], alone[1][0])
+        torch.testing.assert_close(got[2][sample], alone[2][0])
+
+
+def test_faults_of_the_options_are_named():
+    q, k, v = draw_heads(0, 1, 2, 4, 2, 1.0)
+    limit = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="got thresholds of shape"):
+        masked_attention(q, k, v, torch.zeros(1, 2, 5))
+    with pytest.raises(ValueError, match="got tail 'median'"):
+        masked_attention(q, k, v, limit, tail="median")
+    with pytest.raises(ValueError, match="got backend"):
+        masked_attention(q, k, v, limit, backend="fast")
+    with pytest.raises(ValueError, match="got num_keys 9"):
+        masked_attention(q, k, v, limit, num_keys=9)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.attention import pooled_quantiles, reference
+from tests import attentiondraws as draws
+from trainer.attention import pooled_quantiles, quantile, reference, row_quantiles
 from trainer.attention.quantile import ranks
 from trainer.attention.rows import float32_matmul, weight_rows
 
@@ -112,3 +113,131 @@ def test_faults_are_named():
         pooled_quantiles(q[:, :, :0], k, (0.5,))
     with pytest.raises(ValueError, match="got chunk 0"):
         pooled_quantiles(q, k, (0.5,), chunk=0)
+
+
+# -- drawn distributions, parts of the keys, lengths, rows -----------------------------------------------------------
+
+
+def within(got, truth):
+    """Thresholds agree but for float32 rounding; below its range they are 0."""
+    torch.testing.assert_close(got.double(), truth, rtol=5e-4, atol=1e-36)
+
+
+@settings(max_examples=80, deadline=None)
+@given(draws.heads_strategy, st.integers(1, 50), st.integers(1, 45), st.booleans())
+def test_pools_leading_keys_and_valid_tokens_only(drawn, chunk, num_keys, padded):
+    q, k, _ = draws.draw_heads(*drawn)
+    num_keys = min(num_keys, k.shape[2])
+    lengths = draws.lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
+    got = pooled_quantiles(q, k, RATIOS, num_keys=num_keys, lengths=lengths, chunk=chunk)
+    every = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths)], dim=2)
+    for sample, length in enumerate(lengths or [q.shape[2]] * q.shape[0]):
+        pool = np.sort(every[sample, :, :length, : min(length, num_keys)].flatten(1).numpy(), axis=-1)
+        assert torch.equal(got[sample], torch.from_numpy(pool[:, ranks(RATIOS, pool.shape[1])]))
+    weights = reference.attention_weights(q, k, lengths)
+    within(got, reference.pooled_quantiles(weights, RATIOS, num_keys=num_keys, lengths=lengths))
+
+
+@settings(max_examples=60, deadline=None)
+@given(draws.heads_strategy, st.integers(1, 50), st.integers(1, 45))
+def test_row_quantiles_are_each_rows_order_statistic(drawn, chunk, num_keys):
+    q, k, _ = draws.draw_heads(*drawn)
+    num_keys = min(num_keys, k.shape[2])
+    got = row_quantiles(q, k, RATIOS, num_keys=num_keys, chunk=chunk)
+    ordered = np.sort(all_weights(q, k, chunk)[..., :num_keys].numpy(), axis=-1)
+    assert torch.equal(got, torch.from_numpy(ordered[..., ranks(RATIOS, num_keys)]))
+    within(got, reference.row_quantiles(reference.attention_weights(q, k), RATIOS, num_keys=num_keys))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """One entry for every pass over the weights."""
+    found, counted = [], quantile.weight_rows
+    monkeypatch.setattr(quantile, "weight_rows", lambda *a, **o: found.append(1) or counted(*a, **o))
+    return found
+
+
+@pytest.mark.parametrize("counts, expected_passes", [(1, 3), (2**23, 2)])
+@pytest.mark.parametrize("kind", draws.KINDS)
+def test_two_passes_and_three_find_the_same(kind, counts, expected_passes, passes, monkeypatch):
+    monkeypatch.setattr(quantile, "_COUNTS", counts)  # 1: the low bits are read in two passes
+    q, k, _ = draws.draw_heads(kind, 5, 2, 2, 33, 16)
+    ratios = tuple(i / 20 for i in range(21))
+    expected = np.sort(all_weights(q, k, 10).flatten(2).numpy(), axis=-1)[..., ranks(ratios, 33 * 33)]
+    assert torch.equal(pooled_quantiles(q, k, ratios, chunk=10), torch.from_numpy(expected))
+    assert len(passes) == expected_passes
+
+
+@pytest.mark.parametrize("ratios", [(0.5,), (0.05, 0.5, 0.95)])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0])
+def test_a_bin_may_hold_most_weights_of_a_long_chunk(scale, ratios):
+    q, k, _ = draws.draw_heads("random", 4, 1, 2, 300, 16)
+    expected = np.sort(all_weights(q * scale, k, 200).flatten(2).numpy(), axis=-1)[..., ranks(ratios, 300 * 300)]
+    assert torch.equal(pooled_quantiles(q * scale, k, ratios, chunk=200), torch.from_numpy(expected))
+
+
+@settings(max_examples=60, deadline=None)
+@given(draws.heads_strategy, st.integers(1, 44), st.sampled_from([1e-4, 0.003, 0.05, 1.0]), st.booleans())
+def test_rank_error_is_kept(drawn, chunk, rank_error, padded):
+    q, k, _ = draws.draw_heads(*drawn)
+    lengths = draws.lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
+    got = pooled_quantiles(q, k, RATIOS, chunk=chunk, rank_error=rank_error, lengths=lengths)
+    every = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths)], dim=2)
+    for sample, length in enumerate(lengths or [q.shape[2]] * q.shape[0]):
+        pool = every[sample, :, :length, :length].flatten(1)
+        total = pool.shape[1]
+        for place, rank in enumerate(ranks(RATIOS, total)):
+            threshold = got[sample, :, place, None]
+            below, up_to = (pool < threshold).sum(dim=1), (pool <= threshold).sum(dim=1)
+            assert (below <= rank).all()
+            assert (up_to >= rank - rank_error * total).all()
+
+
+def test_a_rank_error_saves_the_second_pass(passes):
+    q, k, _ = draws.draw_heads("random", 1, 1, 1, 200, 16)
+    exact = pooled_quantiles(q, k, RATIOS, chunk=50)
+    assert len(passes) == 2
+    coarse = pooled_quantiles(q, k, RATIOS, chunk=50, rank_error=0.05)
+    assert len(passes) == 3
+    assert (coarse <= exact).all() and (coarse >= exact * (1 - 2**-8)).all()
+
+
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_back_ends_agree_and_dense_is_in_float64(backend):
+    q, k, _ = draws.draw_heads("sharp", 2, 2, 2, 29, 64)
+    weights = reference.attention_weights(q, k, [29, 13])
+    got = pooled_quantiles(q, k, RATIOS, num_keys=20, lengths=[29, 13], backend=backend)
+    within(got, reference.pooled_quantiles(weights, RATIOS, num_keys=20, lengths=[29, 13]))
+    rows = row_quantiles(q, k, RATIOS, num_keys=20, backend=backend)
+    within(rows, reference.row_quantiles(reference.attention_weights(q, k), RATIOS, num_keys=20))
+    assert got.dtype == rows.dtype == (torch.float64 if backend == "dense" else torch.float32)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])  # inf - inf is a NaN with a sign on x86
+def test_weights_that_are_no_number_do_not_stop_the_measurement(broken):
+    q, k, _ = draws.draw_heads("random", 2, 1, 2, 30, 16)
+    q[0, 0, 3] = broken
+    got = pooled_quantiles(q, k, (0.1, 1.0), chunk=8)
+    assert got[0, 0, 1].isnan() and torch.isfinite(got[0, 1]).all()
+
+
+def test_no_ratios_give_no_thresholds():
+    q, k, _ = draws.draw_heads("random", 2, 1, 2, 9, 16)
+    assert all(pooled_quantiles(q, k, (), chunk=chunk).shape == (1, 2, 0) for chunk in (None, 4))
+
+
+def test_faults_of_the_options_are_named():
+    q, k, _ = draws.draw_heads("random", 0, 1, 1, 4, 16)
+    for num_keys in (0, 5):
+        with pytest.raises(ValueError, match="got num_keys"):
+            pooled_quantiles(q, k, (0.5,), num_keys=num_keys)
+        with pytest.raises(ValueError, match="got num_keys"):
+            row_quantiles(q, k, (0.5,), num_keys=num_keys)
+    with pytest.raises(ValueError, match="got rank_error"):
+        pooled_quantiles(q, k, (0.5,), rank_error=-1e-4)
+    with pytest.raises(ValueError, match="got backend"):
+        pooled_quantiles(q, k, (0.5,), backend="exact")
+    for find in (pooled_quantiles, row_quantiles):
+        for backend in ("dense", "chunked"):
+            with pytest.raises(ValueError, match="got ratios"):
+                find(q, k, (1.5,), backend=backend)

@@ -7,24 +7,41 @@ uniform attention or at r = 0. At r = 1 the threshold is the largest weight. Wei
 tie.
 
 Large N: non-negative float32 numbers are ordered as their bit patterns read as integers, so the order statistic is
-found by a radix select, 11 + 10 + 10 bits in three passes over recomputed weights, with one histogram per (sample,
-head) and per distinct leading part.
+found by a radix select over recomputed weights: a pass over the leading 16 bits of all weights, then passes over the
+rest of those few that lie in the bins where a ratio ends, in one histogram per (sample, head) and distinct leading
+part. Two passes, or three where many heads would need large histograms.
+
+Rank error. Where every bin that a ratio ends in holds at most a share `rank_error` of the weights, the bins' lower
+edges are returned after the first pass: then between r - rank_error and r of the weights, again as shares and bar
+ties, lie strictly below. A rank error of 0 gives the order statistic itself.
 
 Legend: B batch, N tokens, h heads, d head width, R ratios.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.attention.rows import check_heads, rows_per_chunk, weight_rows
+from trainer.attention import reference
+from trainer.attention.rows import (
+    Lengths,
+    check_heads,
+    check_lengths,
+    check_num_keys,
+    counted_weights,
+    rows_per_chunk,
+    wants_dense,
+    weight_rows,
+)
 
-# Leading 11 bits (sign is always 0), then 10 and 10.
-_TOP, _DIGIT = 1 << 11, 1 << 10
+#: Leading bits of a float32 without its sign that the first pass tells apart, and those that are left.
+_TOP, _REST = 16, 15
+#: The second pass's histograms may hold so many counts (64 MiB); above, its bits are read in two passes.
+_COUNTS = 2**23
 
 
 def ranks(ratios: Sequence[float], total: int) -> list[int]:
@@ -39,27 +56,100 @@ def ranks(ratios: Sequence[float], total: int) -> list[int]:
 
 
 @torch.no_grad()
-def pooled_quantiles(q: Tensor, k: Tensor, ratios: Sequence[float], *, chunk: int | None = None) -> Tensor:
+def pooled_quantiles(
+    q: Tensor,
+    k: Tensor,
+    ratios: Sequence[float],
+    *,
+    num_keys: int | None = None,
+    lengths: Lengths | None = None,
+    backend: str | None = None,
+    chunk: int | None = None,
+    rank_error: float = 0.0,
+) -> Tensor:
     """Thresholds below which at most a share `ratio` of a head's weights lie; see the module's text for ties.
 
     Args:
         q: (B, h, N, d) queries as the softmax sees them.
         k: (B, h, M, d).
         ratios: R shares from 0 to 1.
+        num_keys: only weights on so many leading keys (vision) are pooled; None: on all.
+        lengths: (B,) valid tokens per sample: weights of others are not pooled. None: all are.
+        backend: `dense` (float64, small N) or `chunked`; None chooses.
         chunk: query rows at a time, the same as in the masking pass; None chooses by memory.
+        rank_error: how far the share below a threshold may fall short of its ratio; 0: as little as ties allow.
 
     Returns:
-        (B, h, R) float32, each one of the weights that `weight_rows` yields.
+        (B, h, R) float32, each one of the weights that `weight_rows` yields unless `rank_error` is above 0. The dense
+        back end's are float64, so that they compare as equal with its weights.
+
+    Raises:
+        ValueError: if shapes do not agree, or a ratio or `rank_error` is outside 0 .. 1.
+    """
+    check_heads(q, k)
+    valid, pooled = check_lengths(lengths, q, k), check_num_keys(num_keys, k.shape[2])
+    if not 0.0 <= rank_error <= 1.0:
+        raise ValueError(f"got rank_error {rank_error}, expected a share of the weights, e.g. 1e-4.")
+    ranks(ratios, 1)  # refuses ratios before any work
+    if wants_dense(backend):
+        weights = reference.attention_weights(q, k, valid)
+        return reference.pooled_quantiles(weights, ratios, num_keys=pooled, lengths=valid)
+    return _chunked_pooled_quantiles(q, k, ratios, pooled, valid, chunk, rank_error)
+
+
+def _chunked_pooled_quantiles(
+    q: Tensor,
+    k: Tensor,
+    ratios: Sequence[float],
+    num_keys: int,
+    lengths: Tensor | None,
+    chunk: int | None,
+    rank_error: float,
+) -> Tensor:
+    batch, heads, queries = q.shape[:3]
+    # Weights of invalid queries and keys are 0, none is smaller: they only move every rank up by their number.
+    totals = counted_weights(q, k, num_keys, lengths)
+    wanted = [[queries * num_keys - total + r for r in ranks(ratios, total)] for total in totals]
+    rank = torch.tensor(wanted, dtype=torch.int64, device=q.device)[:, None].expand(-1, heads, -1)  # (B, h, R)
+    if rows_per_chunk(q, k, chunk) >= queries:
+        weights = next(weight_rows(q, k, chunk=chunk, lengths=lengths))[1][..., :num_keys]
+        return _sorted(weights.flatten(2)).gather(2, rank)
+
+    def bits() -> Iterator[Tensor]:
+        for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths):
+            yield rows[..., :num_keys].flatten(0, 1).flatten(1).view(torch.int32)  # (B * h, weights of the chunk)
+
+    spare = torch.tensor([rank_error * total for total in totals], device=q.device).repeat_interleave(heads)
+    return _radix_select(bits, rank.flatten(0, 1).clone(), spare[:, None]).view(batch, heads, len(ratios))
+
+
+@torch.no_grad()
+def row_quantiles(
+    q: Tensor,
+    k: Tensor,
+    ratios: Sequence[float],
+    *,
+    num_keys: int | None = None,
+    backend: str | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Like `pooled_quantiles`, for every query's row apart: at most a share `ratio` of the row lies below.
+
+    Returns:
+        (B, h, N, R) float32, each one of the row's weights; float64 from the dense back end.
 
     Raises:
         ValueError: if shapes do not agree or a ratio is outside 0 .. 1.
     """
     check_heads(q, k)
-    wanted = ranks(ratios, q.shape[2] * k.shape[2])
-    if rows_per_chunk(q, k, chunk) >= q.shape[2]:
-        weights = next(weight_rows(q, k, chunk=chunk))[1]
-        return _sorted(weights.flatten(2))[..., wanted]
-    return _radix_select(lambda: (rows for _, rows in weight_rows(q, k, chunk=chunk)), wanted)
+    pooled = check_num_keys(num_keys, k.shape[2])
+    wanted = ranks(ratios, pooled)
+    if wants_dense(backend):
+        return reference.row_quantiles(reference.attention_weights(q, k), ratios, num_keys=pooled)
+    found = torch.empty(*q.shape[:3], len(wanted), device=q.device)
+    for start, rows in weight_rows(q, k, chunk=chunk):
+        found[:, :, start : start + rows.shape[2]] = _sorted(rows[..., :pooled])[..., wanted]
+    return found
 
 
 def _sorted(values: Tensor) -> Tensor:
@@ -68,58 +158,70 @@ def _sorted(values: Tensor) -> Tensor:
     return values.sort(dim=-1).values
 
 
-def _radix_select(chunks: Callable, wanted: list[int]) -> Tensor:
-    """The order statistics `wanted` of each (sample, head) over all that `chunks()` yields, (B, h, R)."""
-    first = next(chunks())
-    shape, device = first.shape[:2], first.device
-    del first
-    heads = shape.numel()
-    rank = torch.tensor(wanted, device=device).expand(heads, -1).clone()  # (heads, R), within the chosen bins so far
+def _radix_select(bits: Callable[[], Iterator[Tensor]], rank: Tensor, spare: Tensor) -> Tensor:
+    """The order statistics `rank` (heads, R) of each head over all float32 bit patterns that `bits()` yields.
 
-    top, rank = _choose(_histogram(chunks, heads, device, [], _TOP), None, rank)
-    slot1, of_ratio1 = _slots(top, _TOP)
-    mid, rank = _choose(_histogram(chunks, heads, device, [slot1], _DIGIT), of_ratio1, rank)
-    slot2, of_ratio2 = _slots(of_ratio1 * _DIGIT + mid, (len(wanted) + 1) * _DIGIT)
-    low, rank = _choose(_histogram(chunks, heads, device, [slot1, slot2], _DIGIT), of_ratio2, rank)
-    bits = (top << 20) | (mid << 10) | low
-    return bits.to(torch.int32).view(torch.float32).reshape(*shape, len(wanted))
-
-
-def _slots(prefixes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Numbers the distinct `prefixes` (heads, R) of each head from 1; 0 stands for "no ratio ends in here".
-
-    Returns:
-        table (heads, size) from prefix to slot, and the slot of each ratio (heads, R).
+    Stops after the first pass where every bin holds at most `spare` (heads, 1) weights.
     """
-    table = torch.zeros(prefixes.shape[0], size, dtype=torch.int64, device=prefixes.device)
-    table.scatter_(1, prefixes, 1)
-    table = table * table.cumsum(dim=1)
-    return table, table.gather(1, prefixes)
+    heads, ratios = rank.shape
+    counts = torch.zeros(heads, 1, 1 << _TOP, dtype=torch.int64, device=rank.device)
+    for chunk in bits():
+        for head, own in enumerate(chunk):
+            found = torch.bincount(_leading(own, _REST))  # up to the largest: half of all bins where none is above 1
+            counts[head, 0, : len(found)] += found
+    prefix, rank, held = _choose(counts, torch.zeros_like(rank), rank)
+    left = _REST
+    while left and bool((held > spare).any()):
+        digit = left if heads * ratios << left <= _COUNTS else min(left, 8)
+        slots, slot = _slots(prefix)
+        counts = torch.zeros(heads, slots.shape[1], 1 << digit, dtype=torch.int64, device=rank.device)
+        wanted = torch.zeros(heads, 1 << _TOP, dtype=torch.bool, device=rank.device)
+        wanted.scatter_(1, prefix >> (_REST - left), True)
+        for chunk in bits():
+            for head, own in enumerate(chunk):
+                near = own[wanted[head].index_select(0, _leading(own, _REST))]
+                _count_digit(near, slots[head], left, digit, counts[head])
+        chosen, rank, held = _choose(counts, slot, rank)
+        prefix, left = (prefix << digit) | chosen, left - digit
+    return (prefix << left).to(torch.int32).view(torch.float32)
 
 
-def _histogram(chunks: Callable, heads: int, device: torch.device, tables: list[Tensor], digit: int) -> Tensor:
-    """Counts (heads, slots, digit) of the next digit of every weight, by the slot that its leading digits lead to."""
-    slots = 1 + int(tables[-1].max()) if tables else 1
-    counts = torch.zeros(heads * slots * digit, dtype=torch.int64, device=device)
-    offset = torch.arange(heads, device=device)[:, None]
-    for rows in chunks():
-        bits = rows.flatten(0, 1).flatten(1).view(torch.int32).long() & 0x7FFFFFFF  # (heads, c * M)
-        digits = [bits >> 20, (bits >> 10) & (_DIGIT - 1), bits & (_DIGIT - 1)]
-        slot = torch.zeros((), dtype=torch.int64, device=device)
-        for table, leading in zip(tables, digits, strict=False):
-            size = _TOP if leading is digits[0] else _DIGIT
-            slot = table.gather(1, slot * size + leading)
-        index = (offset * slots + slot) * digit + digits[len(tables)]
-        counts += torch.bincount(index.flatten(), minlength=counts.numel())
-    return counts.view(heads, slots, digit)
+def _leading(bits: Tensor, below: int) -> Tensor:
+    """The bits above the lowest `below` ones, without the sign: a NaN may carry one."""
+    return (bits >> below) & ((1 << (31 - below)) - 1)
 
 
-def _choose(counts: Tensor, slot: Tensor | None, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin that holds each rank within its slot, (heads, R), and the rank inside that bin."""
-    if slot is None:
-        slot = torch.zeros_like(rank)
+def _slots(prefix: Tensor) -> tuple[Tensor, Tensor]:
+    """Each head's distinct prefixes (heads, R) ascending, filled up with the largest integer; each one's place."""
+    ordered, order = prefix.sort(dim=1)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    place = new.cumsum(dim=1) - 1
+    slots = torch.full_like(ordered, torch.iinfo(ordered.dtype).max).scatter(1, place, ordered)
+    return slots, torch.empty_like(place).scatter(1, order, place)
+
+
+def _count_digit(bits: Tensor, slots: Tensor, left: int, digit: int, counts: Tensor) -> None:
+    """Adds to `counts` (slots, 2^digit) the next digit of those `bits` whose leading part is one of `slots`."""
+    leading = _leading(bits, left).long()
+    slot = torch.searchsorted(slots, leading).clamp(max=len(slots) - 1)
+    inside = slots[slot] == leading
+    value = (bits >> (left - digit)) & ((1 << digit) - 1)
+    index = ((slot << digit) + value)[inside]
+    if index.numel() < counts.numel():  # the usual case: few weights, many bins
+        counts.view(-1).scatter_add_(0, index, torch.ones_like(index))
+    else:
+        counts += torch.bincount(index, minlength=counts.numel()).view(counts.shape)
+
+
+def _choose(counts: Tensor, slot: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The bin that holds each rank within its slot, (heads, R), the rank inside that bin, and the bin's count."""
     below = counts.cumsum(dim=-1)  # (heads, slots, digit)
-    below = below.gather(1, slot[..., None].expand(-1, -1, below.shape[-1]))  # (heads, R, digit)
-    chosen = (below <= rank[..., None]).sum(dim=-1)
-    before = torch.nn.functional.pad(below, (1, 0)).gather(-1, chosen[..., None])[..., 0]
-    return chosen, rank - before
+    chosen, before, held = (torch.empty_like(rank) for _ in range(3))
+    for ratio in range(rank.shape[1]):  # one at a time: a gathered (heads, R, digit) would be large
+        own = below.gather(1, slot[:, ratio, None, None].expand(-1, 1, below.shape[-1]))[:, 0]
+        at = torch.searchsorted(own, rank[:, ratio, None].contiguous(), right=True)
+        chosen[:, ratio] = at[:, 0]
+        before[:, ratio] = torch.where(at > 0, own.gather(1, (at - 1).clamp(min=0)), 0)[:, 0]
+        held[:, ratio] = own.gather(1, at)[:, 0] - before[:, ratio]
+    return chosen, rank - before, held

@@ -6,13 +6,18 @@ compares with a threshold taken from it as equal, bit for bit.
 Legend: B batch, N queries, M keys, h heads, d head width, c rows of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 #: Default size of one chunk, in weights: 128 MiB of float32.
 CHUNK_WEIGHTS = 2**25
+#: The same on a CPU: 16 MiB, which its caches hold between the steps of a pass; half the time of 128 MiB.
+CPU_CHUNK_WEIGHTS = 2**22
+
+#: Valid tokens per sample, (B,): what lies behind is neither query nor key.
+Lengths = Tensor | Sequence[int]
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
@@ -25,6 +30,57 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         )
 
 
+def wants_dense(backend: str | None) -> bool:
+    """Whether `backend` names the dense float64 one.
+
+    Raises:
+        ValueError: if there is no back end of that name.
+    """
+    if backend not in (None, "dense", "chunked"):
+        raise ValueError(f"got backend {backend!r}, expected 'dense', 'chunked' or None to have it chosen.")
+    return backend == "dense"
+
+
+def check_lengths(lengths: Lengths | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """`lengths` as (B,) int64 on q's device; None if not given.
+
+    Raises:
+        ValueError: if there is not one per sample, each from 1 to N, or if q and k differ in length.
+    """
+    if lengths is None:
+        return None
+    found = torch.as_tensor(lengths)
+    whole = found.dtype != torch.bool and not found.is_floating_point()
+    if q.shape[2] != k.shape[2] or found.shape != q.shape[:1] or not whole:
+        raise ValueError(
+            f"got lengths of shape {tuple(found.shape)} ({found.dtype}) for {q.shape[0]} samples of {q.shape[2]} "
+            f"queries and {k.shape[2]} keys, expected one integer per sample and as many queries as keys."
+        )
+    if found.min() < 1 or found.max() > q.shape[2]:
+        raise ValueError(f"got lengths {found.tolist()}, expected from 1 to {q.shape[2]} tokens, padding included.")
+    return found.to(q.device, torch.int64)
+
+
+def check_num_keys(num_keys: int | None, keys: int) -> int:
+    """How many leading keys count: `num_keys`, or all.
+
+    Raises:
+        ValueError: if it is outside 1 .. M.
+    """
+    if num_keys is None:
+        return keys
+    if not 1 <= num_keys <= keys:
+        raise ValueError(f"got num_keys {num_keys} for {keys} keys, expected 1 .. {keys}, the counted keys first.")
+    return num_keys
+
+
+def counted_weights(q: Tensor, k: Tensor, num_keys: int, lengths: Tensor | None) -> list[int]:
+    """Per sample: how many of its weights have a valid query and a valid key among the first `num_keys`."""
+    if lengths is None:
+        return [q.shape[2] * num_keys] * q.shape[0]
+    return [length * min(length, num_keys) for length in lengths.tolist()]
+
+
 def rows_per_chunk(q: Tensor, k: Tensor, chunk: int | None = None) -> int:
     """Query rows c of a chunk: `chunk` if given, else as many as `CHUNK_WEIGHTS` allows; never above N.
 
@@ -32,7 +88,8 @@ def rows_per_chunk(q: Tensor, k: Tensor, chunk: int | None = None) -> int:
         ValueError: if `chunk` is below 1.
     """
     if chunk is None:
-        chunk = max(1, CHUNK_WEIGHTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+        weights = CPU_CHUNK_WEIGHTS if q.device.type == "cpu" else CHUNK_WEIGHTS
+        chunk = max(1, weights // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     if chunk < 1:
         raise ValueError(f"got chunk {chunk}, expected at least one query row, or None to have it chosen.")
     return min(chunk, q.shape[2])
@@ -51,23 +108,52 @@ def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
         torch.set_float32_matmul_precision(before)
 
 
-def weight_rows(q: Tensor, k: Tensor, *, chunk: int | None = None) -> Iterator[tuple[int, Tensor]]:
+def logit_rows(
+    q: Tensor, k: Tensor, *, chunk: int | None = None, lengths: Lengths | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Row chunks of Q K^T / sqrt(d): like `weight_rows`, before the softmax.
+
+    Keys behind a sample's length are -inf; queries behind it hold numbers without a meaning.
+    """
+    check_heads(q, k)
+    valid = check_lengths(lengths, q, k)
+    rows = rows_per_chunk(q, k, chunk)
+    q = q.float() * q.shape[-1] ** -0.5
+    k = k.float().transpose(-1, -2)
+    behind = None if valid is None else _behind(valid, k.shape[-1])[:, None, None, :]
+    for start in range(0, q.shape[2], rows):
+        logits = float32_matmul(q[:, :, start : start + rows], k)
+        yield start, logits if behind is None else logits.masked_fill_(behind, -torch.inf)
+
+
+def weight_rows(
+    q: Tensor, k: Tensor, *, chunk: int | None = None, lengths: Lengths | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Row chunks of the attention weights, in order.
 
     Args:
         q: (B, h, N, d), any floating dtype.
         k: (B, h, M, d).
         chunk: query rows at a time; None chooses by memory.
+        lengths: (B,) valid tokens per sample; needs N = M. None: all.
 
     Yields:
-        First row of the chunk and its weights (B, h, c, M), float32; the caller may write into them.
+        First row of the chunk and its weights (B, h, c, M), float32; the caller may write into them. Rows and columns
+        behind a sample's length are 0.
 
     Raises:
         ValueError: if shapes do not agree.
     """
     check_heads(q, k)
-    rows = rows_per_chunk(q, k, chunk)
-    q = q.float() * q.shape[-1] ** -0.5
-    k = k.float().transpose(-1, -2)
-    for start in range(0, q.shape[2], rows):
-        yield start, torch.softmax(float32_matmul(q[:, :, start : start + rows], k), dim=-1)
+    valid = check_lengths(lengths, q, k)
+    behind = None if valid is None else _behind(valid, q.shape[2])[:, None, :, None]
+    for start, logits in logit_rows(q, k, chunk=chunk, lengths=valid):
+        weights = torch.softmax(logits, dim=-1)
+        if behind is not None:
+            weights.masked_fill_(behind[:, :, start : start + weights.shape[2]], 0.0)
+        yield start, weights
+
+
+def _behind(lengths: Tensor, tokens: int) -> Tensor:
+    """True behind each sample's length, (B, tokens)."""
+    return torch.arange(tokens, device=lengths.device) >= lengths[:, None]

@@ -1,4 +1,4 @@
-"""Sink statistics of one attention layer, streamed in row chunks.
+"""Statistics of one attention layer's weights A: per row, per key, and what makes a sink.
 
 Legend: B batch, N tokens ([vision | text], queries and keys), h heads, d head width, D width, E eps values.
 """
@@ -9,10 +9,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.attention.rows import float32_matmul, weight_rows
+from trainer.attention import reference
+from trainer.attention.rows import (
+    Lengths,
+    check_heads,
+    check_lengths,
+    float32_matmul,
+    logit_rows,
+    wants_dense,
+    weight_rows,
+)
 
 #: The sweep that every sink verdict is reported with; 0.3 is the default verdict.
 EPS = (0.01, 0.05, 0.1, 0.3, 0.5)
+
+#: Below this, weights above eps are no longer rare, and are counted by column instead of one by one.
+_RARE = 0.004
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What is kept of every row of A; 0 at queries behind a sample's length.
+
+    Args:
+        lse: (B, h, N) log-sum-exp of the row's logits, natural logarithm.
+        maximum: (B, h, N) the row's largest weight.
+        entropy: (B, h, N) in nats.
+    """
+
+    lse: Tensor
+    maximum: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,16 +103,117 @@ def _largest_or_zero(per_key: Tensor) -> Tensor:
     return per_key.amax(dim=-1) if per_key.shape[-1] else per_key.new_zeros(per_key.shape[:-1])
 
 
-def _accumulate(q: Tensor, k: Tensor, eps: Sequence[float], chunk: int | None) -> tuple[Tensor, Tensor]:
-    """Column sums of A, (B, h, N) float32, and counts of A > eps, (B, h, E, N) int32."""
+@torch.no_grad()
+def row_statistics(
+    q: Tensor,
+    k: Tensor,
+    *,
+    lengths: Lengths | None = None,
+    backend: str | None = None,
+    chunk: int | None = None,
+) -> RowStatistics:
+    """Log-sum-exp, largest weight and entropy of every query's row.
+
+    Args:
+        q: (B, h, N, d) queries as the softmax sees them.
+        k: (B, h, N, d).
+        lengths: (B,) valid tokens per sample; None: all.
+        backend: `dense` (float64, small N) or `chunked`; None chooses.
+        chunk: query rows at a time; None chooses by memory.
+
+    Raises:
+        ValueError: if shapes do not agree.
+    """
+    check_heads(q, k)
+    valid = check_lengths(lengths, q, k)
+    if wants_dense(backend):
+        return RowStatistics(*reference.row_statistics(q, k, valid))
+    return _chunked_row_statistics(q, k, valid, chunk)
+
+
+def _chunked_row_statistics(q: Tensor, k: Tensor, lengths: Tensor | None, chunk: int | None) -> RowStatistics:
+    lse, maximum, entropy = (torch.zeros(q.shape[:3], device=q.device) for _ in range(3))
+    for start, logits in logit_rows(q, k, chunk=chunk, lengths=lengths):
+        here = slice(start, start + logits.shape[2])
+        top = logits.amax(dim=-1, keepdim=True)
+        gap = logits.sub_(top).clamp_(min=-1e9)  # finite, so that a weight of 0 times its gap is 0
+        weights = gap.exp()
+        total = weights.sum(dim=-1)
+        lse[:, :, here] = top[..., 0] + total.log()
+        maximum[:, :, here] = 1 / total
+        # From gaps to the row's maximum, so that nothing large cancels.
+        entropy[:, :, here] = total.log() - weights.mul_(gap).sum(dim=-1) / total
+    if lengths is not None:
+        behind = torch.arange(q.shape[2], device=q.device) >= lengths[:, None, None]
+        for found in (lse, maximum, entropy):
+            found.masked_fill_(behind, 0.0)
+    return RowStatistics(lse, maximum, entropy)
+
+
+@torch.no_grad()
+def key_statistics(
+    q: Tensor,
+    k: Tensor,
+    *,
+    eps: Sequence[float],
+    lengths: Lengths | None = None,
+    lse: Tensor | None = None,
+    backend: str | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How much every key receives, and from how many queries it receives more than each eps.
+
+    Args:
+        q: (B, h, N, d) queries as the softmax sees them.
+        k: (B, h, N, d).
+        eps: E values, in any order.
+        lengths: (B,) valid tokens per sample; None: all.
+        lse: `row_statistics(...).lse`, where it is known already: saves back ends that need it first a pass.
+        backend: `dense` (float64, small N) or `chunked`; None chooses.
+        chunk: query rows at a time; None chooses by memory.
+
+    Returns:
+        Column sums of A, (B, h, N) float32, and counts of A > eps, (B, h, E, N) int32; 0 behind a sample's length.
+        The dense back end gives the sums in float64.
+
+    Raises:
+        ValueError: if shapes do not agree.
+    """
+    check_heads(q, k)
+    valid = check_lengths(lengths, q, k)
+    if lse is not None and lse.shape != q.shape[:3]:
+        raise ValueError(f"got lse of shape {tuple(lse.shape)}, expected one per query, {tuple(q.shape[:3])}.")
+    if wants_dense(backend):
+        return reference.key_statistics(reference.attention_weights(q, k, valid), eps)
+    return _chunked_key_statistics(q, k, eps, valid, chunk)
+
+
+def _chunked_key_statistics(
+    q: Tensor, k: Tensor, eps: Sequence[float], lengths: Tensor | None, chunk: int | None
+) -> tuple[Tensor, Tensor]:
     batch, heads, keys = k.shape[:3]
     mass = torch.zeros(batch, heads, keys, device=q.device)
     counts = torch.zeros(batch, heads, len(eps), keys, dtype=torch.int32, device=q.device)
-    for _, rows in weight_rows(q, k, chunk=chunk):
+    rare = bool(eps) and min(eps) >= _RARE and q.device.type == "cpu"
+    for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths):
         mass += rows.sum(dim=-2)
-        for index, value in enumerate(eps):
-            counts[:, :, index] += (rows > value).sum(dim=-2, dtype=torch.int32)
+        if rare:
+            _count_rare(rows, eps, counts)
+        else:
+            for index, value in enumerate(eps):
+                counts[:, :, index] += (rows > value).sum(dim=-2, dtype=torch.int32)
     return mass, counts
+
+
+def _count_rare(rows: Tensor, eps: Sequence[float], counts: Tensor) -> None:
+    """Adds the counts of a chunk to `counts`: of the few weights above the least eps, at most 1 / eps in a row."""
+    heads, keys = counts.shape[0] * counts.shape[1], counts.shape[3]
+    found = (rows > min(eps)).view(heads, -1, keys)
+    head, row, key = found.nonzero(as_tuple=True)
+    weights, place = rows.view(heads, -1, keys)[head, row, key], head * keys + key
+    for index, value in enumerate(eps):
+        number = torch.bincount(place[weights > value], minlength=heads * keys)
+        counts[:, :, index] += number.view(*counts.shape[:2], keys).to(torch.int32)
 
 
 @torch.no_grad()
@@ -98,6 +226,7 @@ def sink_statistics(
     eps: Sequence[float] = EPS,
     projection: Tensor | None = None,
     chunk: int | None = None,
+    backend: str | None = None,
 ) -> SinkStatistics:
     """Sink statistics of one layer: exact counts over all queries, vision keys judged apart from text keys.
 
@@ -109,6 +238,7 @@ def sink_statistics(
         eps: weights above these are heavy.
         projection: (h, d, D) output projection split by head, for the projected value-norm ratio.
         chunk: query rows at a time; None chooses by memory.
+        backend: of `key_statistics`.
 
     Raises:
         ValueError: if shapes do not agree or `num_vision` is not in 1 .. N.
@@ -116,7 +246,7 @@ def sink_statistics(
     queries, keys = q.shape[-2], k.shape[-2]
     if not 1 <= num_vision <= keys:
         raise ValueError(f"got num_vision {num_vision} for {keys} keys, expected 1 .. {keys}, vision tokens first.")
-    mass, counts = _accumulate(q, k, eps, chunk)
+    mass, counts = key_statistics(q, k, eps=eps, backend=backend, chunk=chunk)
     alpha, shares = mass / queries, counts.float() / queries
     vision_alpha, vision_counts = alpha[..., :num_vision], counts[..., :num_vision]
     most = vision_counts.amax(dim=-1, keepdim=True)
