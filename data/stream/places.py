@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import Member, Members, read_index
+from data.shards import Member, Members, read_index, read_member
 from data.storage.store import Store, expand
 
 #: Samples whose places a process keeps, about 100 bytes each.
@@ -77,6 +77,7 @@ class Table:
         self._keys = [key for key, _ in samples]
         self._extensions = sorted({extension for _, members in samples for extension in members})
         absent = Member(-1, -1)
+        self._version = next((m.version for _, members in samples for m in members.values()), "")
         found = [[members.get(e, absent) for e in self._extensions] for _, members in samples]
         self._places = np.array([[(m.offset, m.size) for m in row] for row in found], dtype=np.int64)
 
@@ -85,7 +86,8 @@ class Table:
 
     def __getitem__(self, place: int) -> tuple[str, Members]:
         rows = self._places[place].tolist()
-        return self._keys[place], {e: Member(*m) for e, m in zip(self._extensions, rows, strict=True) if m[1] >= 0}
+        found = zip(self._extensions, rows, strict=True)
+        return self._keys[place], {e: Member(m[0], m[1], self._version) for e, m in found if m[1] >= 0}
 
 
 @contextlib.contextmanager
@@ -127,6 +129,6 @@ def read_near(shard: str, members: Sequence[Member], store: Store, gap: int = 1 
     """
     first, last = min(m.offset for m in members), max(m.offset + m.size for m in members)
     if last - first > sum(m.size for m in members) + gap:
-        return [store.read(shard, m.offset, m.size) for m in members]
-    content = store.read(shard, first, last - first)
+        return [read_member(shard, m, store) for m in members]
+    content = store.read(shard, first, last - first, version=members[0].version)
     return [content[m.offset - first : m.offset - first + m.size] for m in members]

@@ -125,10 +125,10 @@ def test_samples_of_a_batch_are_read_at_the_same_time(web, local):
     barrier = threading.Barrier(4, timeout=20)
 
     class Together(Store):
-        def read(self, location, offset=0, size=None):
+        def read(self, location, offset=0, size=None, *, version=""):
             if location.endswith(".tar"):
                 barrier.wait()
-            return super().read(location, offset, size)
+            return super().read(location, offset, size, version=version)
 
     data = module(web.url)
     data.store = Together()

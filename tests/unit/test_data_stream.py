@@ -289,8 +289,8 @@ class Counting(Store):
         super().__init__()
         self.reads = []
 
-    def read(self, location, offset=0, size=None):
-        content = super().read(location, offset, size)
+    def read(self, location, offset=0, size=None, *, version=""):
+        content = super().read(location, offset, size, version=version)
         self.reads.append((location.rpartition("/")[2], len(content)))
         return content
 
