@@ -14,6 +14,7 @@ from data.bucket import Bucket
 from data.shards import LATENT_FORMAT, VIDEO_FORMAT
 from data.stream.clips import VideoDataset
 from data.stream.latents import LatentDataset, common_head
+from data.stream.order import Group
 from data.stream.places import Source
 from data.stream.resume import ShardDataModule
 
@@ -41,6 +42,18 @@ class LatentSource(ShardDataModule):
         Raises:
             ValueError: if there are fewer.
         """
+        group = self.check_probes(count)
+        positions = [
+            p for start, size in zip(group.starts, group.sizes, strict=True) for p in range(start, start + size)
+        ]
+        return self.held_out_samples(positions[:count])
+
+    def check_probes(self, count: int) -> Group:
+        """Whether there are so many probes, before a model is loaded: the group that they come from.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
         name = self.probe_bucket.name
         group = next(group for group in self.val_split.groups if group.name == name)
         if not 1 <= count <= len(group):
@@ -48,10 +61,7 @@ class LatentSource(ShardDataModule):
                 f"got {count} probe samples, expected 1 to {len(group)}, the validation samples of bucket {name}; "
                 "lower the number of probes, or raise data.val_samples."
             )
-        positions = [
-            p for start, size in zip(group.starts, group.sizes, strict=True) for p in range(start, start + size)
-        ]
-        return self.held_out_samples(positions[:count])
+        return group
 
     @abstractmethod
     def held_out_samples(self, positions: Sequence[int]) -> list[Sample]:
@@ -177,6 +187,10 @@ class VideoDataModule(ShardDataModule):
             num_workers=num_workers, prefetch_factor=prefetch_factor, passes=passes, seed=seed,
             max_fault_share=max_fault_share, cache=cache, cache_bytes=cache_bytes,
         )  # fmt: skip
+        if min(frames, height, width) < 1:
+            raise ValueError(
+                f"got frames {frames}, height {height}, width {width}; expected at least 1 frame and 1 pixel each way."
+            )
         self.frames, self.height, self.width = frames, height, width
 
     def make_dataset(self, sources: Sequence[Source]) -> VideoDataset:

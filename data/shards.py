@@ -7,7 +7,8 @@ docs/data.md has the formats to the byte.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def read_index(folder: str, store: Store, expected: str | None = None) -> dict[s
         hint = ""
         if got == VIDEO_FORMAT:
             hint = " Encode them first with `reblock encode`."
+        elif got == LATENT_FORMAT:
+            hint = " They are latents already; give the video shards that `reblock pack` wrote."
         elif str(got).startswith("reblock-"):
             hint = f" It was written by another version; make the shards again with {made_by}."
         raise ValueError(f"{location} has format {got!r}, expected {' or '.join(map(repr, formats))}.{hint}")
@@ -96,7 +99,7 @@ def read_samples(folder: str, shard: str, store: Store) -> list[tuple[str, Membe
         record = json.loads(store.read(location))
         version = record["entry"]["sha256"]
         return [
-            (key, {name: Member(*place, version) for name, place in members.items()})
+            (key, {name: Member(place[0], place[1], version) for name, place in members.items()})
             for key, members in record["samples"]
         ]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -171,8 +174,13 @@ def cut_samples(folder: str, index: Mapping[str, Any], store: Store) -> list[Fau
 
 
 def text_digest(caption: str) -> str:
-    """What a caption's embedding is called inside a shard."""
+    """What a caption is called inside a shard."""
     return hashlib.sha256(caption.encode()).hexdigest()[:16]
+
+
+def caption_key(digest: str) -> str:
+    """Key of the embedding of a caption in a latent shard; no sample has it: keys of `reblock pack` hold no slash."""
+    return f"text/{digest}"
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -235,13 +243,8 @@ class ShardFolder:
         except (json.JSONDecodeError, UnicodeDecodeError):
             return None  # damaged from outside: made again
         if record["hash"] != self.hash:
-            changed = {
-                key: (record["settings"].get(key), self.settings.get(key))
-                for key in sorted({*record["settings"], *self.settings})
-                if record["settings"].get(key) != self.settings.get(key)
-            }
             raise ValueError(
-                f"{self.folder} holds shards made with other settings (there, now): {changed}. "
+                f"{self.folder} holds shards made with other settings: {changes(record['settings'], self.settings)}. "
                 "Choose another folder, or delete this one."
             )
         return record
@@ -253,13 +256,29 @@ class ShardFolder:
             name: file name of the shard.
             bucket: of all its samples.
             samples: as for `write_tar`. Samples of latents name their caption's digest under `TEXT`; before the first
-                that does comes {"__key__": "text-DIGEST", "safetensors": ...}.
+                that does comes {"__key__": caption_key(DIGEST), "safetensors": ...}.
             faults: may grow while `samples` is drawn from.
+
+        Raises:
+            ValueError: if the archive does not list every sample under its key.
         """
         path = self.folder / name
-        texts = write_tar(path, samples)
+        keys: list[str] = []
+
+        def noted() -> Iterator[Sample]:
+            for sample in samples:
+                keys.append(str(sample["__key__"]))
+                yield sample
+
+        texts = write_tar(path, noted())
         listed = dict(scan_tar(path).samples)
-        shared = {digest: listed.pop(f"text-{digest}")["safetensors"] for digest in dict.fromkeys(texts.values())}
+        captions = {digest: caption_key(digest) for digest in texts.values()}
+        if lost := list((Counter(keys) - Counter([*listed])).elements()):
+            raise ValueError(
+                f"{path} does not list {len(lost)} of the {len(keys)} entries that were written to it, first "
+                f"{lost[0]!r}; expected a key of its own for each, without dots. Rename the clips and pack them again."
+            )
+        shared = {digest: listed.pop(key)["safetensors"] for digest, key in captions.items()}
         rows = [
             (key, {e: (m.offset, m.size) for e, m in [*members.items(), *_text_of(key, texts, shared)]})
             for key, members in listed.items()
@@ -311,6 +330,13 @@ class ShardFolder:
         }
         write_json(self.folder / "index.json", index)
         return index
+
+
+def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, in a few words."""
+    changed = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
+    named = [f"{key} is {there.get(key)!r:.60} there, {now.get(key)!r:.60} now" for key in changed[:5]]
+    return "; ".join(named) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
 def _text_of(key: str, texts: Mapping[str, str], shared: Mapping[str, Member]) -> list[tuple[str, Member]]:

@@ -27,6 +27,7 @@ from data.encode.stopwatch import Report
 from data.pack.pack import pack
 from data.shards import VIDEO_FORMAT, ShardFolder, read_index
 from data.storage.store import Store
+from data.stream.places import find_shards
 from data.synth.synth import synth
 from launch.bench import Options, Result
 
@@ -84,7 +85,7 @@ def stage(shards: str, out: Path, encoders: Encoders, processes: int) -> Report:
     shutil.rmtree(out, ignore_errors=True)
     store = Store()
     with Claims(out / "claims") as claims, contextlib.redirect_stdout(io.StringIO()):
-        todo = Pending(ShardFolder(out, {}), shards, store, read_index(shards, store, VIDEO_FORMAT), claims, 0.0)
+        todo = Pending(ShardFolder(out, {}), find_shards([shards], VIDEO_FORMAT, store), store, claims, 0.0)
         return encode_pending(
             todo, lambda: encoders, lambda: Guarded(processes, _DEADLINE), batch_size=BATCH, poll=None
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 from data.batch import Batch, Sample
 from data.bucket import Bucket
 from data.datamodule import LatentDataModule
-from data.shards import LATENT_FORMAT, TEXT, ShardFolder, shard_name, text_digest
+from data.shards import LATENT_FORMAT, TEXT, ShardFolder, caption_key, shard_name, text_digest
 from launch.bench import Options, Result
 
 #: About 150 KB a sample: 12 x 4 x 16 x 16 latents and captions of 20 to 76 tokens, 1024 wide.
@@ -54,7 +54,7 @@ def write_shards(folder: Path, samples: int, bucket: Bucket, per_shard: int, tok
             if tokens or i == first:
                 length = tokens[0] + i % (tokens[1] - tokens[0] + 1) if tokens else 4
                 text = torch.randn(length, TEXT_WIDTH if tokens else 16, generator=generator).half()
-                yield {"__key__": f"text-{digest}", "safetensors": save_safetensors({"text": text})}
+                yield {"__key__": caption_key(digest), "safetensors": save_safetensors({"text": text})}
             tensors = {"mean": pool[i % 64], "logvar": pool[(i + 1) % 64]}
             entry = {"__key__": f"clip-{i:07d}", "safetensors": save_safetensors(tensors), TEXT: digest}
             yield entry | ({"json": json.dumps({"caption": caption, "text": digest})} if tokens else {})
@@ -79,10 +79,11 @@ def read_ours(folder: Path, workers: int) -> int:
 def _with_captions(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A caption's embedding comes before the first sample that uses it."""
     texts: dict[str, bytes] = {}
+    prefix = caption_key("")
     for sample in samples:
         key = sample["__key__"]
-        if key.startswith("text-"):
-            texts[key.removeprefix("text-")] = sample["safetensors"]
+        if key.startswith(prefix):
+            texts[key.removeprefix(prefix)] = sample["safetensors"]
             if len(texts) > PER_SHARD:
                 del texts[next(iter(texts))]
         else:

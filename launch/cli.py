@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,12 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from data.datamodule import LatentSource
+from data.datamodule import LatentSource, ShardDataModule
 from launch.logs import LastCheckpoint, MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
 from trainer.callbacks.damage import Damage
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
+from trainer.callbacks.stages import ProbeCallback
 from trainer.checkpoint import CheckpointFiles
 from trainer.module import RetrainBlocks
 
@@ -86,24 +89,39 @@ def prepare_folder(run: RunConfig) -> None:
         ) from error
 
 
-def check_fit(model: LightningModule, data: LightningDataModule) -> None:
-    """Everything about base, blocks and shards that can be wrong, in one message, before anything is loaded.
+def check_fit(
+    model: LightningModule, data: LightningDataModule, *, ranks: int | None = None, callbacks: Sequence[Callback] = ()
+) -> None:
+    """Everything about base, blocks, shards and probes that can be wrong, in one message, before anything is loaded.
+
+    Args:
+        model: that is fitted.
+        data: that it is fitted on.
+        ranks: processes that train together; None does not train.
+        callbacks: of the run.
 
     Raises:
         ValueError: naming every fault.
     """
-    faults = []
+    faults: list[str] = []
+
+    def attempt(check: Callable[[], Any]) -> None:
+        try:
+            check()
+        except ValueError as error:
+            if str(error) not in faults:
+                faults.append(str(error))
+
     for part in (model, data):
-        try:
-            getattr(part, "check", lambda: None)()
-        except ValueError as error:
-            faults.append(str(error))
-    if not faults and isinstance(model, RetrainBlocks) and isinstance(data, LatentSource):
-        try:
+        attempt(getattr(part, "check", lambda: None))
+    if not faults and isinstance(data, ShardDataModule) and ranks is not None:
+        attempt(lambda: data.check_batches(ranks))
+    if not faults and isinstance(data, LatentSource):
+        for probes in {callback.prompts for callback in callbacks if isinstance(callback, ProbeCallback)}:
+            attempt(partial(data.check_probes, probes))
+        if isinstance(model, RetrainBlocks):
             for shape in data.latent_shapes.values():
-                model.check_data(shape, data.text_width)
-        except ValueError as error:
-            faults.append(str(error))
+                attempt(partial(model.check_data, shape, data.text_width))
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -200,7 +218,8 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
-        check_fit(self.model, self.datamodule)
+        ranks = self.trainer.num_devices * self.trainer.num_nodes
+        check_fit(self.model, self.datamodule, ranks=ranks, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
         prepare_folder(self.run_config)
         resumes = self.run_config.resume and self.run_config.last.is_file()
         self._resume_from: Path | None = self.run_config.last if resumes else None
@@ -209,7 +228,7 @@ class RecipeCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
-        check_fit(self.model, self.datamodule)
+        check_fit(self.model, self.datamodule, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
         if not self.run_config.last.is_file():
             raise ValueError(
                 f"{self.run_config.last} does not exist; expected the checkpoint of a run, whose blocks are measured. "

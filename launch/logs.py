@@ -52,6 +52,11 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
         return list(reader.fieldnames or []), list(reader)
 
 
+def _without_empty_bands(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the sigma bands that had no samples: their cells stay empty."""
+    return {k: v for k, v in metrics.items() if not ("_sigma_" in k and math.isnan(v))}
+
+
 class MetricsFile(CSVLogger):
     """`metrics.csv` in the run folder, continued by a resumed run."""
 
@@ -76,8 +81,7 @@ class MetricsFile(CSVLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        # A sigma band without samples is an empty cell.
-        super().log_metrics({k: v for k, v in metrics.items() if not ("_sigma_" in k and math.isnan(v))}, step)
+        super().log_metrics(_without_empty_bands(metrics), step)
         self.rows += 1
         if "train/loss" in metrics and step is not None:
             self.last_step = step
@@ -97,6 +101,7 @@ class MetricsPosition(Callback):
         step, row = trainer.global_step - 1, {}
         if file.last_step < step:
             row = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith(("train/", "data/"))}
+            row = _without_empty_bands(row)
             row |= {"epoch": trainer.current_epoch, "step": step}
         checkpoint["metrics"] = {"rows": file.rows, "row": row}
 
@@ -108,6 +113,8 @@ class MetricsPosition(Callback):
             if file is not None and "metrics" in checkpoint:
                 rewind(Path(trainer.default_root_dir), checkpoint["metrics"])
                 file.reopen()
+            done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            forget_measurements(Path(trainer.default_root_dir), done)
 
 
 def rewind(run: Path, position: Mapping[str, Any]) -> None:
@@ -124,11 +131,32 @@ def rewind(run: Path, position: Mapping[str, Any]) -> None:
         _replace_rows(path, sorted({*keys, *position["row"]}), rows[: position["rows"]] + own)
 
 
-class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` every so many steps and after each epoch.
+def forget_measurements(run: Path, epochs: int) -> None:
+    """Removes the measurements of epochs that a checkpoint has not seen the end of: they are made again.
 
-    Not between an epoch's last step and its end: Lightning would resume such a checkpoint with the next epoch, and this
-    one's validation and measurements would never be made.
+    A fit that stopped in mid-epoch has measured there, under that epoch's name.
+
+    Args:
+        run: the run folder.
+        epochs: that are over.
+    """
+    for path in (run / "measurements").glob("*-epoch-*.npz"):
+        number = path.stem.rpartition("-")[2]
+        if number.isdigit() and int(number) > epochs:
+            path.unlink()
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves `last.ckpt` every so many steps, after each whole epoch, and where a fit stops in mid-epoch.
+
+    Each state that it saves is one that Lightning goes on from exactly. These are not saved:
+
+    - between an epoch's last step and its end: it would go on with the next epoch, and this one's validation and
+      measurements would never be made;
+    - after an epoch that was cut short, by `max_steps`, `max_time` or a callback: Lightning counts it as a whole one,
+      and its rest would be lost. The state after its last step is kept instead;
+    - before a validation in mid-epoch that is due: it would be left out. The state after it is saved instead;
+    - between two batches of one optimiser step, whose gradients no checkpoint holds: a stop waits for the step.
 
     Args:
         path: the file.
@@ -138,16 +166,51 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, path: Path, every: int) -> None:
         self.path = path
         self.every = every
+        self._stop = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if trainer.global_step % self.every == 0 and not loop._should_accumulate() and not loop._is_training_done:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            self._stop |= trainer.should_stop
+            trainer.should_stop = False
+            return
+        trainer.should_stop |= self._stop
+        if self._due(trainer) and not _validates_here(trainer):
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (
+            trainer.state.fn == "fit"
+            and not trainer.sanity_checking
+            and self._due(trainer)
+            and _validates_here(trainer)
+        ):
             trainer.save_checkpoint(self.path)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            trainer.save_checkpoint(self.path)
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether the state in mid-epoch is to be saved: it is the last one of this fit, or some steps have passed."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate() or loop._num_ready_batches_reached():
+            return False
+        stops = loop._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        return stops or trainer.global_step % self.every == 0
+
+
+def _validates_here(trainer: Trainer) -> bool:
+    """Whether the recipe asks for a validation after this batch; one that is made because the fit stops is another."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    if fetcher is None or trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
+        return False
+    stops, trainer.should_stop = trainer.should_stop, False
+    try:
+        return loop._should_check_val_fx(fetcher)
+    finally:
+        trainer.should_stop = stops
 
 
 def loggers(run: Path, *, wandb: bool) -> list[Logger]:

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data.bucket import Bucket
-from data.shards import LATENT_FORMAT, TEXT, ShardFolder, shard_name, text_digest
+from data.shards import LATENT_FORMAT, TEXT, ShardFolder, caption_key, shard_name, text_digest
 
 Entry = dict[str, Any]
 
@@ -59,7 +59,7 @@ def write_latents(
         for i in range(made, made + count):
             digest = text_digest(f"caption {i}")
             rows = text(i) if text else torch.full((i % 4, width), float(i % 1000))
-            entries.append({"__key__": f"text-{digest}", "safetensors": save({"text": rows})})
+            entries.append({"__key__": caption_key(digest), "safetensors": save({"text": rows})})
             tensors = {"mean": latent(i, shape).half(), "logvar": torch.full(shape, logvar(i)).half()}
             entry = {"__key__": key.format(i), "safetensors": save(tensors), "json": "{}", TEXT: digest}
             entries.append((spoil or {}).get(i, lambda entry: entry)(entry))

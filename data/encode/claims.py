@@ -19,6 +19,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from data.storage.files import beside
+
 _GOLDEN = 0.6180339887498949
 
 
@@ -151,6 +153,39 @@ class Claims:
                 stack.enter_context(FileLock(self.folder / ".lock", timeout=10))
             yield
 
+    def first_word(self, name: str, content: str) -> str:
+        """What the first process wrote under `name`, whole; this one writes `content` if it is the first.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        path = self.folder / name
+        for _ in range(100):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = beside(path)
+            # Another process may clear the folder between any two steps.
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    part.write_text(content)
+                    self._put_first(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
+                return path.read_text()
+        raise OSError(errno.EBUSY, "it is removed again and again", str(path))
+
+    def _put_first(self, part: Path, path: Path) -> None:
+        """Gives a file its name unless another has it."""
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file system without hard links
+            with self._one_at_a_time():
+                if not path.exists():
+                    os.replace(part, path)
+
     def holds(self, name: str) -> bool:
         """Whether a claim of this process still stands: it may have been slow and lost it."""
         file = self._held.get(name)
@@ -182,10 +217,21 @@ class Claims:
         """Removes what is left of the folder once all of `names` are done by whomever."""
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
-        for path in [*self.folder.glob(".*.dead"), self.folder / ".clock", self.folder / ".lock"]:
+        for path in [
+            *self.folder.glob(".*.dead"),
+            *self.folder.glob(".*.part"),
+            self.folder / ".clock",
+            self.folder / ".lock",
+        ]:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another process looks at it just now
             self.folder.rmdir()
+
+    def leave(self, word: str) -> None:
+        """Removes the folder, with what was first said under `word`, unless a claim of another process is in it."""
+        with contextlib.suppress(FileNotFoundError):
+            if all(path.name == word or path.name.startswith(".") for path in self.folder.iterdir()):
+                self.clear([word])
 
     def is_old(self, path: Path) -> bool:
         """Whether a file was not touched for longer than the timeout; false if it is gone."""

@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -88,7 +88,7 @@ class Batch:
         return [clip for clip in self.found if isinstance(clip, Clip)]
 
 
-def open_shard(folder: str, entry: dict[str, Any], store: Store) -> Work:
+def open_shard(folder: str, entry: Mapping[str, Any], store: Store) -> Work:
     """What there is to decode of a shard.
 
     A shard that is cut costs the samples behind the cut; one that is absent, whose store does not answer, or whose

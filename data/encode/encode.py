@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,12 @@ from data.encode.claims import Claims
 from data.encode.decoding import Batch, ahead, decoded
 from data.encode.encoders import Encoders
 from data.encode.pending import Pending
+from data.encode.place import SETTINGS, agree, check_place
 from data.encode.stopwatch import CLIPS, WRITER, Report, Stopwatch
 from data.encode.writer import Caption, Encoded, Latent, ShardWriter
-from data.shards import LATENT_FORMAT, VIDEO_FORMAT, Fault, ShardFolder, read_index, settings_hash, text_digest
+from data.shards import LATENT_FORMAT, VIDEO_FORMAT, Fault, ShardFolder, settings_hash, text_digest
 from data.storage.store import Store
+from data.stream.places import find_shards
 
 _DTYPES = ("float32", "bfloat16", "float16")
 #: Decoded batches that are ready for the model, besides the one that is being put together.
@@ -57,7 +60,8 @@ def encode(
     index.
 
     Args:
-        shards: folder of video shards, a path or URL.
+        shards: video shards: a folder, a `.tar` file of one, or several of them by quoted wildcards or
+            braces; paths or URLs.
         out: folder of the latent shards, shared by all processes.
         base: diffusers pipeline folder with `vae`, `text_encoder` and `tokenizer`, or the id of a downloaded one.
         batch_size: clips encoded at once.
@@ -68,7 +72,7 @@ def encode(
             slightly other latents.
         processes: that decode; None takes all cores but one beside an accelerator, a quarter of them on a CPU.
         deadline: seconds that reading and decoding a clip may take.
-        max_fault_share: the run stops when more than this share of all clips is faulty.
+        max_fault_share: of all clips, 0 to 1; the run stops when more are faulty.
         claim_timeout: seconds after which a process on another host that gives no sign counts as dead.
         wait: for the shards of other processes, to take them over if those die; else say who holds them and end.
         report: print at the end where the time went.
@@ -76,8 +80,8 @@ def encode(
         cache_bytes: its bound.
 
     Raises:
-        ValueError: for a base that lacks a part, shards that are absent, too many faults, or an `out` that was encoded
-            with other settings.
+        ValueError: for a base that lacks a part, shards that are absent, too many faults, or an `out` that is encoded
+            with other settings or holds other things.
         OSError: if `out` cannot be written, or a remote index not be read.
     """
     shards, out, device = str(shards), Path(out), choose_device(device)
@@ -87,26 +91,41 @@ def encode(
             f"got dtype {dtype!r}, batch_size {batch_size}, max_text_tokens {max_text_tokens}, processes {processes}, "
             f"deadline {deadline}; expected a dtype of {_DTYPES}, and more than 0 of the others."
         )
+    if not 0 <= max_fault_share <= 1:
+        raise ValueError(f"got max_fault_share {max_fault_share}, expected a share from 0 to 1, for example 0.01.")
     folder_of_base = resolve_base(base)
     facts = read_base(folder_of_base)
     store = Store(cache, cache_bytes)
-    index = read_index(shards, store, VIDEO_FORMAT)
+    sources = find_shards([shards], VIDEO_FORMAT, store)
     settings = {
-        "source": settings_hash({"shards": [entry["sha256"] for entry in index["shards"]]}),
+        "source": settings_hash({"shards": [entry["sha256"] for s in sources for entry in s.index["shards"]]}),
         "base": facts.fingerprint, "dtype": dtype, "max_text_tokens": max_text_tokens, "tiling": tiling,
     }  # fmt: skip
     claims = Claims(out / "claims", claim_timeout)
-    todo = Pending(ShardFolder(out, settings), shards, store, index, claims, max_fault_share)
+    folder = ShardFolder(out, settings)
+    todo = Pending(folder, sources, store, claims, max_fault_share)
+    check_place(folder, sources)
     if kept := len(todo.survey()):
-        print(f"{out}: {kept} of {len(index['shards'])} shards are finished already and are kept")
-    with claims:
-        measured = encode_pending(
-            todo,
-            lambda: Encoders(folder_of_base, device, getattr(torch, dtype), max_text_tokens, tiling),
-            lambda: Guarded(processes, deadline),
-            batch_size=batch_size,
-            poll=min(2.0, claim_timeout / 10) if wait else None,
-        )
+        print(f"{out}: {kept} of {len(todo.entries)} shards are finished already and are kept")
+    agree(folder, claims)
+
+    def load() -> Encoders:
+        # Now that a shard is claimed, nobody takes the folder for abandoned.
+        agree(folder, claims)
+        return Encoders(folder_of_base, device, getattr(torch, dtype), max_text_tokens, tiling)
+
+    try:
+        with claims:
+            measured = encode_pending(
+                todo,
+                load,
+                lambda: Guarded(processes, deadline),
+                batch_size=batch_size,
+                poll=min(2.0, claim_timeout / 10) if wait else None,
+            )
+    except BaseException:
+        claims.leave(SETTINGS)
+        raise
     if report:
         measured.show()
     if todo.pending:
@@ -125,13 +144,26 @@ def usual_processes(device: str) -> int:
 
 
 def choose_device(device: str) -> str:
-    """`auto` is cuda where there is one; `cuda` is the device of this task among those of its node."""
+    """`auto` is cuda where there is one; `cuda` is the device of this task among those of its node.
+
+    Raises:
+        ValueError: for another name, or a device that is not there.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cuda":
+    named = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if named is None:
+        raise ValueError(f"got device {device!r}, expected cpu, cuda, cuda:N (N a number) or auto.")
+    if device == "cpu":
         return device
     if not torch.cuda.is_available():
-        raise ValueError("got device 'cuda', but torch finds no CUDA device; use cpu, or auto.")
+        raise ValueError(f"got device {device!r}, but torch finds no CUDA device; use cpu, or auto.")
+    if named[1]:
+        if int(named[1]) >= torch.cuda.device_count():
+            raise ValueError(
+                f"got device {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices, from 0 on."
+            )
+        return device
     local = next((os.environ[n] for n in ("LOCAL_RANK", "SLURM_LOCALID") if os.environ.get(n, "").isdigit()), "0")
     # A task that is shown its own device only has device 0, whatever its number.
     return f"cuda:{int(local) % torch.cuda.device_count()}"

@@ -5,8 +5,10 @@ from typing import Any
 
 from data.encode.claims import Claims, start_position
 from data.encode.decoding import Work, open_shard
+from data.encode.place import SETTINGS
 from data.shards import Fault, ShardFolder, check_fault_share, record_name
 from data.storage.store import Store
+from data.stream.places import Source, sample_count
 
 
 def claim_name(shard: str) -> str:
@@ -19,26 +21,37 @@ class Pending:
 
     Args:
         folder: of the latent shards.
-        source: folder of the video shards.
+        sources: the video shards.
         store: that reads them.
-        index: of the video shards.
         claims: of this process.
         max_fault_share: of all clips.
+
+    Raises:
+        ValueError: if two folders hold shards of one name: their latents could not lie in one folder.
     """
 
     def __init__(
         self,
         folder: ShardFolder,
-        source: str,
+        sources: Sequence[Source],
         store: Store,
-        index: Mapping[str, Any],
         claims: Claims,
         max_fault_share: float,
     ) -> None:
-        self.folder, self.source, self.store, self.claims = folder, source, store, claims
+        self.folder, self.sources, self.store, self.claims = folder, sources, store, claims
         self.max_fault_share = max_fault_share
-        self.entries = {entry["name"]: entry for entry in index["shards"]}
-        self.total = sum(entry["samples"] for entry in index["shards"])
+        self.entries: dict[str, Mapping[str, Any]] = {}
+        self._places: dict[str, str] = {}  # name -> folder
+        for source in sources:
+            for entry in source.index["shards"]:
+                name = entry["name"]
+                if name in self.entries:
+                    raise ValueError(
+                        f"{self._places[name]} and {source.folder} both hold a shard {name}, and one folder of latents "
+                        "cannot. Encode each into a folder of its own; `fit` takes several."
+                    )
+                self.entries[name], self._places[name] = entry, source.folder
+        self.total = sample_count(sources)
         self.faults: dict[str, list[Fault]] = {}  # of finished shards
         self._open: dict[str, list[Fault]] = {}  # of shards that this process is at
         names = list(self.entries)
@@ -76,7 +89,7 @@ class Pending:
                 self.claims.release(claim_name(name))
                 continue
             self._clear(name)
-            yield open_shard(self.source, self.entries[name], self.store)
+            yield open_shard(self._places[name], self.entries[name], self.store)
 
     def holds(self, work: Work) -> bool:
         """Whether the shard is still this process's to finish."""
@@ -106,7 +119,7 @@ class Pending:
         """
         known = {**self._open, **self.faults}
         faults = [fault for name in self.entries for fault in known.get(name, [])]
-        check_fault_share(faults, self.total, self.max_fault_share, self.source)
+        check_fault_share(faults, self.total, self.max_fault_share, ", ".join(s.folder for s in self.sources))
 
     def finish(self, head: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the index, of which `head` is the beginning, and removes what killed processes left."""
@@ -117,7 +130,7 @@ class Pending:
         for part in self.folder.folder.glob(".*.part"):
             if self.claims.is_old(part):  # another process may be writing the same index
                 part.unlink(missing_ok=True)
-        self.claims.clear(claim_name(name) for name in self.entries)
+        self.claims.clear([SETTINGS, *(claim_name(name) for name in self.entries)])
         return index
 
     def holders(self) -> list[str]:

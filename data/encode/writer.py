@@ -10,7 +10,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from data.encode.decoding import Clip, Work
-from data.shards import TEXT, Fault, Sample, ShardFolder, text_digest
+from data.shards import TEXT, Fault, Sample, ShardFolder, caption_key, text_digest
 
 #: Batches that may wait to be written; another one makes the model wait.
 _WAITING = 4
@@ -150,7 +150,10 @@ class ShardWriter:
 
 def _sample(entry: Latent | Caption, work: Work) -> Sample:
     if isinstance(entry, Caption):
-        return {"__key__": f"text-{entry.digest}", "safetensors": save_safetensors({"text": entry.text.contiguous()})}
+        return {
+            "__key__": caption_key(entry.digest),
+            "safetensors": save_safetensors({"text": entry.text.contiguous()}),
+        }
     clip, bucket, digest = entry.clip, work.bucket, text_digest(entry.clip.caption)
     facts = {
         "caption": clip.caption, "text": digest, "frames": bucket.frames, "height": bucket.height,

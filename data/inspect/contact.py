@@ -3,11 +3,15 @@
 Legend: C latent channels, F latent frames, H W latent grid, T video frames.
 """
 
+import contextlib
+import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
@@ -15,9 +19,14 @@ from safetensors.numpy import load as load_safetensors
 from data.clips.video import decode_video
 from data.shards import read_clip, read_json, read_member
 from data.storage.archive import Members
+from data.storage.files import beside, put_in_place
 from data.storage.store import Store
 
 _FRAMES = 5
+#: Stands for a character that no font here has.
+_BOX = "\N{WHITE SQUARE}"
+#: Comes with matplotlib.
+_USUAL = "DejaVu Sans"
 Placed = tuple[str, str, Members]
 
 
@@ -28,6 +37,9 @@ def draw_videos(chosen: Sequence[Placed], store: Store, path: Path) -> None:
         chosen: (shard, key, members).
         store: that reads them.
         path: PNG to write.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     strips = []
     for shard, key, members in chosen:
@@ -46,6 +58,7 @@ def draw_latents(chosen: Sequence[Placed], store: Store, path: Path) -> None:
 
     Raises:
         ValueError: if none of them can be read.
+        OSError: if the sheet cannot be written.
     """
     latents, titles = [], []
     for shard, key, members in chosen:
@@ -75,19 +88,65 @@ def _evenly(length: int) -> list[int]:
 
 
 def _title(key: str, caption: str) -> str:
-    # Matplotlib would read dollar signs as formulae.
-    return f"{key}: {caption}"[:110].replace("$", r"\$").replace("\n", " ")
+    return " ".join(f"{key}: {caption}"[:220].split())[:110]
+
+
+@lru_cache(16)
+def _letters(family: str) -> frozenset[int]:
+    """Characters that a font has; none if there is no such font, or it cannot be read."""
+    try:
+        return frozenset(get_font(findfont(FontProperties(family=family), fallback_to_default=False)).get_charmap())
+    except (ValueError, RuntimeError, OSError):
+        return frozenset()
+
+
+def _choose_fonts(titles: Sequence[str]) -> list[str]:
+    """The usual font, and of those installed here the few that have most of what it lacks."""
+    lacking = {ord(character) for title in titles for character in title} - _letters(_USUAL)
+    upright = {font.name for font in fontManager.ttflist if font.weight in (400, "normal") and font.style == "normal"}
+    # "Last Resort" has a sign for every script and a letter of none.
+    families = [name for name in sorted(upright - {_USUAL}) if not name.startswith("Last Resort")]
+    helps = {name: lacking & _letters(name) for name in families} if lacking else {}
+    chosen = [_USUAL]
+    while best := max(helps, key=lambda name: len(helps[name]), default=None):
+        if not (found := helps[best]):
+            break
+        chosen.append(best)
+        helps = {name: letters - found for name, letters in helps.items()}
+    return chosen
+
+
+def _drawable(title: str, fonts: Sequence[str]) -> str:
+    """A title with a box for each character that the fonts lack; signs that are not seen are left out."""
+
+    def drawn(character: str) -> str:
+        kind = unicodedata.category(character)
+        if kind != "Cc" and any(ord(character) in _letters(font) for font in fonts):
+            return character
+        return "" if kind in ("Cf", "Mn") else _BOX
+
+    return "".join(map(drawn, title))
 
 
 def _draw(strips: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
     """Draws (title, (T, H, W, 3)) pairs in two columns."""
     rows = -(-len(strips) // 2)
+    fonts = _choose_fonts([title for title, _ in strips])
     figure = Figure(figsize=(14, 1.75 * rows), layout="constrained")
     axes = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
     for axis, (title, frames) in zip(axes, strips, strict=False):
         axis.imshow(np.concatenate(list(frames), axis=1), interpolation="nearest", aspect="equal")
-        axis.set_title(title, fontsize=7, loc="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+        # Dollar signs are no formulae here.
+        axis.set_title(_drawable(title, fonts), fontsize=7, loc="left", fontfamily=fonts, parse_math=False)
+    part = beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(part, dpi=110, format="png")
+        put_in_place(part, path)
+    except OSError as error:
+        raise OSError(error.errno, f"the contact sheet cannot be written: {error.strerror}", str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

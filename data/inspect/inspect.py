@@ -1,4 +1,4 @@
-"""What is in a folder of shards: counts, buckets, durations, captions, latent statistics, faults, a contact sheet.
+"""What is in shards: counts, buckets, durations, captions, latent statistics, faults, a contact sheet.
 
 Legend: C latent channels, F latent frames, H W latent grid, T video frames, L text tokens.
 """
@@ -21,8 +21,9 @@ from data.inspect.contact import draw_latents, draw_videos
 from data.inspect.verify import verify_shards
 from data.shards import LATENT_FORMAT, VIDEO_FORMAT, read_index, read_json, read_member, read_samples
 from data.storage.archive import Members
-from data.storage.store import Store, join
+from data.storage.store import Store, expand, join
 from data.stream.latents import LatentDataset
+from data.stream.places import Source, find_shards, sample_count
 
 #: Facts of a large folder are taken from so many samples, spread evenly; `verify` reads all.
 _SAMPLED = 512
@@ -38,10 +39,11 @@ def inspect(
     processes: int | None = None,
     deadline: float = 60.0,
 ) -> None:
-    """Prints what a folder of video or latent shards holds.
+    """Prints what video or latent shards hold.
 
     Args:
-        shards: folder written by `reblock pack` or `reblock encode`, a path or a URL.
+        shards: what `reblock pack` or `reblock encode` wrote: a folder, a `.tar` file of one, or several of them by
+            quoted wildcards or braces; paths or URLs.
         verify: also compare every checksum and every place with the archives, and read every sample; each fault is
             printed.
         contact_sheet: PNG to write: frames of some clips with their captions, or latents in three colours.
@@ -49,49 +51,61 @@ def inspect(
         deadline: seconds that one clip may take to decode.
 
     Raises:
-        ValueError: if there are no shards, or `verify` finds a fault.
+        ValueError: if there are no shards, they are of two kinds, or `verify` finds a fault.
+        OSError: if the contact sheet cannot be written.
     """
+    if contact_sheet is not None and Path(contact_sheet).is_dir():
+        raise ValueError(f"got contact_sheet {contact_sheet}, a folder; expected a file, for example sheet.png.")
     store = Store()
-    index = read_index(shards, store)
+    sources = _find(str(shards), store)
     console = Console(width=120)
-    console.print(_summary(shards, index))
-    if index["faults"]:
-        _print_faults(console, shards, store)
-    videos = index["format"] == VIDEO_FORMAT
-    chosen = _spread_over(shards, index, store, _SAMPLED)
+    console.print(_summary(str(shards), sources))
+    for source in sources:
+        if source.index["faults"]:
+            _print_faults(console, source.folder, store)
+    videos = sources[0].index["format"] == VIDEO_FORMAT
+    chosen = _spread_over(sources, store, _SAMPLED)
     if videos:
         console.print(_video_facts(chosen, store))
     else:
-        table, doubts = _latent_facts(shards, index, store)
+        table, doubts = _latent_facts(sources, chosen, store)
         console.print(table)
         for doubt in doubts:
             console.print(f"[bold red]normalisation in doubt:[/] {doubt}")
     if contact_sheet is not None:
         draw = draw_videos if videos else draw_latents
-        draw(_spread_over(shards, index, store, 16), store, Path(contact_sheet))
+        draw(_spread_over(sources, store, 16), store, Path(contact_sheet))
         console.print(f"contact sheet: {contact_sheet}", markup=False)
     if verify:
         found = 0
-        for fault in verify_shards(shards, index, store, processes=processes, deadline=deadline):
+        for fault in verify_shards(sources, store, processes=processes, deadline=deadline):
             console.print(f"fault: {fault}", markup=False)
             found += 1
         if found:
             raise ValueError(f"{found} faults in {shards}, named above; make the shards they lie in again.")
-        console.print(f"verified: {len(index['shards'])} checksums, {index['samples']} samples")
+        checksums = sum(len(source.index["shards"]) for source in sources)
+        console.print(f"verified: {checksums} checksums, {sample_count(sources)} samples")
 
 
 Placed = tuple[str, str, Members]  # shard, key, members
 
 
-def _spread_over(folder: str, index: Mapping[str, Any], store: Store, count: int) -> list[Placed]:
+def _find(location: str, store: Store) -> list[Source]:
+    """Shards of one kind, whichever; as `find_shards`."""
+    first = expand(location)[0].rstrip("/")
+    folder = (first.rpartition("/")[0] or ".") if first.endswith(".tar") else first
+    return find_shards([location], read_index(folder, store)["format"], store)
+
+
+def _spread_over(sources: Sequence[Source], store: Store, count: int) -> list[Placed]:
     """About `count` samples, spread evenly: only the records of the shards that they lie in are read."""
-    entries = index["shards"]
-    ends = np.cumsum([entry["samples"] for entry in entries])
+    entries = [(source.folder, entry) for source in sources for entry in source.index["shards"]]
+    ends = np.cumsum([entry["samples"] for _, entry in entries])
     wanted = np.unique(np.linspace(0, ends[-1] - 1, min(count, int(ends[-1]))).round().astype(int))
     which = np.searchsorted(ends, wanted, side="right")
     chosen: list[Placed] = []
     for number in np.unique(which):
-        entry = entries[number]
+        folder, entry = entries[number]
         try:
             samples = read_samples(folder, entry["name"], store)
         except (ValueError, OSError):
@@ -109,17 +123,22 @@ def _rows(title: str, rows: Mapping[str, Any]) -> Table:
     return table
 
 
-def _summary(shards: str, index: Mapping[str, Any]) -> Table:
+def _summary(shards: str, sources: Sequence[Source]) -> Table:
+    index, total = sources[0].index, sample_count(sources)
+    entries = [entry for source in sources for entry in source.index["shards"]]
+    # Faults of clips that came to no shard belong to none: they are counted by folder.
+    part = any(sample_count([source]) < source.index["samples"] for source in sources)
     rows = {
         "format": index["format"],
-        "shards": len(index["shards"]),
-        "samples": index["samples"],
-        "bytes": f"{index['bytes']:,}",
-        "left out as faulty": index["faults"],
+        "folders": len(sources),
+        "shards": len(entries),
+        "samples": total,
+        "bytes": f"{sum(entry['bytes'] for entry in entries):,}",
+        "left out as faulty" + " of the whole folder" * part: sum(source.index["faults"] for source in sources),
     }
-    for name, counts in index["buckets"].items():
-        share = counts["samples"] / index["samples"]
-        rows[f"bucket {name}"] = f"{counts['samples']} samples ({share:.1%}) in {counts['shards']} shards"
+    for name in dict.fromkeys(entry["bucket"] for entry in entries):
+        counts = [entry["samples"] for entry in entries if entry["bucket"] == name]
+        rows[f"bucket {name}"] = f"{sum(counts)} samples ({sum(counts) / total:.1%}) in {len(counts)} shards"
     if index["format"] == LATENT_FORMAT:
         rows |= {"latent channels": index["channels"], "text width": index["text_width"]}
     return _rows(shards, rows)
@@ -180,16 +199,15 @@ def _video_facts(chosen: Sequence[Placed], store: Store) -> Table:
     return _rows("clips", rows)
 
 
-def _latent_facts(folder: str, index: Mapping[str, Any], store: Store) -> tuple[Table, list[str]]:
+def _latent_facts(sources: Sequence[Source], chosen: Sequence[Placed], store: Store) -> tuple[Table, list[str]]:
     """Statistics per channel of normalised latents, and what is wrong with them."""
-    dataset = LatentDataset([folder], store=store)
+    dataset, index = LatentDataset(sources, store=store), sources[0].index
 
     def read(placed: Placed) -> tuple[NDArray[np.float64], int]:
         sample = dataset.load(*placed, uid=0)
         values = sample.latent.double().flatten(1).numpy()
         return np.stack([values.mean(axis=1), np.square(values).mean(axis=1)]), len(sample.text)
 
-    chosen = _spread_over(folder, index, store, _SAMPLED)
     answers = list(track(_read_all(chosen, read), description="latents", total=len(chosen), transient=True))
     read_well = [answer for answer, fault in answers if fault is None]
     if not read_well:

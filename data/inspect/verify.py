@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.progress import Progress
@@ -14,28 +14,30 @@ from data.shards import VIDEO_FORMAT, read_clip, read_json, read_member, read_sa
 from data.storage.archive import Members, Scan, scan_tar
 from data.storage.store import Store, join
 from data.stream.latents import LatentDataset
+from data.stream.places import Source, sample_count
 
 _CHUNK = 1 << 24
 
 
 def verify_shards(
-    folder: str, index: Mapping[str, Any], store: Store, *, processes: int | None = None, deadline: float = 60.0
+    sources: Sequence[Source], store: Store, *, processes: int | None = None, deadline: float = 60.0
 ) -> Iterator[str]:
-    """Faults of a folder of shards, in words, as they are found.
+    """Faults of shards, in words, as they are found.
 
     Args:
-        folder: of the shards.
-        index: its index.
-        store: that reads it; a remote shard is copied to this machine for the time it takes.
+        sources: the shards, of one format.
+        store: that reads them; a remote shard is copied to this machine for the time it takes.
         processes: that decode clips; None takes one for each core.
         deadline: seconds that one clip may take.
     """
     with Progress(transient=True) as progress, Guarded(processes or os.cpu_count() or 1, deadline) as guarded:
-        task = progress.add_task("verify", total=index["samples"])
-        check = _clips(guarded) if index["format"] == VIDEO_FORMAT else _latents(LatentDataset([folder], store=store))
-        for entry in index["shards"]:
-            yield from _verify(folder, entry, store, check)
-            progress.advance(task, entry["samples"])
+        task = progress.add_task("verify", total=sample_count(sources))
+        videos = sources[0].index["format"] == VIDEO_FORMAT
+        check = _clips(guarded) if videos else _latents(LatentDataset(sources, store=store))
+        for source in sources:
+            for entry in source.index["shards"]:
+                yield from _verify(source.folder, entry, store, check)
+                progress.advance(task, entry["samples"])
 
 
 #: Local copy of a shard, its samples -> faults.
@@ -72,11 +74,18 @@ def _places(scan: Scan, samples: list[tuple[str, Members]], expected: int) -> It
     if len(samples) != expected:
         yield f"its record lists {len(samples)} samples, the index {expected}"
     found = {(key, extension): member for key, members in scan.samples for extension, member in members.items()}
-    texts = {member for (key, _), member in found.items() if key.startswith("text-")}
+    # Whatever is no sample's: captions that samples share.
+    keys = {key for key, _ in samples}
+    texts = {member: key for (key, _), member in found.items() if key not in keys}
+    used = set()
     for key, members in samples:
         for extension, member in members.items():
-            if found.get((key, extension)) != member and not (extension == "text" and member in texts):
+            if extension == "text" and member in texts:
+                used.add(texts[member])
+            elif found.get((key, extension)) != member:
                 yield f"{key}: its {extension} is not where the record says"
+    for key in sorted({*texts.values()} - used):
+        yield f"{key}: it is in the archive and not in the record"
 
 
 def _clips(guarded: Guarded) -> _Check:

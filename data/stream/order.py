@@ -97,13 +97,7 @@ def global_batches(
     Raises:
         ValueError: if no group fills a global batch.
     """
-    counts = [len(group) * passes // size for group in groups]
-    if not any(counts):
-        held = ", ".join(f"{group.name}: {len(group)}" for group in groups)
-        raise ValueError(
-            f"got {held or 'no'} samples (x {passes} passes) for a global batch of {size}, expected at least one full "
-            "batch of one bucket; lower the batch size, or raise passes."
-        )
+    counts = batch_counts(groups, size, passes)
     stride = sum(len(group) for group in groups)
     orders = (
         epoch_order(seed, epoch, g.sizes, starts=g.starts, stride=stride, passes=passes, window=window, group=number)
@@ -116,6 +110,22 @@ def global_batches(
     for number, order in enumerate(orders):
         batches[turns == number] = order[: counts[number] * size].reshape(-1, size)
     return batches
+
+
+def batch_counts(groups: Sequence[Group], size: int, passes: int) -> list[int]:
+    """Global batches of a nominal epoch that each group fills.
+
+    Raises:
+        ValueError: if no group fills one.
+    """
+    counts = [len(group) * passes // size for group in groups]
+    if not any(counts):
+        held = ", ".join(f"{group.name}: {len(group)}" for group in groups)
+        raise ValueError(
+            f"got {held or 'no'} samples (x {passes} passes) for a global batch of {size}, expected at least one full "
+            "batch of one bucket; lower the batch size, or raise passes."
+        )
+    return counts
 
 
 class ResumableBatchSampler(Sampler[list[int]]):

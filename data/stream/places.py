@@ -2,16 +2,21 @@
 
 import contextlib
 import gc
+import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.shards import Member, Members, read_index, read_member
-from data.storage.store import Store, expand
+from data.storage.store import Store, expand, is_remote, join, local_path
+
+log = logging.getLogger(__name__)
 
 #: Samples whose places a process keeps, about 100 bytes each.
 _PLACES = 1 << 19
@@ -38,20 +43,26 @@ def find_shards(locations: Sequence[str], format: str, store: Store) -> list[Sou
         ValueError: if one matches nothing, holds no shards of this format, or comes twice.
         StoreError: if a store does not answer.
     """
+    if not locations or not all(locations):
+        raise ValueError(f"got shards {list(locations)}, expected at least one folder of them, and a name for each.")
     chosen: dict[str, list[str] | None] = {}
+    spelled: dict[str, str] = {}  # where a folder really lies -> the name it goes by
     for location in locations:
         for name in expand(str(location)):
-            folder, _, shard = name.rstrip("/").rpartition("/")
-            if name.endswith(".tar"):
-                shards = chosen.setdefault(folder or ".", [])
+            place, _, shard = name.rstrip("/").rpartition("/") if name.endswith(".tar") else (name, "", "")
+            folder = _tidy(place or (name[0] if name.startswith("/") else "."))
+            first = spelled.setdefault(folder if is_remote(folder) else os.path.realpath(folder), folder)
+            if shard:
+                shards = chosen.setdefault(first, [])
                 taken = shards is None or shard in shards
                 if shards is not None:
                     shards.append(shard)
             else:
-                taken = name.rstrip("/") in chosen
-                chosen[name.rstrip("/")] = None
+                taken = first in chosen
+                chosen[first] = None
             if taken:
-                raise ValueError(f"{name} comes twice in the shards {list(locations)}; name each once.")
+                also = "" if first == folder else f" (as {first})"
+                raise ValueError(f"{name} comes twice in the shards {list(locations)}{also}; name each once.")
     sources = []
     for folder, names in chosen.items():
         index = read_index(folder, store, format)
@@ -63,6 +74,35 @@ def find_shards(locations: Sequence[str], format: str, store: Store) -> list[Sou
         kept = [entry for entry in index["shards"] if names is None or entry["name"] in names]
         sources.append(Source(folder, {**index, "shards": kept}))
     return sources
+
+
+def _tidy(folder: str) -> str:
+    """One spelling of a folder: `./a//b/` and `file://a/b` are `a/b`."""
+    return folder.rstrip("/") if is_remote(folder) else os.path.normpath(local_path(folder))
+
+
+def warn_of_copies(sources: Sequence[Source]) -> None:
+    """Warns of shards with the same content, whose samples are visited as often as there are copies."""
+    seen: dict[str, str] = {}
+    for source in sources:
+        for entry in source.index["shards"]:
+            shard, digest = join(source.folder, entry["name"]), entry.get("sha256")
+            if digest and seen.setdefault(digest, shard) != shard:
+                log.warning("%s is a copy of %s: its samples are visited once more", shard, seen[digest])
+
+
+def check_cache(folder: Path) -> None:
+    """Whether a folder for what is read of remote shards is there, or can be made.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written" if nearest.is_dir() else "is not a folder"
+        raise ValueError(
+            f"got cache {folder}, but {nearest} {what}; expected a local folder, there or to be made. Set data.cache."
+        )
 
 
 def sample_count(sources: Sequence[Source]) -> int:

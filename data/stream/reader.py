@@ -30,6 +30,10 @@ V = TypeVar("V")
 DAMAGE = (ValueError, KeyError, OSError, SafetensorError)
 #: Samples of one shard whose store gave up, one after another, before the rest of the shard counts as lost.
 _PATIENCE = 3
+#: Keeps draws of replacements apart from others that are keyed by a uid.
+_REPLACEMENT = 0x7265706C616365
+#: How many replacements are drawn for a visit before all that are left are tried in turn.
+_DRAWS = 64
 #: Reads of a remote store at the same time, per loader process.
 _READERS = 16
 
@@ -42,7 +46,8 @@ def _readers(process: int) -> ThreadPoolExecutor:
 class ShardDataset(Dataset[T], ABC, Generic[T]):
     """Samples of shards, by number: those of each shard in turn.
 
-    A damaged sample is named in the fault log and its successor takes its place; past a share the run stops.
+    A damaged sample is named in the fault log and another one takes its place, drawn by the number of the visit (see
+    `candidates`); past a share the run stops.
 
     Args:
         locations: of shards of one kind (folders, `.tar` files, wildcards, braces, URLs), or sources that were found.
@@ -73,6 +78,7 @@ class ShardDataset(Dataset[T], ABC, Generic[T]):
         entries = [(source.folder, entry) for source in self.sources for entry in source.index["shards"]]
         self.shards = [join(folder, entry["name"]) for folder, entry in entries]
         self.shard_sizes: list[int] = [entry["samples"] for _, entry in entries]
+        self._digests = [entry.get("sha256") for _, entry in entries]
         self._folders = [(folder, entry["name"]) for folder, entry in entries]
         self.buckets = [Bucket.parse(entry["bucket"]) for _, entry in entries]
         self.group_names = [b.name for b in sorted(set(self.buckets))] if self.grouped else ["all"]
@@ -98,11 +104,16 @@ class ShardDataset(Dataset[T], ABC, Generic[T]):
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         alike = [s for s in range(len(self.shards)) if self.group(s) == self.group(shard)]
         runs = [(s, 0, self.shard_sizes[s]) for s in alike]
-        return self.first_readable(circle(runs, alike.index(shard), number - int(self._starts[shard])), uid=number)
+        place = number - int(self._starts[shard])
+        return self.first_readable(candidates(runs, alike.index(shard), place, number), uid=number)
 
     def group(self, shard: int) -> str:
         """Name of the group of samples that those of a shard may share a batch with."""
         return self.buckets[shard].name if self.grouped else "all"
+
+    def identity(self, shard: int) -> str:
+        """What a shard and its copies have in common: the hash of their bytes; without one in the index, the place."""
+        return self._digests[shard] or os.path.realpath(self.shards[shard])
 
     def map(self, function: Callable[[int], V], items: Sequence[int]) -> list[V]:
         """`function` of each item in order; many at a time where the shards are remote."""
@@ -110,18 +121,18 @@ class ShardDataset(Dataset[T], ABC, Generic[T]):
             return [function(item) for item in items]
         return list(_readers(os.getpid()).map(function, items))
 
-    def first_readable(self, candidates: Iterator[tuple[int, int]], uid: int, *, counts: bool = True) -> T:
+    def first_readable(self, choices: Iterator[tuple[int, int]], uid: int, *, counts: bool = True) -> T:
         """The first of some samples, (shard, place) each, that is not damaged.
 
         Args:
-            candidates: the sample that is meant, and its successors.
+            choices: the sample that is meant, and those that may take its place, each once.
             uid: what the sample is called: it keys what is drawn for it.
             counts: whether the sample counts in an evaluation.
 
         Raises:
             ValueError: past the share of damaged samples, or if none can be read.
         """
-        for passed, (shard, place) in enumerate(candidates):
+        for passed, (shard, place) in enumerate(choices):
             if (shard, place) in self._damaged:
                 continue
             try:
@@ -159,7 +170,7 @@ class ShardDataset(Dataset[T], ABC, Generic[T]):
         self._damaged.add((shard, place))
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         fault = Fault(self._key(shard, place), reason, self.shards[shard])
-        log.warning("%s: %s is damaged, its successor takes its place: %s", fault.shard, fault.key, fault.reason)
+        log.warning("%s: %s is damaged, another sample takes its place: %s", fault.shard, fault.key, fault.reason)
         try:
             self.faults.note(fault)
         except ValueError as stop:
@@ -189,6 +200,31 @@ class ShardDataset(Dataset[T], ABC, Generic[T]):
     @abstractmethod
     def mark(self, sample: T, faults: int, counts: bool) -> None:
         """Notes on a sample how many damaged ones it stands for, and whether it counts."""
+
+
+def candidates(runs: Sequence[tuple[int, int, int]], turn: int, place: int, uid: int) -> Iterator[tuple[int, int]]:
+    """(shard, sample) of runs of samples, each once: the one that is meant, and those that may take its place.
+
+    These are drawn, keyed by uid and attempt alone, so that the visits of a lost shard spread over all that is left,
+    and any rank and process finds the same. After `_DRAWS` of them come all others in turn, from the last one drawn.
+
+    Args:
+        runs: (shard, first sample, samples) each.
+        turn: the run of the sample that is meant.
+        place: its number in that run.
+        uid: of the visit.
+    """
+    given = {(runs[turn][0], runs[turn][1] + place)}
+    yield from given
+    ends = np.cumsum([count for _, _, count in runs])
+    for drawn in np.random.default_rng([_REPLACEMENT, uid]).integers(ends[-1], size=_DRAWS).tolist():
+        turn = int(np.searchsorted(ends, drawn, side="right"))
+        shard, first, count = runs[turn]
+        place = drawn - int(ends[turn]) + count
+        if (shard, first + place) not in given:
+            given.add((shard, first + place))
+            yield shard, first + place
+    yield from (choice for choice in circle(runs, turn, place) if choice not in given)
 
 
 def circle(runs: Sequence[tuple[int, int, int]], turn: int, place: int) -> Iterator[tuple[int, int]]:

@@ -13,28 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from data.storage.files import settings_hash
 from data.storage.store import Store
 from data.stream.faultlog import FaultLog, check_cut, fault_file
-from data.stream.order import ResumableBatchSampler, evaluation_batches, global_batches, rank_size
-from data.stream.places import Source, find_shards, sample_count
+from data.stream.order import ResumableBatchSampler, batch_counts, evaluation_batches, global_batches, rank_size
+from data.stream.places import Source, check_cache, find_shards, sample_count, warn_of_copies
+from data.stream.position import ResumableLoader, check_trainer, leave_epoch, position
 from data.stream.reader import ShardDataset
-from data.stream.split import Split, everything, first_of, hold_out
+from data.stream.split import Split, check_apart, everything, first_of, hold_out
 
 log = logging.getLogger(__name__)
-
-
-class _Loader(DataLoader):
-    """A loader that Lightning recognises as resumable; its position is kept by the data module, in one place."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class ShardDataModule(LightningDataModule, ABC):
@@ -104,8 +95,10 @@ class ShardDataModule(LightningDataModule, ABC):
         self.passes = passes
         self.seed = seed
         self.max_fault_share = max_fault_share
-        self.store = Store(Path(cache) if cache else None, cache_bytes)
+        self.cache = Path(cache) if cache else None
+        self.store = Store(self.cache, cache_bytes)
         self._resume: dict[str, Any] = {"epoch": 0, "batches": 0}
+        self._epoch: int | None = None  # that the training loader was made for
         self._splits: tuple[Split, Split] | None = None
         self._faults: FaultLog | None = None
         self._order: str | None = None
@@ -121,8 +114,8 @@ class ShardDataModule(LightningDataModule, ABC):
         """
         if self._splits is not None:
             return
-        if not self.shards:
-            raise ValueError("got no shards, expected at least one folder of them; set data.shards.")
+        if self.cache is not None:
+            check_cache(self.cache)
         found = find_shards(self.shards, self.format, self.store)
         total = sample_count(found)
         if self.val_shards is None and total <= self.val_samples:
@@ -137,11 +130,24 @@ class ShardDataModule(LightningDataModule, ABC):
             splits = hold_out(dataset, self.val_samples)
         else:
             splits = everything(dataset), first_of(self.make_dataset(apart), self.val_samples)
+        check_apart(*splits)
+        for sources in (found, apart or []):
+            warn_of_copies(sources)
         self._faults = FaultLog(total + sample_count(apart or []), self.max_fault_share)
         check_cut([*found, *(apart or [])], self.store, self._faults)
         for split in splits:
             split.dataset.faults = self._faults
         self._splits = splits
+
+    def check_batches(self, ranks: int) -> None:
+        """Whether training samples fill a global batch that so many ranks divide, before a run folder is made.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        self.check()
+        assert self._splits is not None
+        batch_counts(self._splits[0].groups, self._global_size(ranks), self.passes)
 
     def check_sources(self, sources: Sequence[Source]) -> None:
         """Whether training and validation shards go together.
@@ -181,13 +187,13 @@ class ShardDataModule(LightningDataModule, ABC):
     def _layout(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _global_size(self) -> int:
-        """Samples of a global batch.
+    def _global_size(self, ranks: int | None = None) -> int:
+        """Samples of a global batch, on the Trainer's ranks or so many.
 
         Raises:
             ValueError: if the ranks do not divide it.
         """
-        ranks = self._layout[1]
+        ranks = self._layout[1] if ranks is None else ranks
         if self.global_batch_size is None:
             assert self.batch_size is not None
             return self.batch_size * ranks
@@ -196,16 +202,29 @@ class ShardDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         epoch = self.trainer.current_epoch if self.trainer else 0
         if self.trainer:
-            _check_trainer(self.trainer)
+            check_trainer(self.trainer)
         split, size = self.train_split, self._global_size()
         groups = split.groups
         batches = global_batches(self.seed, epoch, groups, size, passes=self.passes)
         small = [f"{group.name} ({len(group)} samples)" for group in groups if len(group) * self.passes < size]
         if small:
             log.warning("buckets that fill no global batch of %d are not trained on: %s", size, ", ".join(small))
-        start = self._resume["batches"] if self._resume["epoch"] == epoch else 0
-        self._check_position(start, size)
+        start = self._start(epoch, size, len(batches))
+        self._epoch = epoch
         return self._loader(split, batch_sampler=ResumableBatchSampler(batches, *self._layout, start))
+
+    def _start(self, epoch: int, size: int, batches: int) -> int:
+        """The batch of an epoch to begin with.
+
+        Raises:
+            ValueError: if the checkpoint's position is one of another order, or its epoch would stay unfinished.
+        """
+        over = self.trainer is not None and self._epoch is None and leave_epoch(self.trainer, self._resume)
+        if self._resume["epoch"] != epoch:
+            return 0
+        if not over:
+            self._check_position(self._resume["batches"], size)
+        return batches if over else self._resume["batches"]
 
     def _check_position(self, start: int, size: int) -> None:
         if not start:
@@ -243,7 +262,7 @@ class ShardDataModule(LightningDataModule, ABC):
     def _loader(self, split: Split, **how: Any) -> DataLoader:
         # Its own generator: else making an iterator would draw from the global one, and a resumed run, which makes
         # fewer iterators, would go on with other random numbers.
-        return _Loader(
+        return ResumableLoader(
             split,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
@@ -261,29 +280,16 @@ class ShardDataModule(LightningDataModule, ABC):
     # -- resume --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands: the epoch, and how many of its global batches are done."""
-        if not self.trainer:
+        """Where training stands: an epoch, and how many of its global batches are done, of how many."""
+        if not self.trainer or self._epoch is None:
             return dict(self._resume)
-        # Loaders run ahead and `ready` counts a batch that is still being worked on: `processed` alone is done.
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        place = {"epoch": self.trainer.current_epoch, "batches": done}
+        place = position(self.trainer, self._epoch)
         return {**place, "global_batch_size": self._global_size(), "order": self._order_hash()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume = dict(state)
+        self._epoch = None
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:
     return [str(name) for name in ([names] if isinstance(names, (str, Path)) else names)]
-
-
-def _check_trainer(trainer: Trainer) -> None:
-    reload, replaced = (
-        trainer.reload_dataloaders_every_n_epochs,  # type: ignore[attr-defined]
-        trainer._accelerator_connector.use_distributed_sampler,
-    )
-    if reload != 1 or (replaced and trainer.world_size > 1):
-        raise ValueError(
-            f"got a Trainer with reload_dataloaders_every_n_epochs={reload}, use_distributed_sampler={replaced}; "
-            "expected 1 and False: each epoch has its own order, and the data module splits it over the ranks."
-        )

@@ -8,15 +8,16 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data.stream.order import Group
-from data.stream.reader import ShardDataset, circle
+from data.stream.reader import ShardDataset, candidates
 
 
 class Split(Dataset):
     """Part of a data set: of each shard, a run of its samples.
 
     Positions follow the shards. Visit i is the sample at position i % size, and its uid is `start` + i, so that several
-    passes over the data differ in what is keyed by it. A damaged sample is replaced by the next one of its group, in a
-    circle, under the same uid; never by one of another split.
+    passes over the data differ in what is keyed by it. A damaged sample is replaced, under the same uid, by one of its
+    group that is drawn by that uid: the visits of a lost shard spread over the group, the same ones on any number of
+    ranks and processes. It is never one of another split.
 
     Args:
         dataset: the whole.
@@ -58,12 +59,37 @@ class Split(Dataset):
         place = position - self._starts[shard]
         counts = not self._once or visit < len(self)
         runs = self._runs[self.dataset.group(shard)]
-        candidates = circle(runs, self._turn[shard], place)
-        return self.dataset.first_readable(candidates, uid=self.start + visit, counts=counts)
+        uid = self.start + visit
+        choices = candidates(runs, self._turn[shard], place, uid)
+        return self.dataset.first_readable(choices, uid=uid, counts=counts)
 
     def __getitems__(self, visits: list[int]) -> list[Any]:
         """A batch; from a remote store, its samples are read at the same time."""
         return self.dataset.map(self.__getitem__, visits)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(shard, first sample, samples) of each shard that this part has samples of."""
+        return [run for runs in self._runs.values() for run in runs]
+
+
+def check_apart(train: Split, held: Split) -> None:
+    """Whether no sample is in both parts, by the content of their shards.
+
+    Raises:
+        ValueError: naming a shard whose samples, or a copy's, are both trained on and held out.
+    """
+    found: dict[str, list[tuple[int, int, str]]] = {}
+    for shard, first, count in train.runs():
+        found.setdefault(train.dataset.identity(shard), []).append((first, count, train.dataset.shards[shard]))
+    for shard, first, count in held.runs():
+        for begin, size, name in found.get(held.dataset.identity(shard), []):
+            if begin < first + count and first < begin + size:
+                mine = held.dataset.shards[shard]
+                copy = "" if mine == name else f", whose copy is the training shard {name}"
+                raise ValueError(
+                    f"{mine} holds samples for validation{copy}: they would be trained on as well. Take it out of "
+                    "data.shards or data.val_shards, and name each copy once."
+                )
 
 
 def shares(counts: Sequence[int], total: int) -> list[int]:

@@ -59,11 +59,15 @@ def joined(parts) -> Seen:
 
 def trainer(rank: int, world: int, epoch: int, done: int, folder: Path) -> SimpleNamespace:
     """What a data module asks of a Trainer on one of several ranks."""
-    current = SimpleNamespace(processed=done)
+    progress = SimpleNamespace(current=SimpleNamespace(processed=done, ready=done), is_last_batch=False)
     return SimpleNamespace(
         global_rank=rank, world_size=world, current_epoch=epoch, default_root_dir=str(folder),
         reload_dataloaders_every_n_epochs=1, _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
-        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=current))),
+        num_training_batches=float("inf"),
+        fit_loop=SimpleNamespace(
+            epoch_loop=SimpleNamespace(batch_progress=progress), epoch_progress=SimpleNamespace(current=None),
+            is_resuming=False,
+        ),
     )  # fmt: skip
 
 

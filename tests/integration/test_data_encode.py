@@ -15,6 +15,8 @@ from data.bucket import Bucket
 from data.clips.video import decode_video, write_video
 from data.encode.base import read_base
 from data.encode.encode import encode
+from data.encode.encoders import Encoders
+from data.inspect.inspect import inspect
 from data.shards import read_json, read_member, read_samples, text_digest
 from data.storage.store import Store
 from data.synth.draw import render
@@ -139,7 +141,7 @@ def test_a_caption_is_stored_once_per_shard_before_its_first_use(latents):
     shared = members["clip-0"]["text"]
     assert members["clip-2"]["text"] == shared != members["clip-1"]["text"]
     assert all(shared.offset < members["clip-0"][name].offset for name in ("safetensors", "json"))
-    assert (latents / FIRST).read_bytes().count(b"text-") == 2
+    assert (latents / FIRST).read_bytes().count(b"text/") == 2
 
 
 def test_nothing_is_left_but_what_the_format_says(latents):
@@ -166,13 +168,111 @@ def test_clips_beside_each_other_in_time_or_not_give_the_same_bytes(latents, sha
 
 
 def test_other_settings_or_another_base_are_refused(latents, shards, base, tmp_path):
-    with pytest.raises(ValueError, match=r"other settings .*'max_text_tokens': \(256, 16\)"):
+    with pytest.raises(ValueError, match=r"other settings: max_text_tokens is 256 there, 16 now\. Choose"):
         encode(str(shards), latents, base=base, max_text_tokens=16)
     other = shutil.copytree(base, tmp_path / "base")
     weights = other / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    with pytest.raises(ValueError, match=r"other settings .*'base'"):
+    with pytest.raises(ValueError, match=r"other settings: base is '\w+' there, '\w+' now\. Choose"):
         encode(str(shards), latents, base=other)
+
+
+def test_of_two_that_begin_with_different_settings_the_second_is_refused_at_once(
+    latents, shards, base, tmp_path, monkeypatch
+):
+    loaded = []
+
+    def load(*args):
+        loaded.append(args)
+        assert len(loaded) == 1, "the second process loads weights"
+        with pytest.raises(ValueError, match="is being encoded with other settings: max_text_tokens is 256 there"):
+            encode(str(shards), tmp_path / "out", base=base, max_text_tokens=16)
+        return Encoders(*args)
+
+    monkeypatch.setattr("data.encode.encode.Encoders", load)
+    encode(str(shards), tmp_path / "out", base=base, batch_size=2)
+    assert loaded and files(tmp_path / "out") == files(latents)
+
+
+def test_a_run_that_fails_before_its_first_shard_leaves_the_folder_to_other_settings(
+    shards, base, tmp_path, monkeypatch
+):
+    def load(*args):
+        raise ValueError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.encode.encode.Encoders", load)
+        with pytest.raises(ValueError, match="out of memory"):
+            encode(str(shards), tmp_path / "out", base=base)
+    assert files(tmp_path / "out") == {} and not (tmp_path / "out" / "claims").exists()
+    encode(str(shards), tmp_path / "out", base=base, max_text_tokens=16)
+
+
+def test_a_clip_that_is_called_like_a_caption_is_kept(clips, base, tmp_path):
+    _, clip, _ = clips[0]
+    key = f"text-{text_digest('hello')}"
+    rows = {TALL: [(key, clip, b"hello", WINDOWS[TALL]), ("other", clip, b"red disc", WINDOWS[TALL])]}
+    encode(str(write_video_shards(tmp_path / "v", rows, per_shard=2)), tmp_path / "l", base=base)
+    assert list(read_all(tmp_path / "l")) == [key, "other"]
+    inspect(str(tmp_path / "l"), verify=True)
+
+
+def test_a_folder_that_holds_something_else_is_refused_in_one_sentence_and_left_alone(
+    latents, shards, base, tmp_path, monkeypatch
+):
+    video = shutil.copytree(shards, tmp_path / "video")
+    (tmp_path / "link").symlink_to(video)
+    partial = shutil.copytree(shards, tmp_path / "partial")
+    (partial / "index.json").unlink()
+    renamed = shutil.copytree(latents, tmp_path / "renamed")
+    for name in (FIRST, SECOND, THIRD):
+        (renamed / "records" / f"{name[:-4]}.json").rename(renamed / "records" / f"1x16x16{name[7:-4]}.json")
+    (tmp_path / "file").touch()
+    before = files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for source, out, message in [
+        (video, "video", "is the folder of the video shards themselves; expected a new folder"),
+        (video, "link", "is the folder of the video shards themselves"),
+        (f"video/{FIRST}", video, "is the folder of the video shards themselves"),
+        (shards, video, r"holds other shards already \(format 'reblock-videos-2'\); expected a new folder"),
+        (shards, partial, "holds other shards already, which `reblock encode` did not make"),
+        (shards / SECOND, latents, r"holds shards made with other settings: source is '\w+' there, '\w+' now\. Choose"),
+        (shards, "file", "file is a file; expected a new folder"),
+        (latents, "new", "They are latents already; give the video shards"),
+    ]:
+        with pytest.raises(ValueError, match=message) as refused:
+            encode(str(source), out, base=base)
+        assert len(str(refused.value)) - len(str(tmp_path)) * 3 < 250
+    # Of the shards here none has a record of its name.
+    (renamed / "index.json").unlink()
+    with pytest.raises(ValueError, match="holds shards made with other settings: source is"):
+        encode(str(shards / SECOND), renamed, base=base)
+    del before["renamed/index.json"]
+    assert files(tmp_path) == before
+
+
+def test_some_shards_of_several_folders(latents, shards, clips, base, tmp_path, monkeypatch):
+    other = Bucket(1, 32, 32)
+    rows = {other: [("still", clips[0][1], b"red disc", [0])]}
+    write_video_shards(tmp_path / "other", rows, per_shard=1)
+    (tmp_path / "video").symlink_to(shards)
+    monkeypatch.chdir(tmp_path)
+    encode("{video/7x32x32-00000[01].tar,other}", "out", base=base, batch_size=2)
+    assert list(read_all(tmp_path / "out")) == [f"clip-{n}" for n in range(5)] + ["still"]
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert [entry["name"] for entry in index["shards"]] == [FIRST, SECOND, "1x32x32-000000.tar"]
+    assert (tmp_path / "out" / FIRST).read_bytes() == (latents / FIRST).read_bytes()
+    # Other shards are other settings, the same ones are the same.
+    with pytest.raises(ValueError, match="other settings: source is"):
+        encode("video", "out", base=base, batch_size=2)
+    encode(f"{{video/{FIRST},video/{SECOND},other}}", "out", base=base, batch_size=2)
+    shutil.copytree(shards, tmp_path / "again")
+    with pytest.raises(ValueError, match=f"video and again both hold a shard {FIRST}, .* a folder of its own"):
+        encode("{video,again}", "new", base=base)
+    for name, message in [("video/9x*.tar", "matches nothing"), ("video/none.tar", "has no shards .*none.tar")]:
+        with pytest.raises(ValueError, match=message):
+            encode(name, "new", base=base)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +369,10 @@ def test_faults_are_found_before_anything_is_loaded(shards, base, tmp_path, monk
         ({"dtype": "int8"}, "got dtype 'int8'"),
         ({"processes": 0}, "processes 0"),
         ({"claim_timeout": 0}, "got claim_timeout 0"),
+        ({"device": "blah"}, "got device 'blah', expected cpu, cuda"),
+        ({"max_fault_share": -1}, "got max_fault_share -1, expected a share from 0 to 1"),
+        ({"max_fault_share": 1.01}, "got max_fault_share 1.01"),
+        ({"max_fault_share": float("nan")}, "got max_fault_share nan"),
         ({"base": tmp_path}, r"lacks vae/config\.json"),
         ({"base": "genmo/none"}, r"neither a local folder nor a downloaded hub id.*`hf download genmo/none`"),
         ({"base": tmp_path / "none"}, "is no folder"),

@@ -153,13 +153,20 @@ def test_an_error_ahead_comes_through():
 
 
 def test_a_node_with_several_devices_gives_each_task_its_own(monkeypatch):
-    assert choose_device("cpu") == "cpu" and choose_device("cuda:3") == "cuda:3"
+    assert choose_device("cpu") == "cpu"
     if not torch.cuda.is_available():
         assert choose_device("auto") == "cpu"
-        with pytest.raises(ValueError, match="torch finds no CUDA device"):
-            choose_device("cuda")
+        for device in ("cuda", "cuda:3"):
+            with pytest.raises(ValueError, match=f"got device '{device}', but torch finds no CUDA device"):
+                choose_device(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert choose_device("cuda:3") == "cuda:3"
+    with pytest.raises(ValueError, match="got device 'cuda:4', but torch finds 4 CUDA devices"):
+        choose_device("cuda:4")
+    for device in ("blah", "cuda:", "cuda:x", "meta", ""):
+        with pytest.raises(ValueError, match=f"got device '{device}', expected cpu, cuda, cuda:N"):
+            choose_device(device)
     monkeypatch.setenv("SLURM_LOCALID", "2")
     assert choose_device("cuda") == choose_device("auto") == "cuda:2"
     monkeypatch.setenv("LOCAL_RANK", "1")

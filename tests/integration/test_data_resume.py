@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 from pathlib import Path
@@ -62,13 +63,13 @@ class KillAt(Callback):
             raise Killed
 
 
-def fit(shards, *, workers=0, checkpoint=None, callbacks=(), data=None, **trainer):
+def fit(shards, *, workers=0, checkpoint=None, callbacks=(), data=None, module=None, **trainer):
     settings = {
         "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
         "use_distributed_sampler": False, "reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 0,
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), "max_epochs": EPOCHS,
     }  # fmt: skip
-    module = Recorder()
+    module = module or Recorder()
     data = data or LatentDataModule(shards=shards, val_samples=4, batch_size=4, num_workers=workers, passes=1)
     Trainer(**{**settings, **trainer}, callbacks=list(callbacks)).fit(module, data, ckpt_path=checkpoint)
     return module.steps
@@ -130,6 +131,56 @@ def test_a_fit_that_counts_steps(shards, uninterrupted, step):
     assert fit(shards, checkpoint=checkpoint, max_epochs=-1, max_steps=17) == steps[step:17]
 
 
+@pytest.mark.parametrize("when", ["train", "validation"])
+def test_a_fit_that_counts_steps_goes_on_after_an_epoch(shards, uninterrupted, tmp_path, when):
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=when == "train")
+    fit(shards, callbacks=[saver])
+    for epoch in range(EPOCHS):
+        for options in ({"max_epochs": -1, "max_steps": 20}, {"max_epochs": EPOCHS, "max_steps": 30}):
+            rest = uninterrupted[0][BATCHES * (epoch + 1) : options["max_steps"]]
+            assert fit(shards, checkpoint=tmp_path / f"epoch={epoch}.ckpt", **options) == rest
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 1}, {"max_epochs": -1, "max_steps": BATCHES}])
+@pytest.mark.parametrize("then", [{}, {"max_epochs": -1, "max_steps": 17}])
+def test_a_checkpoint_of_a_fit_that_has_ended_with_an_epoch(shards, uninterrupted, tmp_path, options, then):
+    fit(shards, callbacks=[SaveAfter(tmp_path / "end.ckpt")], **options)
+    assert fit(shards, checkpoint=tmp_path / "end.ckpt", **then) == uninterrupted[0][BATCHES : then.get("max_steps")]
+
+
+class SaveAfter(Callback):
+    """Saves when a fit has ended."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_end(self, trainer, module):
+        trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_of_a_fit_that_has_ended_in_mid_epoch_is_refused(shards, tmp_path):
+    """Lightning counts that epoch as done: its rest would be left out without a word."""
+    end, epoch = tmp_path / "end.ckpt", ModelCheckpoint(tmp_path, filename="epoch", save_on_train_epoch_end=True)
+    fit(shards, callbacks=[SaveAfter(end), epoch], max_steps=3)
+    for path in (end, tmp_path / "epoch.ckpt"):
+        for then in ({}, {"max_steps": 17}):
+            with pytest.raises(ValueError, match="after a fit had stopped at 3 of 7 batches of epoch 0"):
+                fit(shards, checkpoint=path, **then)
+
+
+def test_an_epoch_that_a_callback_cuts_short_is_over(shards, tmp_path):
+    class Cut(Recorder):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 4 else None
+
+    found = []
+    for checkpoint in (None, tmp_path / "epoch=0.ckpt"):
+        saver = [] if checkpoint else [ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)]
+        found.append(fit(shards, module=Cut(), callbacks=saver, checkpoint=checkpoint))
+    assert [step[:2] for step in found[0]] == [(epoch, batch) for epoch in range(EPOCHS) for batch in range(4)]
+    assert found[1] == found[0][4:]
+
+
 def test_under_gradient_accumulation(shards, uninterrupted, tmp_path):
     steps = fit(shards, callbacks=[every_step(tmp_path)], accumulate_grad_batches=3)
     assert steps == uninterrupted[0]
@@ -177,6 +228,15 @@ def test_another_global_batch_is_refused_in_mid_epoch_only(shards, uninterrupted
     assert len(list(other.train_dataloader())) == 14
 
 
+@pytest.mark.parametrize("options", [{}, {"max_epochs": -1, "max_steps": BATCHES + 28}])
+def test_another_global_batch_is_taken_after_an_epoch(shards, tmp_path, options):
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit(shards, callbacks=[saver], max_epochs=1)
+    other = LatentDataModule(shards=shards, val_samples=4, batch_size=2)
+    steps = fit(shards, data=other, checkpoint=tmp_path / "epoch=0.ckpt", **options)
+    assert [step[:2] for step in steps] == [(epoch, batch) for epoch in (1, 2) for batch in range(14)]
+
+
 @pytest.mark.parametrize("wrong", [{"reload_dataloaders_every_n_epochs": 0}])
 def test_a_trainer_that_would_repeat_the_first_order_is_refused(shards, wrong):
     with pytest.raises(ValueError, match="each epoch has its own order"):
@@ -200,9 +260,59 @@ def test_validation_and_probes_are_the_held_out_end(shards):
         ValueError, match="got 5 probe samples, expected 1 to 4, the validation samples of bucket 1x16x16"
     ):
         data.probe_samples(5)
-    apart = LatentDataModule(shards=shards, val_shards=shards, val_samples=5)
+
+
+def test_validation_shards_of_their_own(shards, tmp_path):
+    other = write_latents(tmp_path, [("1x16x16", 8)], latent=lambda i, shape: torch.ones(shape))
+    apart = LatentDataModule(shards=shards, val_shards=other, val_samples=5)
     assert [s.key for s in apart.probe_samples(5)] == [f"clip-{i:02d}" for i in range(5)]
     assert len(apart.train_split) == 32
+
+
+def test_samples_that_are_held_out_are_nowhere_trained_on(shards, tmp_path, caplog):
+    """Neither under another name of their folder nor in a copy of their shard."""
+    copy, one = tmp_path / "copy", tmp_path / "one"
+    shutil.copytree(shards, copy)
+    os.symlink(shards, tmp_path / "link")
+    shutil.copytree(write_latents(tmp_path / "new", [("1x16x16", 8)], latent=lambda i, shape: torch.ones(shape)), one)
+    last = "1x16x16-000003.tar"
+    for training, validation, message in (
+        (shards, shards, r"000000.tar holds samples for validation: they would be trained on"),
+        (shards, str(copy), rf"{copy}/.*000000.tar holds .* a copy|{copy}/.*whose copy is the training shard {shards}"),
+        (shards, f"{tmp_path}/link/{last}", "000003.tar holds samples for validation"),
+        (
+            [shards, str(copy)],
+            None,
+            f"{copy}/{last} holds samples .*, whose copy is the training shard {shards}/{last}",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LatentDataModule(shards=training, val_shards=validation, val_samples=4).check()
+    for repeated in (f"{shards}/", f"{tmp_path}/link", f"{tmp_path}/x/../link", f"file://{shards}", f"{shards}/{last}"):
+        with pytest.raises(ValueError, match="comes twice"):
+            LatentDataModule(shards=[shards, repeated], val_samples=4).check()
+    assert "is a copy of" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        LatentDataModule(shards=[shards, str(copy)], val_shards=str(one), val_samples=4).check()
+    assert f"{copy}/{last} is a copy of {shards}/{last}" in caplog.text
+
+
+def test_a_folder_is_the_same_under_its_relative_name(shards, monkeypatch):
+    monkeypatch.chdir(Path(shards).parent)
+    name = Path(shards).name
+    for second in (f"./{name}", f"{name}/", f"../{Path.cwd().name}/{name}", shards):
+        with pytest.raises(ValueError, match=f"comes twice.*{name}"):
+            LatentDataModule(shards=[name, second], val_samples=4).check()
+
+
+def test_a_cache_that_cannot_be_a_folder_is_refused(shards, tmp_path):
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=rf"got cache {cache}, but {tmp_path / 'file'} is not a folder"):
+            LatentDataModule(shards=shards, val_samples=4, cache=str(cache)).check()
+    for cache in (tmp_path, tmp_path / "new" / "below"):
+        LatentDataModule(shards=shards, val_samples=4, cache=str(cache)).check()
+    assert not (tmp_path / "new").exists()
 
 
 def test_other_shards_or_another_seed_are_refused_in_mid_epoch_only(shards, uninterrupted, tmp_path):
@@ -299,8 +409,8 @@ class Counting(Store):
 
     calls = bytes = 0
 
-    def read(self, location, offset=0, size=None):
-        content = super().read(location, offset, size)
+    def read(self, location, offset=0, size=None, *, version=""):
+        content = super().read(location, offset, size, version=version)
         self.calls += 1
         self.bytes += len(content)
         return content
@@ -315,8 +425,14 @@ def test_faults_of_a_data_module(shards, tmp_path):
         LatentDataModule(shards=shards, val_samples=4, batch_size=29).train_dataloader()
     with pytest.raises(ValueError, match="expected at least 1 of each"):
         LatentDataModule(shards=shards, batch_size=0)
-    with pytest.raises(ValueError, match="at least one folder"):
-        LatentDataModule(shards=[]).check()
+    for none in ([], "", [shards, ""]):
+        with pytest.raises(ValueError, match=r"got shards \[.*\], expected at least one folder .* a name for each"):
+            LatentDataModule(shards=none).check()
+    with pytest.raises(ValueError, match=r"got shards \[''\]"):
+        LatentDataModule(shards=shards, val_shards="").check()
+    for name in ("frames", "height", "width"):
+        with pytest.raises(ValueError, match=f"{name} -3"):
+            VideoDataModule(shards=shards, **{name: -3})
     with pytest.raises(ValueError, match=r"batch_size 4 \(per rank\) and global_batch_size 8 \(all ranks\)"):
         LatentDataModule(shards=shards, batch_size=4, global_batch_size=8)
     for wrong in ({"global_batch_size": 0}, {"num_workers": -1}, {"prefetch_factor": 0}, {"max_fault_share": 2.0}):

@@ -165,6 +165,57 @@ def test_clear_leaves_nothing(tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_word_stands_whole_for_all(tmp_path, monkeypatch, links):
+    def refuse(*args):
+        raise OSError(95, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    owners = [Claims(tmp_path / "claims") for _ in range(8)]
+    for number in range(20):
+        barrier = threading.Barrier(8)
+
+        def say(place, name=f"{number}", barrier=barrier):
+            barrier.wait()
+            return owners[place].first_word(name, f"{place}" * 100_000)
+
+        with ThreadPoolExecutor(8) as pool:
+            heard = set(pool.map(say, range(8)))
+        assert len(heard) == 1 and len(heard.pop()) == 100_000
+    assert not list((tmp_path / "claims").glob("*.part"))
+
+
+def test_a_first_word_is_said_again_when_the_folder_is_cleared(tmp_path):
+    claims = Claims(tmp_path / "claims")
+    stop = threading.Event()
+
+    def clear():
+        while not stop.is_set():
+            claims.clear(["word"])
+
+    thread = threading.Thread(target=clear)
+    thread.start()
+    try:
+        assert all(0 <= int(claims.first_word("word", f"{number}")) <= number for number in range(200))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_folder_is_left_to_who_holds_a_claim_in_it(tmp_path):
+    folder = tmp_path / "claims"
+    mine, other = Claims(folder), elsewhere(folder)
+    mine.first_word("word", "x")
+    assert other.take(NAME)
+    mine.leave("word")
+    assert (folder / "word").exists() and other.holds(NAME)
+    other.release(NAME)
+    mine.leave("word")
+    mine.leave("word")
+    assert not folder.exists()
+
+
 def test_processes_of_a_job_begin_apart():
     def first(**environment):
         return start_position(1000, {name: str(value) for name, value in environment.items()})

@@ -1,13 +1,16 @@
 """`reblock inspect`: what it says of whole, damaged and wrongly normalised shards, local and remote."""
 
 import json
+import logging
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data.inspect.contact import _choose_fonts, _drawable
 from data.inspect.inspect import inspect, normalisation_doubts
 from data.pack.pack import pack
 from data.shards import record_name
@@ -69,6 +72,62 @@ def test_latent_shards_and_their_sheet(tmp_path, capsys):
     assert Image.open(tmp_path / "sheet.png").width > 500
 
 
+def test_some_shards_of_several_folders(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(videos.parent)
+    name = "7x32x32-000001.tar"
+    inspect(f"shards/{name}", verify=True, processes=1)
+    out = said(capsys)
+    assert "2 samples (100.0%) in 1 shards" in out and "verified: 1 checksums, 2 samples" in out
+    latents(tmp_path / "a")
+    latents(tmp_path / "b")
+    inspect(str(tmp_path / "{a,b}"), verify=True, contact_sheet=tmp_path / "sheet.png")
+    out = said(capsys)
+    assert "12 samples (75.0%) in 2 shards" in out and "verified: 4 checksums, 16 samples" in out
+    inspect(str(tmp_path / "*" / "19x*.tar"))
+    out = said(capsys)
+    assert "4 samples (100.0%) in 2 shards" in out and "bucket 7x" not in out
+    for wrong, message in [
+        (tmp_path / "none*", "matches nothing"),
+        (tmp_path / "a" / "none.tar", "has no shards"),
+        (f"{{{tmp_path}/a,shards}}", "has format 'reblock-videos-2', expected 'reblock-latents-2'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            inspect(str(wrong))
+
+
+#: Chinese, Arabic, Devanagari, a sign of the private use area (which no font should have), formula signs, controls.
+CAPTION = "\u4e2d\u6587 \u0639\u0631\u0628\u064a \u0939\u093f \ue0ff $x_{ \\frac a\0b\tc\u200d\U0001f600"
+
+
+def test_any_caption_is_drawn_without_a_warning(tmp_path, caplog):
+    synth(tmp_path / "clips", clips=2, size=32, frames=9)
+    for path in (tmp_path / "clips").glob("*.txt"):
+        path.write_text(CAPTION)
+    pack(str(tmp_path / "clips"), tmp_path / "shards", buckets=["7x32x32"], processes=1)
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        inspect(str(tmp_path / "shards"), contact_sheet=tmp_path / "sheet.png")
+    assert caplog.records == [] and Image.open(tmp_path / "sheet.png").format == "PNG"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_no_font_has_is_a_box_and_the_rest_is_kept():
+    drawn = _drawable(CAPTION, fonts := _choose_fonts([CAPTION]))
+    # The usual font has Arabic; others depend on the machine.
+    assert "\u0639\u0631\u0628\u064a" in drawn and "$x_{ \\frac a\u25a1b" in drawn and fonts[0] == "DejaVu Sans"
+    assert _drawable("plain, \u00e9 \u2192", _choose_fonts(["plain, \u00e9 \u2192"])) == "plain, \u00e9 \u2192"
+    assert "Last Resort High-Efficiency" not in fonts
+
+
+def test_a_sheet_that_cannot_be_written_is_said_in_a_line(videos, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"contact sheet cannot be written: .*sheet\.png'$") as failed:
+        inspect(str(videos), contact_sheet=tmp_path / "file" / "sheet.png")
+    assert "\n" not in str(failed.value)
+    with pytest.raises(ValueError, match="a folder; expected a file"):
+        inspect(str(videos), contact_sheet=tmp_path)
+
+
 @pytest.mark.parametrize(
     "how, doubt",
     [
@@ -107,6 +166,17 @@ def move_member(folder, name):
     (folder / record_name(name)).write_text(json.dumps(record))
 
 
+def lose_sample(folder, name):
+    """As if it had never been listed, in the index either."""
+    for path in (folder / record_name(name), folder / "index.json"):
+        content = json.loads(path.read_text())
+        if "entry" in content:
+            content["samples"].pop()
+        else:
+            content["shards"][0]["samples"] -= 1
+        path.write_text(json.dumps(content))
+
+
 def forget_sample(folder, name):
     record = json.loads((folder / record_name(name)).read_text())
     record["samples"].pop()
@@ -119,6 +189,7 @@ def forget_sample(folder, name):
         (spoil_shard, "checksum differs"),
         (cut_shard, "cut"),
         (move_member, "is not where the record says"),
+        (lose_sample, "clip-05: it is in the archive and not in the record"),
         (forget_sample, "its record lists 5 samples, the index 6"),
         (lambda folder, name: (folder / name).unlink(), "No such file"),
     ],

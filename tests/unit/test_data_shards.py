@@ -16,6 +16,8 @@ from data.shards import (
     VIDEO_FORMAT,
     Fault,
     ShardFolder,
+    caption_key,
+    changes,
     check_fault_share,
     clip_extension,
     cut_samples,
@@ -76,10 +78,10 @@ def test_index_and_faults(tmp_path):
 def test_a_caption_that_samples_share_lies_in_a_shard_once(tmp_path):
     first, second = text_digest("a"), text_digest("b")
     rows = [
-        {"__key__": f"text-{first}", "safetensors": b"embedding of a"},
+        {"__key__": caption_key(first), "safetensors": b"embedding of a"},
         {"__key__": "x", "safetensors": b"latent x", "json": "{}", TEXT: first},
         {"__key__": "y", "safetensors": b"latent y", "json": "{}", TEXT: first},
-        {"__key__": f"text-{second}", "safetensors": b"embedding of b"},
+        {"__key__": caption_key(second), "safetensors": b"embedding of b"},
         {"__key__": "z", "safetensors": b"latent z", "json": "{}", TEXT: second},
     ]
     (name,) = folder_of(tmp_path, [rows], {"format": LATENT_FORMAT})
@@ -89,6 +91,39 @@ def test_a_caption_that_samples_share_lies_in_a_shard_once(tmp_path):
     assert texts == {"x": b"embedding of a", "y": b"embedding of a", "z": b"embedding of b"}
     assert listed["x"]["text"] == listed["y"]["text"]
     assert (tmp_path / name).read_bytes().count(b"embedding of a") == 1
+
+
+def test_a_sample_that_is_called_like_a_caption_is_a_sample(tmp_path):
+    digest = text_digest("hello")
+    rows = [
+        {"__key__": caption_key(digest), "safetensors": b"embedding"},
+        {"__key__": f"text-{digest}", "safetensors": b"latent", "json": "{}", TEXT: digest},
+    ]
+    (name,) = folder_of(tmp_path, [rows], {"format": LATENT_FORMAT})
+    ((key, members),) = read_samples(str(tmp_path), name, STORE)
+    assert key == f"text-{digest}" and read_index(str(tmp_path), STORE)["samples"] == 1
+    assert read_member(str(tmp_path / name), members["safetensors"], STORE) == b"latent"
+    assert read_member(str(tmp_path / name), members["text"], STORE) == b"embedding"
+
+
+@pytest.mark.parametrize("key", ["x", caption_key(text_digest("a")), "x.y"])
+def test_a_sample_that_the_archive_would_lose_stops_the_shard(tmp_path, key):
+    digest = text_digest("a")
+    rows = [
+        {"__key__": caption_key(digest), "safetensors": b"embedding"},
+        {"__key__": "x", "safetensors": b"first", TEXT: digest},
+        {"__key__": key, "safetensors": b"second", TEXT: digest},
+    ]
+    with pytest.raises(ValueError, match=rf"does not list 1 of the 3 entries .* first '{key}'"):
+        folder_of(tmp_path, [rows], {"format": LATENT_FORMAT})
+    assert not (tmp_path / record_name(shard_name(BUCKET, 0))).exists()
+
+
+def test_what_changed_is_said_in_a_few_words():
+    there, now = {"same": 1, "a": "x" * 1000, "b": [2]}, {"same": 1, "a": 3, "c": None}
+    said = changes(there, now)
+    assert "same" not in said and len(said) < 150 and "b is [2] there, None now" in said
+    assert changes(dict.fromkeys("abcdefgh", 1), {}).endswith("; and 3 more")
 
 
 def test_webdataset_reads_them_and_equal_samples_give_equal_bytes(tmp_path):
@@ -139,7 +174,7 @@ def test_finished_shards_are_kept_and_other_settings_refused(tmp_path):
     name, _ = folder_of(tmp_path)
     assert ShardFolder(tmp_path, {"a": 1}).finished(name)["entry"]["samples"] == 3
     assert ShardFolder(tmp_path, {"a": 1}).finished("absent.tar") is None
-    with pytest.raises(ValueError, match=r"'a': \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"other settings: a is 1 there, 2 now\. Choose"):
         ShardFolder(tmp_path, {"a": 2}).finished(name)
     (tmp_path / record_name(name)).write_text("{")
     assert ShardFolder(tmp_path, {"a": 1}).finished(name) is None
@@ -166,6 +201,9 @@ def test_wrong_folders_are_named(tmp_path):
     folder_of(tmp_path)
     with pytest.raises(ValueError, match="Encode them first"):
         read_index(str(tmp_path), STORE, LATENT_FORMAT)
+    folder_of(tmp_path, head={"format": LATENT_FORMAT})
+    with pytest.raises(ValueError, match="latents already; give the video shards"):
+        read_index(str(tmp_path), STORE, VIDEO_FORMAT)
     folder_of(tmp_path, head={"format": "reblock-videos-1"})
     with pytest.raises(ValueError, match="another version"):
         read_index(str(tmp_path), STORE, VIDEO_FORMAT)

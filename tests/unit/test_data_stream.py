@@ -3,7 +3,9 @@
 import json
 import logging
 import pickle
+import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -128,18 +130,45 @@ def test_a_second_look_at_a_held_out_sample_does_not_count(tmp_path):
 # -- damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_sample_is_replaced_by_its_successor_in_bucket_and_split(tmp_path, caplog):
+def test_a_damaged_sample_is_replaced_by_another_of_its_bucket_and_split(tmp_path, caplog):
     spoil = dict.fromkeys((2, 4, 14, 17, 19), damaged)
-    dataset = LatentDataset([make(tmp_path, shards=MIXED, spoil=spoil)], max_fault_share=0.5)
-    train, held = hold_out(dataset, 5)
+    folder = make(tmp_path, shards=MIXED, spoil=spoil)
+    train, held = hold_out(LatentDataset([folder], max_fault_share=0.5), 5)
     with caplog.at_level(logging.WARNING):
         taken = train[2]
-    assert (taken.key, taken.uid, taken.faults) == ("clip-03", 2, 1)
+    assert taken.uid == 2 and taken.faults >= 1
     assert f"{BUCKET}-000000.tar: clip-02 is damaged" in caplog.text
-    assert train[4].key == "clip-11"  # the next shard of its bucket
-    assert (train[14].key, train[14].faults) == ("clip-00", 1)  # around, not into the held-out part
-    assert held[2].key == "clip-15" and held[4].key == "clip-18"
-    assert (train[17].key, train[17].uid, train[17].faults) == ("clip-03", 17, 1)  # known: counted again, not read
+    alike = {f"clip-{i:02d}" for i in (0, 1, 3, 11, 12, 13)}  # of its bucket, trained on, whole
+    assert {train[visit].key for first in (2, 4, 14) for visit in range(first, 15 * 40, 15)} == alike
+    assert {held[i].key for i in (2, 4)} == {"clip-15", "clip-18"} or held[2].key == "clip-16"
+    again = train[2]  # its faults are known now: counted again, not read
+    assert (again.key, again.uid, again.faults) == (taken.key, taken.uid, taken.faults)
+
+
+def test_the_visits_of_a_lost_shard_spread_and_any_process_finds_the_same(tmp_path):
+    folder = Path(make(tmp_path, shards=[(BUCKET, 40)] * 5, key="clip-{:03d}"))
+    (folder / f"{BUCKET}-000001.tar").unlink()
+    lost = range(40, 80)
+
+    def fresh():
+        return everything(LatentDataset([str(folder)], max_fault_share=0.5))
+
+    train = fresh()
+    found = {visit: train[visit].key for number in range(3) for visit in (200 * number + i for i in lost)}
+    counts = Counter(found.values())
+    assert len(counts) > 60 and max(counts.values()) <= 6  # 120 visits drawn from 160 samples: 84 of them, at most 4-5
+    other = fresh()
+    for visit in random.Random(0).sample(sorted(found), 30):  # another process, which has met other samples before
+        assert other[visit].key == found[visit]
+    assert not {f"clip-{i:03d}" for i in lost} & set(counts)
+
+
+def test_one_sample_that_is_left_of_many_is_found(tmp_path):
+    spoil = {i: damaged for i in range(300) if i != 207}
+    dataset = LatentDataset([make(tmp_path, shards=[(BUCKET, 150)] * 2, spoil=spoil, key="clip-{:03d}")],
+                            max_fault_share=1.0)  # fmt: skip
+    assert [dataset[i].key for i in (3, 299)] == ["clip-207"] * 2
+    assert 1 <= dataset[3].faults <= 299
 
 
 @pytest.mark.parametrize(
@@ -205,17 +234,22 @@ def test_a_shard_that_is_cut_absent_or_without_record_costs_its_samples(tmp_path
     shard = folder / f"{BUCKET}-000001.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:900])
-    expected = ["clip-00", "clip-01", "clip-02", "clip-00", "clip-00"]
-    assert keys(LatentDataset([folder], max_fault_share=0.5)) == expected
+    whole_ones = ["clip-00", "clip-01", "clip-02"]
+
+    def check(kept=3):
+        found = keys(LatentDataset([folder], max_fault_share=0.5))
+        assert found[:kept] == [*whole_ones, "clip-03"][:kept] and set(found) == set(found[:kept])
+
+    check()
     shard.unlink()
-    assert keys(LatentDataset([folder], max_fault_share=0.5)) == expected
+    check()
     shard.write_bytes(whole)
     record = folder / record_name(shard.name)
     listed = json.loads(record.read_text())
     record.write_text(json.dumps(listed | {"samples": listed["samples"][:1]}))
-    assert keys(LatentDataset([folder], max_fault_share=0.5)) == [f"clip-{i:02d}" for i in (0, 1, 2, 3, 0)]
+    check(kept=4)
     record.write_text(record.read_text()[:100])
-    assert keys(LatentDataset([folder], max_fault_share=0.5)) == expected
+    check()
 
 
 @pytest.mark.parametrize(

@@ -71,16 +71,14 @@ class RandomStates(Callback):
 
 
 class GraftWriter(Callback):
-    """Leaves `graft.safetensors` and a last checkpoint in the run folder when training ends."""
+    """Leaves `graft.safetensors` in the run folder when training ends."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = Path(trainer.default_root_dir)
-        trainer.save_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=False)
         if not trainer.is_global_zero:
             return
         module = _retrains(pl_module)
         save_graft(
-            run / "graft.safetensors",
+            Path(trainer.default_root_dir) / "graft.safetensors",
             Graft(
                 raw=module.retrained_parameters(),
                 ema=module.ema.average,
