@@ -25,7 +25,8 @@ from data.encode.encoders import Encoders
 from data.encode.pending import Pending
 from data.encode.stopwatch import Report
 from data.pack.pack import pack
-from data.shards import VIDEO_FORMAT, ShardFolder, read_index
+from data.shard_folder import ShardFolder
+from data.shards import VIDEO_FORMAT, read_index
 from data.storage.store import Store
 from data.stream.places import find_shards
 from data.synth.synth import synth

@@ -23,7 +23,8 @@ from torch import Tensor
 from data.batch import Batch, Sample
 from data.bucket import Bucket
 from data.datamodule import LatentDataModule
-from data.shards import LATENT_FORMAT, TEXT, ShardFolder, caption_key, shard_name, text_digest
+from data.shard_folder import TEXT, ShardFolder
+from data.shards import LATENT_FORMAT, caption_key, shard_name, text_digest
 from launch.bench import Options, Result
 
 #: About 150 KB a sample: 12 x 4 x 16 x 16 latents and captions of 20 to 76 tokens, 1024 wide.

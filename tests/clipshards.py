@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLMochi
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from data.bucket import Bucket
-from data.shards import VIDEO_FORMAT, ShardFolder, shard_name
+from data.shard_folder import ShardFolder
+from data.shards import VIDEO_FORMAT, shard_name
 from data.synth.synth import CAPTION_WORDS
 
 TEXT_WIDTH = 16

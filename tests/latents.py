@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data.bucket import Bucket
-from data.shards import LATENT_FORMAT, TEXT, ShardFolder, caption_key, shard_name, text_digest
+from data.shard_folder import TEXT, ShardFolder
+from data.shards import LATENT_FORMAT, caption_key, shard_name, text_digest
 
 Entry = dict[str, Any]
 

@@ -25,7 +25,9 @@ from data.encode.pending import Pending
 from data.encode.place import SETTINGS, agree, check_place
 from data.encode.stopwatch import CLIPS, WRITER, Report, Stopwatch
 from data.encode.writer import Caption, Encoded, Latent, ShardWriter
-from data.shards import LATENT_FORMAT, VIDEO_FORMAT, Fault, ShardFolder, settings_hash, text_digest
+from data.shard_folder import ShardFolder
+from data.shards import LATENT_FORMAT, VIDEO_FORMAT, Fault, text_digest
+from data.storage.files import settings_hash
 from data.storage.store import Store
 from data.stream.places import find_shards
 

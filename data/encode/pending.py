@@ -6,7 +6,8 @@ from typing import Any
 from data.encode.claims import Claims, start_position
 from data.encode.decoding import Work, open_shard
 from data.encode.place import SETTINGS
-from data.shards import Fault, ShardFolder, check_fault_share, record_name
+from data.shard_folder import ShardFolder
+from data.shards import Fault, check_fault_share, record_name
 from data.storage.store import Store
 from data.stream.places import Source, sample_count
 

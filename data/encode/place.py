@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data.encode.claims import Claims
-from data.shards import LATENT_FORMAT, ShardFolder, changes
+from data.shard_folder import ShardFolder, changes
+from data.shards import LATENT_FORMAT
 from data.storage.store import is_remote, local_path
 from data.stream.places import Source
 

@@ -27,7 +27,8 @@ from data.pack.plan import Plan, make_plan
 from data.pack.sources import Folder, open_source
 from data.pack.survey import MEND, Listing, Rules, Survey, list_source
 from data.pack.windows import Cutting, Filters
-from data.shards import VIDEO_FORMAT, Fault, ShardFolder, check_fault_share
+from data.shard_folder import ShardFolder
+from data.shards import VIDEO_FORMAT, Fault, check_fault_share
 from data.storage.files import beside, put_in_place
 from data.storage.store import Store
 

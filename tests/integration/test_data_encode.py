@@ -1,35 +1,39 @@
 """From video shards to latent shards, through the classes that the real base has."""
 
 import json
-import os
 import shutil
 from dataclasses import fields
 
 import pytest
 import torch
 from diffusers import AutoencoderKLMochi, MochiPipeline
-from safetensors.torch import load as load_safetensors
 from transformers import T5EncoderModel, T5Tokenizer
 
 from data.bucket import Bucket
-from data.clips.video import decode_video, write_video
+from data.clips.video import decode_video
 from data.encode.base import read_base
 from data.encode.encode import encode
 from data.encode.encoders import Encoders
 from data.inspect.inspect import inspect
-from data.shards import read_json, read_member, read_samples, text_digest
-from data.storage.store import Store
-from data.synth.draw import render
-from data.synth.scenes import choose_scene
+from data.shards import read_json, read_samples, text_digest
 from launch.bench import Options
 from launch.bench_encode import BARE, STAGE, run
 from tests.clipshards import TEXT_WIDTH, write_encoders, write_video_shards
+from tests.encoded import (
+    FIRST,
+    SECOND,
+    STORE,
+    TALL,
+    THIRD,
+    WIDE,
+    WINDOWS,
+    faults_of,
+    files,
+    lay_out,
+    make_clips,
+    read_all,
+)
 from tests.webstore import WebStore
-
-WIDE, TALL = Bucket(7, 32, 48), Bucket(7, 32, 32)
-STORE = Store()
-WINDOWS = {WIDE: [0, 2, 4, 6, 8, 10, 12], TALL: [3, 4, 5, 6, 7, 8, 9]}
-FIRST, SECOND, THIRD = "7x32x32-000000.tar", "7x32x32-000001.tar", "7x32x48-000000.tar"
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +43,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """(key, mp4, caption) of seven clips; two of one caption, one of none."""
-    folder, found = tmp_path_factory.mktemp("clips"), []
-    for number in range(7):
-        scene = choose_scene(0, number)
-        write_video(folder / "clip.mp4", render(scene, size=32, frames=13), 12)
-        caption = {2: choose_scene(0, 0).caption, 3: ""}.get(number, scene.caption)
-        found.append((f"clip-{number}", (folder / "clip.mp4").read_bytes(), caption.encode()))
-    return found
-
-
-def lay_out(clips):
-    """Five clips of one bucket in two shards, two of another."""
-    buckets = {TALL: clips[:5], WIDE: clips[5:]}
-    return {bucket: [(*clip, WINDOWS[bucket]) for clip in rows] for bucket, rows in buckets.items()}
+    return make_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +56,6 @@ def latents(shards, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     encode(str(shards), folder, base=base, batch_size=2)
     return folder
-
-
-def read_all(folder):
-    """key -> (tensors, text, facts), through the records alone."""
-    found = {}
-    for entry in json.loads((folder / "index.json").read_text())["shards"]:
-        shard = str(folder / entry["name"])
-        for key, members in read_samples(str(folder), entry["name"], STORE):
-            tensors = load_safetensors(read_member(shard, members["safetensors"], STORE))
-            text = load_safetensors(read_member(shard, members["text"], STORE))["text"]
-            found[key] = (tensors, text, read_json(shard, members, STORE))
-    return found
-
-
-def files(folder):
-    """Every file of a folder, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def faults_of(folder):
-    return [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
 
 
 def test_latents_are_what_the_vae_gives_for_the_window_of_each_clip(latents, clips, base):
@@ -275,53 +245,6 @@ def test_some_shards_of_several_folders(latents, shards, clips, base, tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.fixture(scope="module")
-def spoiled(clips, tmp_path_factory):
-    """Shards in which three of seven samples are damaged."""
-    rows = lay_out(clips)
-    key, clip, caption, indices = rows[TALL][1]
-    rows[TALL][1] = (key, clip[: len(clip) // 3], caption, indices)
-    key, clip, caption, indices = rows[TALL][3]
-    rows[TALL][3] = (key, clip, b"\xff\xfe" + caption, indices)
-    key, clip, caption, indices = rows[WIDE][0]
-    rows[WIDE][0] = (key, clip, caption, indices[:-1])
-    return write_video_shards(tmp_path_factory.mktemp("spoiled"), rows, per_shard=3)
-
-
-def test_a_damaged_sample_costs_that_sample_and_is_named(spoiled, base, tmp_path):
-    encode(str(spoiled), tmp_path, base=base, batch_size=2, max_fault_share=0.5)
-    assert list(read_all(tmp_path)) == ["clip-0", "clip-2", "clip-4", "clip-6"]
-    found = faults_of(tmp_path)
-    assert [(f["shard"], f["key"]) for f in found] == [(FIRST, "clip-1"), (SECOND, "clip-3"), (THIRD, "clip-5")]
-    assert "caption is not UTF-8" in found[1]["reason"] and "expected 7 numbers of frames" in found[2]["reason"]
-    assert json.loads((tmp_path / "index.json").read_text())["faults"] == 3
-
-
-def test_above_the_share_the_run_stops_and_the_shard_that_went_above_is_not_finished(
-    spoiled, base, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")  # from the first shard on
-    with pytest.raises(ValueError, match=r"2 of 7 items .* max_fault_share 0\.2 .*clip-1: "):
-        encode(str(spoiled), tmp_path, base=base, batch_size=2, max_fault_share=0.2)
-    assert not (tmp_path / "index.json").exists()
-    assert [path.name for path in (tmp_path / "records").iterdir()] == [f"{FIRST[:-4]}.json"]
-    assert [name for name in files(tmp_path) if name.endswith(".part")] == []
-    encode(str(spoiled), tmp_path, base=base, batch_size=2, max_fault_share=0.5)
-    assert len(faults_of(tmp_path)) == 3
-
-
-def test_a_shard_that_is_cut_costs_what_lies_behind_the_cut(shards, base, tmp_path):
-    cut = shutil.copytree(shards, tmp_path / "video")
-    last = dict(read_samples(str(cut), FIRST, STORE))["clip-2"]
-    os.truncate(cut / FIRST, last["mp4"].offset + 100)
-    (cut / THIRD).unlink()
-    encode(str(cut), tmp_path / "out", base=base, max_fault_share=0.5)
-    assert list(read_all(tmp_path / "out")) == ["clip-0", "clip-1", "clip-3", "clip-4"]
-    reasons = {fault["key"]: fault["reason"] for fault in faults_of(tmp_path / "out")}
-    assert list(reasons) == ["clip-2", "clip-5", "clip-6"]
-    assert "its shard is cut at byte" in reasons["clip-2"] and reasons["clip-5"] == "its shard is absent"
-
-
 def test_from_a_web_store_that_stumbles_the_same_and_one_that_refuses_costs_the_shard(latents, shards, base, tmp_path):
     with WebStore(shards) as store:
         store.fail(FIRST, 2)
@@ -358,37 +281,6 @@ def test_the_report_says_where_the_time_went(shards, base, tmp_path, capsys):
     assert "7 clips in " in printed and "clips / s" in printed and "accelerator idle " in printed
     stages = ("waiting for decoded clips", "VAE", "text encoder", "copies between", "waiting for the writer")
     assert all(stage in printed for stage in stages) and "slowest stage: " in printed
-
-
-def test_faults_are_found_before_anything_is_loaded(shards, base, tmp_path, monkeypatch):
-    def loaded(*args, **kwargs):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(AutoencoderKLMochi, "from_pretrained", loaded)
-    for options, message in [
-        ({"dtype": "int8"}, "got dtype 'int8'"),
-        ({"processes": 0}, "processes 0"),
-        ({"claim_timeout": 0}, "got claim_timeout 0"),
-        ({"device": "blah"}, "got device 'blah', expected cpu, cuda"),
-        ({"max_fault_share": -1}, "got max_fault_share -1, expected a share from 0 to 1"),
-        ({"max_fault_share": 1.01}, "got max_fault_share 1.01"),
-        ({"max_fault_share": float("nan")}, "got max_fault_share nan"),
-        ({"base": tmp_path}, r"lacks vae/config\.json"),
-        ({"base": "genmo/none"}, r"neither a local folder nor a downloaded hub id.*`hf download genmo/none`"),
-        ({"base": tmp_path / "none"}, "is no folder"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            encode(str(shards), tmp_path / "out", **{"base": base, **options})
-    with pytest.raises(ValueError, match="does not exist"):
-        encode(str(tmp_path / "none"), tmp_path / "out", base=base)
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_cannot_be_written_stops_the_run(shards, base, tmp_path):
-    (tmp_path / FIRST / "in the way").mkdir(parents=True)
-    with pytest.raises(OSError, match=FIRST):
-        encode(str(shards), tmp_path, base=base)
-    assert not (tmp_path / "index.json").exists()
 
 
 @pytest.mark.slow

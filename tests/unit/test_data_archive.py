@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shards import write_tar
+from data.shard_folder import write_tar
 from data.storage.archive import refusal, scan_tar, split_name
 
 SAMPLES = [{"__key__": f"clip-{i}", "mp4": bytes([i]) * (1 + 700 * i), "txt": f"caption é {i}"} for i in range(3)]

@@ -10,14 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.bucket import Bucket
+from data.shard_folder import TEXT, ShardFolder, changes, write_tar
 from data.shards import (
     LATENT_FORMAT,
-    TEXT,
     VIDEO_FORMAT,
     Fault,
-    ShardFolder,
     caption_key,
-    changes,
     check_fault_share,
     clip_extension,
     cut_samples,
@@ -29,7 +27,6 @@ from data.shards import (
     record_name,
     shard_name,
     text_digest,
-    write_tar,
 )
 from data.storage.store import Store
 from tests.webstore import WebStore
