@@ -14,9 +14,9 @@ from trainer.attention.rows import (
     check_heads,
     check_lengths,
     check_num_keys,
+    choose_backend,
     counted_weights,
     float32_matmul,
-    wants_dense,
     weight_rows,
 )
 
@@ -52,7 +52,7 @@ def masked_attention(
             leaves zeros where weights were. A row that lost nothing is left as it was.
         tail: `mean` puts the mean of a row's removed weights in the place of each, so that rows sum to one by
             themselves.
-        backend: `dense` (float64, small N) or `chunked`; None chooses.
+        backend: `dense` (float64, small N), `chunked` or `triton`; None chooses by device.
         chunk: query rows at a time, the same as in the quantile pass; None chooses by memory.
 
     Returns:
@@ -72,7 +72,14 @@ def masked_attention(
         )
     if tail not in get_args(Tail):
         raise ValueError(f"got tail {tail!r}, expected one of {', '.join(get_args(Tail))}.")
-    if wants_dense(backend):
+    chosen = choose_backend(backend, q, k)
+    if chosen == "triton":
+        from trainer.attention import triton_backend
+
+        return triton_backend.masked(
+            q, k, v, thresholds, removable, valid, renormalise=renormalise, tail=tail == "mean"
+        )
+    if chosen == "dense":
         out, realised, dropped = reference.masked_attention(
             reference.attention_weights(q, k, valid), v, thresholds, num_keys=removable, lengths=valid,
             renormalise=renormalise, tail=tail,

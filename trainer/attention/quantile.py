@@ -32,14 +32,16 @@ from trainer.attention.rows import (
     check_heads,
     check_lengths,
     check_num_keys,
+    choose_backend,
     counted_weights,
     rows_per_chunk,
-    wants_dense,
     weight_rows,
 )
 
 #: Leading bits of a float32 without its sign that the first pass tells apart, and those that are left.
 _TOP, _REST = 16, 15
+#: Of the Triton back end, if nothing else is asked for.
+_RANK_ERROR = 1e-4
 #: The second pass's histograms may hold so many counts (64 MiB); above, its bits are read in two passes.
 _COUNTS = 2**23
 
@@ -65,7 +67,7 @@ def pooled_quantiles(
     lengths: Lengths | None = None,
     backend: str | None = None,
     chunk: int | None = None,
-    rank_error: float = 0.0,
+    rank_error: float | None = None,
 ) -> Tensor:
     """Thresholds below which at most a share `ratio` of a head's weights lie; see the module's text for ties.
 
@@ -75,9 +77,10 @@ def pooled_quantiles(
         ratios: R shares from 0 to 1.
         num_keys: only weights on so many leading keys (vision) are pooled; None: on all.
         lengths: (B,) valid tokens per sample: weights of others are not pooled. None: all are.
-        backend: `dense` (float64, small N) or `chunked`; None chooses.
+        backend: `dense` (float64, small N), `chunked` or `triton`; None chooses by device.
         chunk: query rows at a time, the same as in the masking pass; None chooses by memory.
-        rank_error: how far the share below a threshold may fall short of its ratio; 0: as little as ties allow.
+        rank_error: how far the share below a threshold may fall short of its ratio; 0: as little as ties allow. None:
+            1e-4 of the Triton back end, whose every pass is counted, and 0 of the others.
 
     Returns:
         (B, h, R) float32, each one of the weights that `weight_rows` yields unless `rank_error` is above 0. The dense
@@ -88,13 +91,18 @@ def pooled_quantiles(
     """
     check_heads(q, k)
     valid, pooled = check_lengths(lengths, q, k), check_num_keys(num_keys, k.shape[2])
-    if not 0.0 <= rank_error <= 1.0:
+    if rank_error is not None and not 0.0 <= rank_error <= 1.0:
         raise ValueError(f"got rank_error {rank_error}, expected a share of the weights, e.g. 1e-4.")
     ranks(ratios, 1)  # refuses ratios before any work
-    if wants_dense(backend):
+    chosen = choose_backend(backend, q, k)
+    if chosen == "dense":
         weights = reference.attention_weights(q, k, valid)
         return reference.pooled_quantiles(weights, ratios, num_keys=pooled, lengths=valid)
-    return _chunked_pooled_quantiles(q, k, ratios, pooled, valid, chunk, rank_error)
+    if chosen == "triton":
+        from trainer.attention import triton_backend
+
+        return triton_backend.quantiles(q, k, ratios, pooled, valid, _RANK_ERROR if rank_error is None else rank_error)
+    return _chunked_pooled_quantiles(q, k, ratios, pooled, valid, chunk, rank_error or 0.0)
 
 
 def _chunked_pooled_quantiles(
@@ -135,6 +143,8 @@ def row_quantiles(
 ) -> Tensor:
     """Like `pooled_quantiles`, for every query's row apart: at most a share `ratio` of the row lies below.
 
+    Rows are sorted whole: `triton` is the same as `chunked` here.
+
     Returns:
         (B, h, N, R) float32, each one of the row's weights; float64 from the dense back end.
 
@@ -144,7 +154,7 @@ def row_quantiles(
     check_heads(q, k)
     pooled = check_num_keys(num_keys, k.shape[2])
     wanted = ranks(ratios, pooled)
-    if wants_dense(backend):
+    if choose_backend(backend, q, k) == "dense":
         return reference.row_quantiles(reference.attention_weights(q, k), ratios, num_keys=pooled)
     found = torch.empty(*q.shape[:3], len(wanted), device=q.device)
     for start, rows in weight_rows(q, k, chunk=chunk):

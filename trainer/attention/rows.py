@@ -6,6 +6,8 @@ compares with a threshold taken from it as equal, bit for bit.
 Legend: B batch, N queries, M keys, h heads, d head width, c rows of a chunk.
 """
 
+import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -30,15 +32,26 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         )
 
 
-def wants_dense(backend: str | None) -> bool:
-    """Whether `backend` names the dense float64 one.
+def choose_backend(backend: str | None, q: Tensor, k: Tensor) -> str:
+    """`backend`, or the one for q and k: `triton` on CUDA where it is installed and N = M, else `chunked`.
 
     Raises:
-        ValueError: if there is no back end of that name.
+        ValueError: if there is no back end of that name, or it cannot work on q's device.
     """
-    if backend not in (None, "dense", "chunked"):
-        raise ValueError(f"got backend {backend!r}, expected 'dense', 'chunked' or None to have it chosen.")
-    return backend == "dense"
+    if backend not in (None, "dense", "chunked", "triton"):
+        raise ValueError(f"got backend {backend!r}, expected 'dense', 'chunked', 'triton' or None to have it chosen.")
+    installed = importlib.util.find_spec("triton") is not None
+    if backend is None:
+        return "triton" if q.is_cuda and installed and q.shape[2] == k.shape[2] else "chunked"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton" and not (installed and (q.is_cuda or interpreted)):
+        raise ValueError(
+            f"got backend 'triton' for tensors on {q.device} ({'' if installed else 'not '}installed); expected CUDA, "
+            "or TRITON_INTERPRET=1 in the environment to have its kernels interpreted. Use 'chunked'."
+        )
+    if backend == "triton" and q.shape[2] != k.shape[2]:
+        raise ValueError(f"got {q.shape[2]} queries and {k.shape[2]} keys, expected equally many. Use 'chunked'.")
+    return backend
 
 
 def check_lengths(lengths: Lengths | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 Legend: B batch, N tokens ([vision | text], queries and keys), h heads, d head width, D width, E eps values.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from trainer.attention.rows import (
     Lengths,
     check_heads,
     check_lengths,
+    choose_backend,
     float32_matmul,
     logit_rows,
-    wants_dense,
     weight_rows,
 )
 
@@ -118,7 +119,7 @@ def row_statistics(
         q: (B, h, N, d) queries as the softmax sees them.
         k: (B, h, N, d).
         lengths: (B,) valid tokens per sample; None: all.
-        backend: `dense` (float64, small N) or `chunked`; None chooses.
+        backend: `dense` (float64, small N), `chunked` or `triton`; None chooses by device.
         chunk: query rows at a time; None chooses by memory.
 
     Raises:
@@ -126,8 +127,17 @@ def row_statistics(
     """
     check_heads(q, k)
     valid = check_lengths(lengths, q, k)
-    if wants_dense(backend):
+    chosen = choose_backend(backend, q, k)
+    if chosen == "dense":
         return RowStatistics(*reference.row_statistics(q, k, valid))
+    if chosen == "triton":
+        from trainer.attention import triton_backend
+
+        lse, top, entropy = triton_backend.rows(q, k, valid)
+        maximum = top.exp2()
+        if valid is not None:
+            maximum.masked_fill_(torch.arange(q.shape[2], device=q.device) >= valid[:, None, None], 0.0)
+        return RowStatistics(lse * math.log(2), maximum, entropy)
     return _chunked_row_statistics(q, k, valid, chunk)
 
 
@@ -169,7 +179,7 @@ def key_statistics(
         eps: E values, in any order.
         lengths: (B,) valid tokens per sample; None: all.
         lse: `row_statistics(...).lse`, where it is known already: saves back ends that need it first a pass.
-        backend: `dense` (float64, small N) or `chunked`; None chooses.
+        backend: `dense` (float64, small N), `chunked` or `triton`; None chooses by device.
         chunk: query rows at a time; None chooses by memory.
 
     Returns:
@@ -183,8 +193,17 @@ def key_statistics(
     valid = check_lengths(lengths, q, k)
     if lse is not None and lse.shape != q.shape[:3]:
         raise ValueError(f"got lse of shape {tuple(lse.shape)}, expected one per query, {tuple(q.shape[:3])}.")
-    if wants_dense(backend):
+    chosen = choose_backend(backend, q, k)
+    if chosen == "dense":
         return reference.key_statistics(reference.attention_weights(q, k, valid), eps)
+    if chosen == "triton":
+        from trainer.attention import triton_backend
+
+        if lse is None:
+            base2 = triton_backend.rows(q, k, valid, entropy=False)[0]
+        else:
+            base2 = (lse.float() / math.log(2)).contiguous()
+        return triton_backend.keys(q, k, base2, valid, eps=eps)[:2]
     return _chunked_key_statistics(q, k, eps, valid, chunk)
 
 

@@ -1,0 +1,23 @@
+"""The Triton kernels, interpreted on the CPU, against the dense float64 reference.
+
+On a CUDA device the same comparisons run compiled: tests/gpu/test_attention.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_kernels_interpreted_equal_the_reference():
+    # Whether kernels are interpreted is decided when they are imported, so they need a process of their own.
+    pytest.importorskip("triton", reason="triton is made for Linux only")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_attention.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]

@@ -1,0 +1,205 @@
+"""Triton kernels: attention weights A recomputed tile by tile from q and k, never stored.
+
+Throughout, t = log2 A = (q . k) scale - lse, with scale = log2(e) / sqrt(d) and lse the row's log-sum-exp in base 2.
+Products are accumulated in float32 from bfloat16, float16 or float32 inputs; every count is exact. Tokens behind a
+sample's length are neither queries nor keys.
+
+Legend: B batch, N tokens (queries and keys), h heads, d head width, E eps values, J edges.
+"""
+
+import triton
+import triton.language as tl
+
+#: Scales t - edge so far up that a saturating multiply-add turns it into 0 or 1; a power of two, so nothing is rounded.
+STEEP = tl.constexpr(2.0**40)
+
+
+@triton.jit
+def _above(t, shifted, NATIVE: tl.constexpr):
+    """1.0 where t > edge, else 0.0; `shifted` is -edge * STEEP.
+
+    One full-rate instruction: comparisons and integer adds run at half the rate of multiply-adds on NVIDIA GPUs, and
+    counting edges is most of a statistics pass.
+    """
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, 0f53800000, $2;", "=f,f,f", [t, shifted], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.where(t * STEEP + shifted > 0, 1.0, 0.0)
+
+
+@triton.jit
+def _dot(a, b, NATIVE: tl.constexpr):
+    if NATIVE and a.dtype != tl.float32:
+        return tl.dot(a, b)
+    else:  # the interpreter holds bfloat16 as integers; float32 inputs must not be rounded to TF32
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+
+
+@triton.jit
+def row_kernel(
+    Q, K, LSE, TOP, ENTROPY, lengths, scale, N, H, sqb, sqh, sqn, skb, skh, skn,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Per query: lse, the largest logit (both base 2, scaled), and the entropy of the row in nats."""
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    keys = tl.load(lengths + b)
+    rows, cols, ds = block * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    q = tl.load(
+        Q + b * sqb + h * sqh + rows[:, None] * sqn + ds[None, :],
+        mask=(rows[:, None] < keys) & (ds[None, :] < D), other=0.0,
+    )  # fmt: skip
+    base = K + b * skb + h * skh
+    top = tl.full([BM], -1e30, tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    work = tl.zeros([BM], tl.float32)
+    for start in tl.range(0, N, BN):
+        at = start + cols
+        inside = at[None, :] < keys
+        k = tl.load(base + at[None, :] * skn + ds[:, None], mask=inside & (ds[:, None] < D), other=0.0)
+        s = tl.where(inside, _dot(q, k, NATIVE), float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        gap = s * scale - (new * scale)[:, None]
+        p = tl.exp2(gap)
+        step = (top - new) * scale
+        shrink = tl.exp2(step)
+        if WITH_ENTROPY:  # relative to the running maximum, so that nothing large cancels
+            work = (work + mass * tl.maximum(step, -1e9)) * shrink + tl.sum(tl.where(p > 0, p * gap, 0.0), 1)
+        mass = mass * shrink + tl.sum(p, 1)
+        top = new
+    place = bh.to(tl.int64) * N + rows
+    tl.store(LSE + place, top * scale + tl.log2(mass), mask=rows < keys)
+    tl.store(TOP + place, top, mask=rows < keys)
+    if WITH_ENTROPY:
+        tl.store(ENTROPY + place, (tl.log2(mass) - work / mass) * 0.6931471805599453, mask=rows < keys)
+
+
+@triton.jit
+def key_kernel(
+    Q, K, LSE, MASS, HEAVY, ABOVE, eps, edges, lengths, counted, scale, N, H, sqb, sqh, sqn, skb, skh, skn,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WITH_MASS: tl.constexpr,
+    E: tl.constexpr, J: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Per key: the sum of A over queries, and how many queries have A > eps, for E ascending eps. Per head: how many
+    of all A are above each of J edges, over keys below `counted`.
+
+    A tile holds keys by queries, so that sums over queries need no exchange between warps.
+    """
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    keys = tl.load(lengths + b)
+    rows, cols, ds = tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BD)
+    k = tl.load(
+        K + b * skb + h * skh + cols[:, None] * skn + ds[None, :],
+        mask=(cols[:, None] < keys) & (ds[None, :] < D), other=0.0,
+    )  # fmt: skip
+    base = Q + b * sqb + h * sqh
+    mass = tl.zeros([BN, BM], tl.float32)
+    heavy = ()
+    heavy_edges = ()
+    for e in tl.static_range(E):
+        heavy = heavy + (tl.zeros([BN], tl.float32),)
+        heavy_edges = heavy_edges + (tl.load(eps + e) * -STEEP,)
+    above = ()
+    shifted = ()
+    for j in tl.static_range(J):
+        above = above + (tl.zeros([BN], tl.float32),)
+        shifted = shifted + (tl.load(edges + bh * J + j) * -STEEP,)
+    for start in tl.range(0, N, BM):
+        at = start + rows
+        inside = at < keys
+        q = tl.load(base + at[None, :] * sqn + ds[:, None], mask=inside[None, :] & (ds[:, None] < D), other=0.0)
+        lse = tl.load(LSE + bh.to(tl.int64) * N + at, mask=inside, other=float("inf"))
+        t = _dot(k, q, NATIVE) * scale - lse[None, :]
+        if WITH_MASS:
+            mass += tl.exp2(t)
+        if J > 0:
+            counts = ()
+            for j in tl.static_range(J):
+                counts = counts + (above[j] + tl.sum(_above(t, shifted[j], NATIVE), 1),)
+            above = counts
+        if E > 0:
+            some = tl.sum(_above(t, heavy_edges[0], NATIVE), 1)
+            found = (heavy[0] + some,)
+            if E > 1:
+                # Heavy weights are rare: at most 1 / eps of them in a row.
+                if tl.max(some) > 0:
+                    for e in tl.static_range(1, E):
+                        found = found + (heavy[e] + tl.sum(_above(t, heavy_edges[e], NATIVE), 1),)
+                else:
+                    for e in tl.static_range(1, E):
+                        found = found + (heavy[e],)
+            heavy = found
+    real = cols < keys
+    place = bh.to(tl.int64) * N + cols
+    if WITH_MASS:
+        tl.store(MASS + place, tl.sum(mass, 1), mask=real)
+    for e in tl.static_range(E):
+        tl.store(HEAVY + (bh.to(tl.int64) * E + e) * N + cols, heavy[e].to(tl.int32), mask=real)
+    if J > 0:
+        of_head = real & (cols < tl.load(counted + b))
+        for j in tl.static_range(J):
+            tl.atomic_add(ABOVE + bh * J + j, tl.sum(tl.where(of_head, above[j], 0.0).to(tl.int64)))
+
+
+@triton.jit
+def masked_kernel(
+    Q, K, V, OUT, LSE, LIMIT, REMOVED, DROPPED, lengths, spared, scale, N, H,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RENORMALISE: tl.constexpr,
+    TAIL: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Attention without weights below their row's limit (in t); keys from `spared` on are never removed. With TAIL,
+    each row's removed weights are replaced by their mean."""
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    keys = tl.load(lengths + b)
+    first_spared = tl.load(spared + b)
+    rows, cols, ds = block * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    real = rows < keys
+    q = tl.load(
+        Q + b * sqb + h * sqh + rows[:, None] * sqn + ds[None, :], mask=real[:, None] & (ds[None, :] < D), other=0.0
+    )
+    place = bh.to(tl.int64) * N + rows
+    lse = tl.load(LSE + place, mask=real, other=float("inf"))
+    limit = tl.load(LIMIT + place, mask=real, other=0.0)
+    acc = tl.zeros([BM, BD], tl.float32)
+    rest = tl.zeros([BM, BD], tl.float32)
+    kept = tl.zeros([BM], tl.float32)
+    lost = tl.zeros([BM], tl.float32)
+    gone = tl.zeros([BM], tl.float32)
+    for start in tl.range(0, N, BN):
+        at = start + cols
+        inside = at[None, :] < keys
+        k = tl.load(K + b * skb + h * skh + at[None, :] * skn + ds[:, None], mask=inside & (ds[:, None] < D), other=0.0)
+        v = tl.load(
+            V + b * svb + h * svh + at[:, None] * svn + ds[None, :],
+            mask=(at[:, None] < keys) & (ds[None, :] < D), other=0.0,
+        )  # fmt: skip
+        t = tl.where(inside, _dot(q, k, NATIVE) * scale - lse[:, None], float("-inf"))
+        keep = (t >= limit[:, None]) | (at[None, :] >= first_spared)
+        a = tl.exp2(t)
+        p = tl.where(keep, a, 0.0)
+        kept += tl.sum(p, 1)
+        lost += tl.sum(a - p, 1)
+        out = tl.where(keep | (at[None, :] >= keys), 0.0, 1.0)
+        gone += tl.sum(out, 1)
+        if NATIVE:
+            acc += _dot(p.to(v.dtype), v, NATIVE)
+        else:
+            acc += _dot(p, v, NATIVE)
+        if TAIL:
+            rest += _dot(out.to(v.dtype), v, NATIVE)
+    if TAIL:
+        acc += rest * (lost / tl.maximum(gone, 1.0))[:, None]
+    elif RENORMALISE:  # a row that lost nothing is left as it is
+        acc = acc / tl.where(gone > 0, kept, 1.0)[:, None]
+    tl.store(
+        OUT + b * sob + h * soh + rows[:, None] * son + ds[None, :], acc.to(OUT.dtype.element_ty),
+        mask=real[:, None] & (ds[None, :] < D),
+    )  # fmt: skip
+    tl.atomic_add(REMOVED + bh, tl.sum(tl.where(real, gone, 0.0).to(tl.int64)))
+    tl.atomic_add(DROPPED + bh, tl.sum(tl.where(real, lost, 0.0)))
