@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from diffusers.models.attention_processor import MochiAttnProcessor2_0
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,14 +49,21 @@ def gradients(model, out):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
-def assert_relative(got, want, tolerance, name=""):
-    """|got - want| is below `tolerance` times |want|, in norm."""
+def assert_relative(got, want, tolerance, name="", noise=1e-9):
+    """|got - want| is below `tolerance` times |want|, in norm, or below `noise`."""
     assert got.shape == want.shape and got.dtype == want.dtype
     error, scale = (got.double() - want.double()).norm(), want.double().norm()
-    assert error <= tolerance * scale + 1e-9, f"{name}: {error / scale.clamp(min=1e-30):.2e}"
+    assert error <= tolerance * scale + noise, f"{name}: {error / scale.clamp(min=1e-30):.2e}"
 
 
 @settings(max_examples=25, deadline=None)
+@example(  # a caption of one token: its pooling weights have no gradient
+    config={
+        "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 4, "pooled_projection_dim": 6,
+        "text_embed_dim": 24, "in_channels": 3, "time_embed_dim": 8,
+    },
+    grid=(1, 2, 2), lengths=[1], pad=1, seed=1,
+)  # fmt: skip
 @given(config=CONFIGS, grid=GRIDS, lengths=LENGTHS, pad=st.integers(0, 3), seed=st.integers(0, 10_000))
 def test_composition_equals_diffusers_forward(make_transformer, make_batch, config, grid, lengths, pad, seed):
     model = make_transformer(seed, **config)
@@ -74,9 +81,11 @@ def test_composition_equals_diffusers_forward(make_transformer, make_batch, conf
 
     got = MochiRoom(ours)(*args)
     assert_relative(got, want, 1e-5)
+    # A gradient that is zero, as that of a softmax over one token, is what float32 leaves of the sums behind it.
+    noise = torch.finfo(torch.float32).eps * torch.stack([g.norm() for g in want_grads.values()]).norm().item()
     for name, grad in gradients(ours, got).items():
         # Sums over few tokens cancel in single parameters, so the scale of a gradient is that of its kind.
-        assert_relative(grad, want_grads[name], 1e-4, name)
+        assert_relative(grad, want_grads[name], 1e-4, name, noise)
 
 
 @settings(max_examples=10, deadline=None)
