@@ -2,8 +2,10 @@
 
 import importlib
 import platform
+import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +16,10 @@ BENCHES: dict[str, tuple[str, str]] = {
     "pack": ("launch.bench_pack", "files per second and peak memory of packing, against ffmpeg's own probing"),
     "encode": ("launch.bench_encode", "clips per second of the encoding stage, against the bare model calls"),
     "stream": ("launch.bench_stream", "samples per second of the stream, against plain webdataset and bare reading"),
+    "attention": (
+        "launch.bench_attention",
+        "time, memory and error of the attention engine, against one dense forward",
+    ),
     "full": ("launch.bench_full", "seconds per step and peak memory of a full-size model with random weights"),
 }
 
@@ -37,6 +43,12 @@ class Options:
     samples: int
     workers: int
     base: Path
+    tokens: tuple[int, ...] | None = None
+    heads: int | None = None
+    head_dim: int = 128
+    dtype: str | None = None
+    backends: tuple[str, ...] | None = None
+    all: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +77,19 @@ def bench(
     samples: int = 4000,
     workers: int = 2,
     base: Path = _RECIPES / "demo_base",
+    tokens: list[int] | None = None,
+    heads: int | None = None,
+    head_dim: int = 128,
+    dtype: str | None = None,
+    backends: list[str] | None = None,
+    all: bool = False,
 ) -> None:
     """Runs one benchmark and prints its figures with versions and hardware.
 
     Args:
-        name: `step`, `pack`, `encode`, `stream` or `full`.
+        name: `step`, `pack`, `encode`, `stream`, `attention` or `full`.
         device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: step, encode, stream: timed rounds of each variant, interleaved.
+        repeats: step, encode, stream, attention: timed rounds of each variant, interleaved.
         config_json: full: the transformer's config; weights are random.
         frames: full: clip lengths, each 6k + 1; encode on a GPU: the first of them.
         height: full, and encode on a GPU: of the clips, in pixels, a multiple of 16.
@@ -83,9 +101,16 @@ def bench(
         samples: stream: latents that are made and read.
         workers: pack, stream: processes.
         base: encode: pipeline folder whose encoders run.
+        tokens: attention: lengths; None: 2,048 to 8,192 on a CPU, 11,130 to 44,776 on a GPU.
+        heads: attention: None: 4 on a CPU, 24 on a GPU.
+        head_dim: attention: width of a head.
+        dtype: attention: float32, bfloat16 or float16; None: float32 on a CPU, bfloat16 on a GPU.
+        backends: attention: of `dense`, `chunked`, `triton`; None: chunked and dense on a CPU, triton and chunked on a
+            GPU.
+        all: attention: `dense` above 2,048 tokens too, and `chunked` on a GPU above the smallest length.
 
     Raises:
-        ValueError: if there is no such benchmark, or a size that Mochi cannot take.
+        ValueError: if there is no such benchmark, or an option that it cannot take.
     """
     if name not in BENCHES:
         known = "; ".join(f"{key} ({what})" for key, (_, what) in BENCHES.items())
@@ -97,6 +122,8 @@ def bench(
     options = Options(
         device=device, repeats=repeats, config_json=Path(config_json), frames=tuple(frames), height=height, width=width,
         text_tokens=text_tokens, steps=steps, last=last, clips=clips, samples=samples, workers=workers, base=Path(base),
+        tokens=None if tokens is None else tuple(tokens), heads=heads, head_dim=head_dim, dtype=dtype,
+        backends=None if backends is None else tuple(backends), all=all,
     )  # fmt: skip
     show(importlib.import_module(BENCHES[name][0]).run(options), device)
 
@@ -106,7 +133,7 @@ def environment(device: str) -> str:
     import torch
 
     packages = []
-    for package in ("torch", "lightning", "diffusers"):
+    for package in ("torch", "triton", "lightning", "diffusers"):
         try:
             packages.append(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -123,6 +150,18 @@ def _processor() -> str:
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
         if info.is_file() else []  # fmt: skip
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def host_peak(*, reset: bool = False) -> int:
+    """Peak resident bytes of this process; `reset` starts counting from what is resident now, where Linux allows it."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    # Linux hands ru_maxrss on to child processes, so it would show the parent's peak; VmHWM is a process's own.
+    if reset:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024
 
 
 def show(result: Result, device: str) -> None:

@@ -7,14 +7,12 @@ measured in a process of its own per variant, as what one step adds to the built
 
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, Sample
-from launch.bench import Options, Result
+from launch.bench import Options, Result, host_peak
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
 #: The model that is timed: large enough that matrix products, not Python, take the time on a CPU.
@@ -158,21 +156,9 @@ def step_memory(name: str, config: dict, latent: tuple, captions: tuple, last: i
         before = torch.cuda.max_memory_allocated()
         variant.step()
         return torch.cuda.max_memory_allocated() - before
-    before = _host_peak(reset=True)
+    before = host_peak(reset=True)
     variant.step()
-    return _host_peak() - before
-
-
-def _host_peak(*, reset: bool = False) -> int:
-    """Peak resident bytes of this process; `reset` starts counting from what is resident now, where Linux allows it."""
-    if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    # Linux hands ru_maxrss on to child processes, so it would show the parent's peak; VmHWM is a process's own.
-    if reset:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024
+    return host_peak() - before
 
 
 @dataclass

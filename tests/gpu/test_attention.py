@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from trainer.attention import reference
+from trainer.attention import layer_statistics, reference
 from trainer.attention.masking import masked_attention
 from trainer.attention.quantile import pooled_quantiles
 from trainer.attention.statistics import key_statistics, row_statistics, sink_statistics
@@ -85,7 +85,25 @@ def test_quantiles_keep_their_rank_error(size, error):
             if ratio == 1.0:
                 assert (below >= total - slack - (weights > 0.99999 * weights.amax(-1, keepdim=True)).sum(-1)).all()
             else:
-                assert (below <= ratio * total + slack).all() and (below >= (ratio - error) * total - slack).all()
+                assert ((below - ratio * total).abs() <= error * total + slack).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", [{}, {"num_keys": 20}, {"lengths": [-3, 0]}])
+def test_a_layer_at_once_is_as_its_parts(size, options):
+    q, k, _ = heads(*size)
+    lengths = [max(1, size[0] + less) for less in options["lengths"]] if "lengths" in options else None
+    keys = min(size[0], options.get("num_keys", size[0]))
+    wanted = {"num_keys": keys, "lengths": lengths, "backend": "triton", "rank_error": 1e-2}
+    found = layer_statistics(q, k, eps=EPS, ratios=RATIOS, **wanted)
+    rows = row_statistics(q, k, lengths=lengths, backend="triton")
+    mass, counts = key_statistics(q, k, eps=EPS, lengths=lengths, backend="triton")
+    assert torch.equal(found.rows.lse, rows.lse) and torch.equal(found.rows.entropy, rows.entropy)
+    assert torch.equal(found.mass, mass) and torch.equal(found.counts, counts)
+    limits = pooled_quantiles(q, k, RATIOS, **wanted)
+    assert torch.equal(found.thresholds, limits)
+    alone = layer_statistics(q, k, eps=(), lengths=lengths, backend="triton")
+    assert torch.equal(alone.mass, mass) and alone.counts.shape[2] == 0 and alone.thresholds.shape[2] == 0
 
 
 def test_quantiles_of_ties():

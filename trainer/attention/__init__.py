@@ -3,6 +3,7 @@
 Legend: B batch, N tokens (queries and keys, vision first), h heads, d head width, D width, R ratios, E eps values.
 """
 
+from trainer.attention.layer import LayerStatistics, layer_statistics
 from trainer.attention.maps import frame_offset_mass, log_histogram, pooled_map
 from trainer.attention.masking import masked_attention, uniform_attention
 from trainer.attention.quantile import pooled_quantiles, row_quantiles
@@ -17,10 +18,12 @@ from trainer.attention.statistics import (
 )
 
 __all__ = [
+    "LayerStatistics",
     "RowStatistics",
     "SinkStatistics",
     "frame_offset_mass",
     "key_statistics",
+    "layer_statistics",
     "log_histogram",
     "masked_attention",
     "pooled_map",

@@ -41,7 +41,7 @@ from trainer.attention.rows import (
 #: Leading bits of a float32 without its sign that the first pass tells apart, and those that are left.
 _TOP, _REST = 16, 15
 #: Of the Triton back end, if nothing else is asked for.
-_RANK_ERROR = 1e-4
+RANK_ERROR = 1e-4
 #: The second pass's histograms may hold so many counts (64 MiB); above, its bits are read in two passes.
 _COUNTS = 2**23
 
@@ -79,8 +79,8 @@ def pooled_quantiles(
         lengths: (B,) valid tokens per sample: weights of others are not pooled. None: all are.
         backend: `dense` (float64, small N), `chunked` or `triton`; None chooses by device.
         chunk: query rows at a time, the same as in the masking pass; None chooses by memory.
-        rank_error: how far the share below a threshold may fall short of its ratio; 0: as little as ties allow. None:
-            1e-4 of the Triton back end, whose every pass is counted, and 0 of the others.
+        rank_error: how far the share below a threshold may fall short of its ratio (Triton: differ from it, by three
+            standard errors); 0: as little as ties allow. None: 1e-4 of the Triton back end, 0 of the others.
 
     Returns:
         (B, h, R) float32, each one of the weights that `weight_rows` yields unless `rank_error` is above 0. The dense
@@ -101,7 +101,9 @@ def pooled_quantiles(
     if chosen == "triton":
         from trainer.attention import triton_backend
 
-        return triton_backend.quantiles(q, k, ratios, pooled, valid, _RANK_ERROR if rank_error is None else rank_error)
+        error = RANK_ERROR if rank_error is None else rank_error
+        lse, top, _ = triton_backend.rows(q, k, valid, entropy=False)
+        return triton_backend.quantiles(q, k, ratios, pooled, valid, error, lse=lse, top=top)[0]
     return _chunked_pooled_quantiles(q, k, ratios, pooled, valid, chunk, rank_error or 0.0)
 
 

@@ -133,11 +133,7 @@ def row_statistics(
     if chosen == "triton":
         from trainer.attention import triton_backend
 
-        lse, top, entropy = triton_backend.rows(q, k, valid)
-        maximum = top.exp2()
-        if valid is not None:
-            maximum.masked_fill_(torch.arange(q.shape[2], device=q.device) >= valid[:, None, None], 0.0)
-        return RowStatistics(lse * math.log(2), maximum, entropy)
+        return RowStatistics(*triton_backend.row_results(*triton_backend.rows(q, k, valid), valid))
     return _chunked_row_statistics(q, k, valid, chunk)
 
 

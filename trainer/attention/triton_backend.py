@@ -1,8 +1,9 @@
 """Statistics, quantiles and masked attention by the Triton kernels; the public functions check what comes in.
 
 Thresholds are found in t = log2 A by counting, exactly, how many of all weights lie below some edges, and moving the
-edges. A sample of the weights gives the first edges; each count then shifts the share at which the sample is read by
-what was missed, so that two passes are usual. The counts bound the rank error: it is known, not estimated.
+edges. A sample of the weights gives the first edges, which miss their shares by about a thousandth. How far they must
+move for that is read off the sample's density, known to a few per cent, so one pass over all weights is usual; where
+three standard errors of it exceed the rank error asked for, the moved edges are counted too.
 
 Legend: B batch, N tokens (queries and keys), h heads, d head width, R ratios, E eps values.
 """
@@ -19,8 +20,11 @@ from trainer.attention import triton_kernels as kernels
 from trainer.attention.rows import counted_weights
 
 _LOG2E = 1 / math.log(2)
-#: Rows and keys of the sample from which the first edges are taken.
-_SAMPLE = 1024
+#: Weights of a head in the sample from which the first edges are taken.
+_SAMPLE = 2**18
+#: The sample's density about a threshold is taken over this share on either side.
+_WINDOW = 0.02
+_GOLDEN = (math.sqrt(5) - 1) / 2
 #: Passes after which an interval is halved instead of being read off the sample, and after which it is given up.
 _GUESSES, _PASSES = 4, 48
 
@@ -73,8 +77,16 @@ def rows(q: Tensor, k: Tensor, lengths: Tensor | None, *, entropy: bool = True) 
     return lse, top * scale - lse, spread
 
 
+def row_results(lse: Tensor, top: Tensor, entropy: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `rows` gives as natural log-sum-exp, largest weight and entropy; 0 behind a sample's length."""
+    maximum = top.exp2()
+    if lengths is not None:
+        maximum.masked_fill_(torch.arange(top.shape[2], device=top.device) >= lengths[:, None, None], 0.0)
+    return lse * math.log(2), maximum, entropy
+
+
 def keys(
-    q: Tensor, k: Tensor, lse: Tensor, lengths: Tensor | None, *, eps: Sequence[float] = (),
+    q: Tensor, k: Tensor, lse: Tensor, lengths: Tensor | None, *, eps: Sequence[float] | None = None,
     edges: Tensor | None = None, num_keys: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One pass over all weights.
@@ -84,7 +96,7 @@ def keys(
         k: (B, h, N, d).
         lse: (B, h, N) in base 2, of `rows`.
         lengths: (B,) or None.
-        eps: E values; none skips column sums too.
+        eps: E values; None: neither column sums nor counts are wanted, and both come back empty.
         edges: (B, h, J) in t; None for none.
         num_keys: edges are counted over so many leading keys.
 
@@ -93,74 +105,120 @@ def keys(
     """
     q, k = _inner(q, k)
     batch, heads, tokens = q.shape[:3]
-    order = sorted(range(len(eps)), key=lambda index: eps[index])
-    found = {
-        "mass": torch.zeros(batch, heads, tokens if eps else 1, device=q.device),
-        "heavy": torch.zeros(batch, heads, max(len(eps), 1), tokens if eps else 1, dtype=torch.int32, device=q.device),
-    }
-    wanted = torch.zeros(batch, heads, 1, device=q.device) if edges is None else edges.float().contiguous()
+    order = sorted(range(len(eps or ())), key=lambda index: (eps or ())[index])
+    size = 0 if eps is None else tokens
+    mass = torch.zeros(batch, heads, size, device=q.device)
+    heavy = torch.zeros(batch, heads, len(order), size, dtype=torch.int32, device=q.device)
+    wanted = torch.zeros(batch, heads, 0, device=q.device) if edges is None else edges.float().contiguous()
     above = torch.zeros(wanted.shape, dtype=torch.int64, device=q.device)
-    logs = torch.tensor([eps[i] for i in order] or [1.0], dtype=torch.float64).log2().float().to(q.device)
+    logs = torch.tensor([(eps or ())[i] for i in order], dtype=torch.float64).log2().float().to(q.device)
     valid, how = _lengths(lengths, q), _launch(q, "key")
     counted = valid if num_keys is None else valid.clamp(max=num_keys)
     kernels.key_kernel[_grid(tokens, how["BN"], q)](
-        q, k, lse, found["mass"], found["heavy"], above, logs, wanted, valid, counted,
+        q, k, lse, mass, heavy, above, logs, wanted, valid, counted,
         q.shape[-1] ** -0.5 * _LOG2E, tokens, heads, *_strides(q, k),
-        WITH_MASS=bool(eps), E=len(eps), J=0 if edges is None else wanted.shape[-1], **how,
+        WITH_MASS=eps is not None, E=len(order), J=wanted.shape[-1], **how,
     )  # fmt: skip
-    back = torch.empty(len(eps), dtype=torch.int64)
-    back[order] = torch.arange(len(eps))
-    return found["mass"], found["heavy"][:, :, back.to(q.device)] if eps else found["heavy"], above
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[order] = torch.arange(len(order))
+    return mass, heavy[:, :, back.to(q.device)], above
 
 
 def quantiles(
-    q: Tensor, k: Tensor, ratios: Sequence[float], num_keys: int, lengths: Tensor | None, rank_error: float
-) -> Tensor:
-    """Thresholds (B, h, R) float32; at most a share r of the weights lies below, and more than r - rank_error of them
-    unless ties forbid it."""
-    lse, top, _ = rows(q, k, lengths, entropy=False)
+    q: Tensor, k: Tensor, ratios: Sequence[float], num_keys: int, lengths: Tensor | None, rank_error: float, *,
+    lse: Tensor, top: Tensor, eps: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Thresholds below which a share r of the weights lies, to `rank_error` on either side unless ties forbid it.
+
+    Args:
+        q: (B, h, N, d).
+        k: (B, h, N, d).
+        ratios: R values.
+        num_keys: weights on so many leading keys are pooled.
+        lengths: (B,) or None.
+        rank_error: a share.
+        lse: (B, h, N) in base 2, of `rows`.
+        top: (B, h, N) likewise.
+        eps: E values that the first pass also counts; None: it does not.
+
+    Returns:
+        Thresholds (B, h, R) float32, and column sums and counts as of `keys`.
+    """
     totals = torch.tensor(counted_weights(q, k, num_keys, lengths), dtype=torch.float64, device=q.device)[:, None, None]
     want = torch.tensor(ratios, dtype=torch.float64, device=q.device).expand(*q.shape[:2], -1)
+    if not ratios:
+        return want.float(), *keys(q, k, lse, lengths, eps=eps)[:2]
     sample = _sample(q, k, lse, num_keys, lengths)
+    largest = top.amax(dim=-1, keepdim=True)
     # Between two edges, of which the lower has at most r below or at it and the upper more.
-    low = torch.full_like(want, -200.0).float()
-    high = top.amax(dim=-1, keepdim=True).expand_as(low).clone()
-    at, done = want - rank_error / 2, want <= 0
+    low, high = torch.full_like(want, -200.0).float(), largest.expand(want.shape).clone()
+    above_low, above_high = totals.expand(want.shape), torch.zeros_like(want)
+    limit, at, done = low.clone(), want, (want <= 0) | (want >= 1)
     for turn in range(_PASSES):
         middle = low / 2 + high / 2
         edge = _read(sample, at) if turn < _GUESSES else middle
         edge = torch.where((edge > low) & (edge < high), edge, middle)
-        below = 1 - keys(q, k, lse, lengths, edges=edge, num_keys=num_keys)[2] / totals
-        fits = below <= want
-        low, high = torch.where(fits & ~done, edge, low), torch.where(fits | done, high, edge)
-        done = done | (fits & (below >= want - rank_error)) | (torch.nextafter(low, high) >= high)
+        found = keys(q, k, lse, lengths, eps=eps if turn == 0 else None, edges=edge, num_keys=num_keys)
+        if turn == 0:
+            mass, heavy = found[:2]
+        above = found[2].double()
+        missing = want - (1 - above / totals)
+        fits = missing >= 0
+        low, high = torch.where(fits, edge, low), torch.where(fits, high, edge)
+        above_low, above_high = torch.where(fits, above, above_low), torch.where(fits, above_high, above)
+        moved, doubt = _shift(sample, at, edge, missing)
+        met, sure = missing.abs() <= rank_error, (doubt <= rank_error) & (moved >= low) & (moved < high)
+        exact = (torch.nextafter(low, high) >= high) | (above_low - above_high <= 1)  # none, or one weight, is between
+        limit = torch.where(done, limit, torch.where(met, edge, torch.where(sure, moved, low)))
+        done = done | met | sure | exact
         if bool(done.all()):
             break
-        at = at + (want - rank_error / 2 - below)
-    # What is below or at the edge is below its successor.
-    limits = torch.exp2(torch.nextafter(low, high))
-    largest = torch.exp2(top.amax(dim=-1, keepdim=True)).expand_as(limits)
-    limits = torch.where(want >= 1, largest, limits)
-    return torch.where(want <= 0, torch.zeros_like(limits), limits)
+        at = at + missing
+    # What is below or at an edge is below its successor.
+    limits = torch.exp2(torch.nextafter(limit, torch.full_like(limit, torch.inf)))
+    limits = torch.where(want >= 1, torch.exp2(largest), limits)
+    return torch.where(want <= 0, 0.0, limits), mass, heavy
 
 
 def _sample(q: Tensor, k: Tensor, lse: Tensor, num_keys: int, lengths: Tensor | None) -> Tensor:
-    """Sorted t (B, h, S) of evenly spread queries and keys."""
-    picked = []
-    for b in range(q.shape[0]):
-        length = q.shape[2] if lengths is None else int(lengths[b])
-        i = torch.linspace(0, length - 1, min(_SAMPLE, length), device=q.device).long()
-        j = torch.linspace(0, min(num_keys, length) - 1, _SAMPLE, device=q.device).long()
-        t = (q[b, :, i].float() @ k[b, :, j].float().mT) * (q.shape[-1] ** -0.5 * _LOG2E) - lse[b, :, i, None]
-        picked.append(t.flatten(1))
-    least = min(t.shape[1] for t in picked)
-    return torch.stack([t[:, :: max(1, t.shape[1] // least)][:, :least].sort(dim=-1).values for t in picked])
+    """Sorted t (B, h, n) of weights spread evenly over the queries and the keys that count: a lattice, the same for
+    all heads."""
+    batch, heads, tokens = q.shape[:3]
+    valid = _lengths(lengths, q)[:, None]
+    size = min(_SAMPLE, tokens * num_keys)
+    if lengths is None and size < _SAMPLE:  # all there are
+        every = torch.arange(size, device=q.device)
+        i, j = (part.expand(batch, -1) for part in (every // num_keys, every % num_keys))
+    else:
+        turn = torch.arange(size, dtype=torch.float64, device=q.device) + 0.5
+        i, j = turn / size * valid, (turn * _GOLDEN).frac() * valid.clamp(max=num_keys)
+    i, j = (part.to(torch.int32).contiguous() for part in (i, j))
+    t = torch.empty(batch, heads, size, device=q.device)
+    how = _launch(q, "row")
+    pairs = 64 if how["NATIVE"] else 2048
+    kernels.sample_kernel[_grid(size, pairs, q)](
+        q, k, lse, t, i, j, q.shape[-1] ** -0.5 * _LOG2E, size, tokens, heads, *_strides(q, k),
+        D=how["D"], BD=how["BD"], BP=pairs,
+    )  # fmt: skip
+    return t.sort(dim=-1).values
 
 
 def _read(sample: Tensor, share: Tensor) -> Tensor:
     """The sample's quantiles, (B, h, R)."""
     place = (share * sample.shape[-1]).long().clamp(0, sample.shape[-1] - 1)
     return sample.gather(-1, place)
+
+
+def _shift(sample: Tensor, share: Tensor, edge: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an edge must go to have another share of the weights below it, by the sample's quantiles about `share`;
+    and by how much the share may then still be wrong: three standard errors of the sample's density, and the bend."""
+    centre = share.clamp(_WINDOW, 1 - _WINDOW)
+    before, here, after = (_read(sample, centre + side).double() for side in (-_WINDOW, 0.0, _WINDOW))
+    slope, bend = (after - before) / (2 * _WINDOW), (after - 2 * here + before) / _WINDOW**2
+    moved = edge + slope * missing + bend / 2 * missing.square()
+    noise = 3 / math.sqrt(2 * _WINDOW * sample.shape[-1])
+    doubt = missing.abs() * noise + (bend / 2).abs() / slope * missing.square()
+    return moved.float(), doubt.where(slope > 0, torch.inf)
 
 
 def masked(

@@ -98,10 +98,12 @@ def key_kernel(
     )  # fmt: skip
     base = Q + b * sqb + h * sqh
     mass = tl.zeros([BN, BM], tl.float32)
+    least = tl.zeros([BN], tl.float32)
     heavy = ()
     heavy_edges = ()
     for e in tl.static_range(E):
-        heavy = heavy + (tl.zeros([BN], tl.float32),)
+        if e > 0:
+            heavy = heavy + (tl.zeros([BN], tl.float32),)
         heavy_edges = heavy_edges + (tl.load(eps + e) * -STEEP,)
     above = ()
     shifted = ()
@@ -123,26 +125,43 @@ def key_kernel(
             above = counts
         if E > 0:
             some = tl.sum(_above(t, heavy_edges[0], NATIVE), 1)
-            found = (heavy[0] + some,)
+            least += some
             if E > 1:
                 # Heavy weights are rare: at most 1 / eps of them in a row.
                 if tl.max(some) > 0:
+                    more = ()
                     for e in tl.static_range(1, E):
-                        found = found + (heavy[e] + tl.sum(_above(t, heavy_edges[e], NATIVE), 1),)
-                else:
-                    for e in tl.static_range(1, E):
-                        found = found + (heavy[e],)
-            heavy = found
+                        more = more + (heavy[e - 1] + tl.sum(_above(t, heavy_edges[e], NATIVE), 1),)
+                    heavy = more
     real = cols < keys
     place = bh.to(tl.int64) * N + cols
     if WITH_MASS:
         tl.store(MASS + place, tl.sum(mass, 1), mask=real)
-    for e in tl.static_range(E):
-        tl.store(HEAVY + (bh.to(tl.int64) * E + e) * N + cols, heavy[e].to(tl.int32), mask=real)
+    if E > 0:
+        tl.store(HEAVY + bh.to(tl.int64) * E * N + cols, least.to(tl.int32), mask=real)
+    for e in tl.static_range(1, E):
+        tl.store(HEAVY + (bh.to(tl.int64) * E + e) * N + cols, heavy[e - 1].to(tl.int32), mask=real)
     if J > 0:
         of_head = real & (cols < tl.load(counted + b))
         for j in tl.static_range(J):
             tl.atomic_add(ABOVE + bh * J + j, tl.sum(tl.where(of_head, above[j], 0.0).to(tl.int64)))
+
+
+@triton.jit
+def sample_kernel(
+    Q, K, LSE, T, ROWS, COLS, scale, n, N, H, sqb, sqh, sqn, skb, skh, skn,
+    D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """t of n chosen weights of each head: (query, key) pairs, the same for all heads of a sample."""
+    pairs, bh = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    ds = tl.arange(0, BD)
+    i = tl.load(ROWS + b * n + pairs, mask=pairs < n, other=0)
+    j = tl.load(COLS + b * n + pairs, mask=pairs < n, other=0)
+    q = tl.load(Q + b * sqb + h * sqh + i[:, None] * sqn + ds[None, :], mask=ds[None, :] < D, other=0.0)
+    k = tl.load(K + b * skb + h * skh + j[:, None] * skn + ds[None, :], mask=ds[None, :] < D, other=0.0)
+    t = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale - tl.load(LSE + bh.to(tl.int64) * N + i)
+    tl.store(T + bh.to(tl.int64) * n + pairs, t, mask=pairs < n)
 
 
 @triton.jit
