@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -274,5 +275,8 @@ def run(argv: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         recipe_cli(argv, run=True)
+        if torch.distributed.is_initialized():
+            # Its threads, alive when the interpreter ends, now and then abort a process that has done all its work.
+            torch.distributed.destroy_process_group()
     except MisconfigurationException as error:  # Lightning's word for a Trainer that cannot be built as asked
         raise ValueError(str(error)) from error

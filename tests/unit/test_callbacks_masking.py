@@ -1,5 +1,7 @@
 """Masking robustness on whole tiny Mochi models: a float64 brute force, and models whose answer is known."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -207,3 +209,77 @@ def test_wrong_ratios_are_named(ratios):
 def test_no_scope_is_named():
     with pytest.raises(ValueError, match="got no scopes"):
         MaskingRobustness(scopes=())
+
+
+def by_hand(module, probe, layers, ratio, keys, quantile, removed):
+    """(change, loss, realised, dropped) of one probe from stored float64 weights, row by row, for every option."""
+    thresholds, found = {}, []
+
+    def weights_of(q, k):
+        return torch.softmax(q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1)
+
+    def dense(q, k, v, call):
+        weights = weights_of(q, k)
+        pool = weights[..., : 12 if keys == "vision" else None]
+        ordered = (pool if quantile == "row" else pool.flatten(2)).sort(dim=-1).values
+        at = math.floor(ratio * ordered.shape[-1])
+        limit = ordered[..., at] * (1 - 1e-5)  # just below it, so that rounding moves no weight across
+        thresholds[call.layer] = limit if quantile == "row" else limit[..., None].expand(q.shape[:3])
+        return (weights @ v.double()).to(v.dtype)
+
+    def masked(q, k, v, call):
+        weights = weights_of(q, k)
+        removable = 12 if keys == "vision" else weights.shape[-1]
+        lost = []
+        for place in np.ndindex(*weights.shape[:3]):
+            row = weights[place].clone()
+            gone = [i for i in range(removable) if row[i] < min(thresholds[call.layer][place], row.max())]
+            lost.append((len(gone) / removable, row[gone].sum().item()))
+            mean = row[gone].mean() if gone else 0.0
+            row[gone] = mean if removed == "mean" else 0.0
+            weights[place] = row / row.sum() if removed == "renormalise" else row
+        found.append(np.mean(lost, axis=0))
+        return (weights @ v.double()).to(v.dtype)
+
+    x = module.flow.mix(probe.batch.latents, probe.noise, probe.sigma)
+    target = module.flow.target(probe.batch.latents, probe.noise)
+    with module.room.attention(dict.fromkeys(layers, dense)):
+        base = module.velocity(x, probe.sigma, probe.batch)
+    with module.room.attention(dict.fromkeys(layers, masked)):
+        got = module.velocity(x, probe.sigma, probe.batch)
+    squares = [difference.double().square().mean().item() for difference in (got - base, got - target)]
+    return [*squares, *np.mean(found, axis=0)]
+
+
+@pytest.mark.parametrize("keys", ["all", "vision"])
+@pytest.mark.parametrize("quantile", ["head", "row"])
+@pytest.mark.parametrize("removed", ["renormalise", "zero", "mean"])
+def test_every_option_agrees_with_weights_changed_by_hand(base_folder, keys, quantile, removed):
+    module, ratio = build(base_folder), 0.6
+    options = {"keys": keys, "quantile": quantile, "removed": removed}
+    callback = MaskingRobustness(sigmas=SIGMAS, ratios=(ratio,), scopes=("layer-1", "but-1"), **options)
+    probe = ProbeSet(draw_samples((5,)), (0.4,), seed=1)._collate([(0, 0)])
+    with torch.no_grad():
+        got = callback.observe(module, probe)
+        for scope, layers in enumerate(([1], [0, 2])):
+            expected = by_hand(module, probe, layers, ratio, keys, quantile, removed)
+            for name, value in zip(("change", "loss", "realised", "dropped"), expected, strict=True):
+                assert got[name][0, scope, 0].item() == pytest.approx(value, rel=1e-3), (name, layers)
+
+
+def test_options_are_written_down_and_titled(base_folder):
+    module, title = build(base_folder), {}
+    for options in ({}, {"keys": "vision", "quantile": "row", "removed": "mean"}):
+        callback, got = measure(module, ratios=(0.5,), scopes=("retrained",), **options)
+        assert [str(got[name]) for name in ("masked_keys", "quantile", "removed")] == [
+            options.get("keys", "all"), options.get("quantile", "head"), options.get("removed", "renormalise"),
+        ]  # fmt: skip
+        title[len(options)] = callback.figures(module, got, "base")["masking"].get_suptitle()
+    assert "vision" not in title[0] and "row" not in title[0]
+    assert "on vision keys only, thresholds per row, replaced by their mean" in title[3]
+
+
+@pytest.mark.parametrize("option", ["keys", "quantile", "removed"])
+def test_wrong_options_are_named(option):
+    with pytest.raises(ValueError, match=f"got {option}='text', expected one of"):
+        MaskingRobustness(**{option: "text"})

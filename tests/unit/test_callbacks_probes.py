@@ -1,7 +1,10 @@
 """The probe set: complete, fixed, one caption length per batch, spread evenly over ranks."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from data.batch import Sample
 from trainer.callbacks.probes import ProbeSet, ProbeSource, refuse_key_mask
@@ -67,6 +70,18 @@ def test_noise_follows_uid_and_seed():
     assert not torch.equal(one, noise((4, 9), 2))
 
 
+def test_a_batchs_identity_changes_with_every_tensor_of_it():
+    def identities(**kwargs):
+        return {batch.identity for batch, _ in probe_set(**kwargs).share(0, 1)}
+
+    own = identities()
+    assert own == identities() and len(own) == len(probe_set().groups())
+    for other in ({"seed": 2}, {"batch_size": 1}):
+        assert not own & identities(**other), other
+    one, two = (ProbeSet(draw_samples((3, 3)), sigmas, seed=1) for sigmas in ((0.25, 0.75), (0.75, 0.25)))
+    assert next(one.share(0, 1))[0].identity != next(two.share(0, 1))[0].identity
+
+
 def test_large_latents_are_measured_one_by_one():
     large = Sample(torch.zeros(12, 7, 60, 106), torch.zeros(1, 4), "large", 0)
     assert ProbeSet([large], SIGMAS, seed=0).batch_size == 1
@@ -79,6 +94,16 @@ def test_faults_are_named():
     refuse_key_mask(AttentionCall(0, TokenLayout.of((1, 1, 4), (2, 2), mask)))
     with pytest.raises(ValueError, match="one length"):
         refuse_key_mask(AttentionCall(0, TokenLayout.of((1, 1, 4), (2, 1), mask)))
+
+
+def test_the_reference_job_measures_both_on_the_same_probes():
+    recipe = yaml.safe_load((Path(__file__).resolve().parents[2] / "recipes" / "mochi_last4.yaml").read_text())
+    sinks, masking = (
+        next(c["init_args"] for c in recipe["trainer"]["callbacks"] if c["class_path"].endswith(name))
+        for name in ("SinkFrequency", "MaskingRobustness")
+    )
+    assert sinks == {"prompts": 14, "sigmas": [(2 * i + 1) / 16 for i in range(8)]}
+    assert masking == sinks | {"scopes": ["retrained", "each"]}
 
 
 def test_a_source_is_known_by_its_method():

@@ -132,6 +132,20 @@ def _scope_label(scope: str) -> str:
     return f"all but {', '.join(rest.split('-'))}" if name == "but" else f"{scope} layers"
 
 
+#: What a title says of a setting that is not the default one.
+_OPTIONS = {
+    ("masked_keys", "vision"): "on vision keys only",
+    ("quantile", "row"): "thresholds per row",
+    ("removed", "zero"): "not renormalised",
+    ("removed", "mean"): "replaced by their mean",
+}
+
+
+def _options(arrays: Mapping[str, np.ndarray]) -> str:
+    """The settings that are not the default ones, each after a comma; those of old arrays are."""
+    return "".join(f", {text}" for (name, value), text in _OPTIONS.items() if str(arrays.get(name)) == value)
+
+
 def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.01) -> Figure:
     """Distortion and relative loss increase against the masked share, one line per scope.
 
@@ -173,7 +187,8 @@ def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.0
     figure.legend(*lines, fontsize=8, loc="outside right center", title=title, title_fontsize=8, frameon=False)
     figure.suptitle(
         f"Masking the smallest weights, {stage}: dense loss {dense:.4f}, {arrays['prompts']} prompts x "
-        f"{len(arrays['sigmas'])} noise levels; 'uniform' replaces attention by the mean of its values",
+        f"{len(arrays['sigmas'])} noise levels{_options(arrays)}; "
+        "'uniform' replaces attention by the mean of its values",
         fontsize=10,
     )
     return figure

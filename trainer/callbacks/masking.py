@@ -6,20 +6,21 @@ removes what lies below it in the layers of a scope. How and why: docs/measureme
 Legend: P prompts, S sigmas, K scopes, R ratios, B probes of a batch, h heads, N tokens, d head width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainer.attention import masked_attention, pooled_quantiles, uniform_attention
+from trainer.attention import masked_attention, pooled_quantiles, row_quantiles, uniform_attention
 from trainer.callbacks import figures
 from trainer.callbacks.probes import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.stages import ProbeCallback
-from trainer.vdit.layout import AttentionCall, AttentionFunction, dense_attention
+from trainer.callbacks.trunk import TrunkPass, TrunkStore
+from trainer.vdit.layout import AttentionCall, dense_attention
 from trainer.vdit.mochi import State
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 TOLERATED = 0.01
 #: Keeps the logarithm of a distortion of zero finite.
 FLOOR = 1e-8
+
+#: Which weights are pooled and removed; of how many weights a threshold is the quantile; what takes their place.
+Keys = Literal["all", "vision"]
+Quantile = Literal["head", "row"]
+Removed = Literal["renormalise", "zero", "mean"]
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -59,7 +65,7 @@ class _Dense:
 
     Args:
         velocity: (B, C, F, H, W).
-        thresholds: layer -> (B, h, R).
+        thresholds: layer -> (B, h, R), per row (B, h, N, R).
         states: block index -> what enters that block.
     """
 
@@ -75,6 +81,10 @@ class MaskingRobustness(ProbeCallback):
         ratios: shares of the weights that are removed, ascending, each between 0 and 1.
         scopes: layers masked together: `retrained`, `each` (every retrained layer alone), `all`, `layer-45`, or
             `but-44-45` (all but these).
+        keys: `all`, or `vision`: only weights on vision keys are pooled and removed.
+        quantile: one threshold per `head`, of all its weights, or per `row`.
+        removed: `renormalise` (logits of -inf), `zero` (rows keep what is left), or `mean` (each removed weight becomes
+            the mean of its row's removed ones).
         prompts: how many held-out samples.
         sigmas: noise levels, each in 0 .. 1.
         seed: of the probes' noise.
@@ -90,6 +100,9 @@ class MaskingRobustness(ProbeCallback):
         *,
         ratios: tuple[float, ...] = RATIOS,
         scopes: tuple[str, ...] = ("retrained", "each", "all"),
+        keys: Keys = "all",
+        quantile: Quantile = "head",
+        removed: Removed = "renormalise",
         prompts: int = 8,
         sigmas: tuple[float, ...] = SIGMAS,
         seed: int = 1234,
@@ -109,7 +122,15 @@ class MaskingRobustness(ProbeCallback):
             raise ValueError(f"got ratios={tuple(ratios)}, expected ascending shares between 0 and 1, e.g. {RATIOS}.")
         if not scopes:
             raise ValueError("got no scopes, expected some of 'retrained', 'each', 'all', 'layer-45', 'but-44-45'.")
+        for name, value, known in (
+            ("keys", keys, Keys),
+            ("quantile", quantile, Quantile),
+            ("removed", removed, Removed),
+        ):
+            if value not in get_args(known):
+                raise ValueError(f"got {name}={value!r}, expected one of {', '.join(get_args(known))}.")
         self.ratios = tuple(ratios)
+        self.keys, self.quantile, self.removed = keys, quantile, removed
         self.scopes = tuple(scopes)
 
     def check(self, module: "RetrainBlocks") -> None:
@@ -141,72 +162,81 @@ class MaskingRobustness(ProbeCallback):
 
     def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
         scopes = self._layers_of(module)
-        x = module.flow.mix(probes.batch.latents, probes.noise, probes.sigma)
         target = module.flow.target(probes.batch.latents, probes.noise)
-        dense = self._dense_pass(module, x, probes, scopes)
+        dense = self._dense_pass(module, probes, scopes)
 
-        def rerun(layers: list[int], function: AttentionFunction) -> dict[str, Tensor]:
-            with module.room.attention(dict.fromkeys(layers, function)):
-                if layers[0] in dense.states:  # what lies before the scope is as in the dense pass
-                    state = module.room.run(dense.states[layers[0]], layers[0], module.room.num_blocks)
-                    velocity = module.room.finish(state)
-                else:
-                    velocity = module.velocity(x, probes.sigma, probes.batch)
+        def compared(velocity: Tensor) -> dict[str, Tensor]:
             return {"change": _mean_square(velocity - dense.velocity), "loss": _mean_square(velocity - target)}
 
-        rows = []
+        masked, uniform = [], []
         for layers in scopes.values():
-            rows.append([self._masked(dense.thresholds, index, layers, rerun) for index in range(len(self.ratios))])
-        uniform = [rerun(layers, lambda q, k, v, call: uniform_attention(v)) for layers in scopes.values()]
+            row = []
+            for index in range(len(self.ratios)):
+                velocity, removed = self._masked(module, probes, dense, layers, index)
+                row.append(compared(velocity) | removed)
+            masked.append({name: torch.stack([figures[name] for figures in row], dim=1) for name in row[0]})
+            evenly = TrunkPass(dict.fromkeys(layers, lambda q, k, v, call: uniform_attention(v)), changes="uniform")
+            uniform.append(compared(_rerun(module, self.store, probes, dense, evenly)))
         return {
             "energy": _mean_square(dense.velocity),
             "dense_loss": _mean_square(dense.velocity - target),
-            **{
-                name: torch.stack([torch.stack([r[name] for r in row], dim=1) for row in rows], dim=1)
-                for name in rows[0][0]
-            },
+            **{name: torch.stack([found[name] for found in masked], dim=1) for name in masked[0]},
             **{f"uniform_{name}": torch.stack([found[name] for found in uniform], dim=1) for name in uniform[0]},
         }
 
-    def _dense_pass(
-        self, module: "RetrainBlocks", x: Tensor, probes: ProbeBatch, scopes: Mapping[str, list[int]]
-    ) -> _Dense:
+    def _dense_pass(self, module: "RetrainBlocks", probes: ProbeBatch, scopes: Mapping[str, list[int]]) -> _Dense:
         room = module.room
-        thresholds: dict[int, Tensor] = {}
+        found: dict[str, Tensor] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
             refuse_key_mask(call)
-            thresholds[call.layer] = pooled_quantiles(q, k, self.ratios)
+            quantiles = pooled_quantiles if self.quantile == "head" else row_quantiles
+            found[str(call.layer)] = quantiles(q, k, self.ratios, num_keys=self._num_keys(call))
             return dense_attention(q, k, v, call)
 
-        starts = sorted({layers[0] for layers in scopes.values() if layers[0] >= module.first})
-        states: dict[int, State] = {}
-        with room.attention(dict.fromkeys(set().union(*scopes.values()), attend)):
-            state, at = module.trunk(x, probes.sigma, probes.batch), module.first
-            for start in starts:
+        layers = sorted(set().union(*scopes.values()))
+        functions = dict.fromkeys(layers, attend)
+        measures = f"{self.quantile} quantiles of layers {layers} at {self.ratios}, {self.keys} keys"
+        state = self.store.state(module, probes, TrunkPass(functions, measures=measures, found=found))
+        at, states = module.first, {}
+        with room.attention(functions):
+            for start in sorted({layers[0] for layers in scopes.values() if layers[0] >= module.first}):
                 states[start] = state = room.run(state, at, start)
                 at = start
             velocity = room.finish(room.run(state, at, room.num_blocks))
-        return _Dense(velocity, thresholds, states)
+        return _Dense(velocity, {layer: found[str(layer)] for layer in layers}, states)
 
-    @staticmethod
+    def _num_keys(self, call: AttentionCall) -> int | None:
+        """How many keys, from the first, may lose weights; None: all."""
+        return call.layout.num_vision if self.keys == "vision" else None
+
     def _masked(
-        thresholds: Mapping[int, Tensor],
-        index: int,
-        layers: list[int],
-        rerun: Callable[[list[int], AttentionFunction], dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        """One masked pass: (B,) of each figure; realised ratio and dropped mass are means over layers and heads."""
-        removed: list[tuple[Tensor, Tensor]] = []
+        self, module: "RetrainBlocks", probes: ProbeBatch, dense: _Dense, layers: list[int], index: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Velocity of one masked pass, and realised ratio and dropped mass (B,), means over layers and heads."""
+        found: dict[str, Tensor] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-            out, realised, dropped = masked_attention(q, k, v, thresholds[call.layer][..., index])
-            removed.append((realised.mean(dim=1), dropped.mean(dim=1)))
+            out, realised, dropped = masked_attention(
+                q,
+                k,
+                v,
+                dense.thresholds[call.layer][..., index],
+                num_keys=self._num_keys(call),
+                renormalise=self.removed == "renormalise",
+                tail="mean" if self.removed == "mean" else "zero",
+            )
+            found[f"{call.layer}/realised"], found[f"{call.layer}/dropped"] = realised.mean(dim=1), dropped.mean(dim=1)
             return out
 
-        found = rerun(layers, attend)
-        realised, dropped = (torch.stack(part).mean(dim=0) for part in zip(*removed, strict=True))
-        return found | {"realised": realised, "dropped": dropped}
+        settings = f"{self.ratios[index]} of {self.ratios}, {self.quantile}, {self.keys} keys, {self.removed}"
+        masking = TrunkPass(dict.fromkeys(layers, attend), f"masked at {settings}", "what was removed", found)
+        velocity = _rerun(module, self.store, probes, dense, masking)
+        removed = {
+            name: torch.stack([found[f"{layer}/{name}"] for layer in layers]).mean(dim=0)
+            for name in ("realised", "dropped")
+        }
+        return velocity, removed
 
     # -- all of them ---------------------------------------------------------------------------------------------
 
@@ -222,6 +252,9 @@ class MaskingRobustness(ProbeCallback):
             "ratios": np.array(self.ratios),
             "sigmas": np.array(probes.sigmas),
             "scopes": np.array(list(self._layers_of(module)), dtype=np.str_),
+            "masked_keys": np.array(self.keys),
+            "quantile": np.array(self.quantile),
+            "removed": np.array(self.removed),
             "distortion": distortion,
             "loss_increase": loss_increase,
             "distortion_by_sigma": change / energy[:, None],
@@ -248,6 +281,18 @@ class MaskingRobustness(ProbeCallback):
 
     def figures(self, module: "RetrainBlocks", arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Figure]:
         return {"masking": figures.masking(arrays, stage, TOLERATED)}
+
+
+def _rerun(module: "RetrainBlocks", store: TrunkStore, probes: ProbeBatch, dense: _Dense, changed: TrunkPass) -> Tensor:
+    """The velocity with the functions of `changed` in their layers; what lies before them is as in the dense pass."""
+    room, at = module.room, min(changed.functions)
+    if at in dense.states:
+        state = dense.states[at]
+    else:
+        named = replace(changed, changes=f"{changed.changes} in layers {sorted(changed.functions)}")
+        state, at = store.state(module, probes, named), module.first
+    with room.attention(changed.functions):
+        return room.finish(room.run(state, at, room.num_blocks))
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.batch import Batch, Sample
 from trainer.flow import keyed_noise
+from trainer.surgery import fingerprint
 from trainer.vdit.layout import AttentionCall
 
 #: Mid-points of four equal bands of sigma.
@@ -43,6 +44,7 @@ class ProbeBatch:
         batch: latents and captions, all captions of one length.
         noise: (B, C, F, H, W) float32.
         sigma: (B,) float32.
+        identity: digest of all that a model computes from: the tensors of these probes, in this order.
     """
 
     prompts: tuple[int, ...]
@@ -50,6 +52,7 @@ class ProbeBatch:
     batch: Batch
     noise: Tensor
     sigma: Tensor
+    identity: str
 
     def to(self, device: torch.device | str) -> "ProbeBatch":
         """The same probes with their tensors on `device`."""
@@ -116,7 +119,13 @@ class ProbeSet:
         prompts, strata = zip(*group, strict=True)
         batch = Batch.collate([self.samples[p] for p in prompts])
         noise = keyed_noise(self.seed, 0, batch.uids, batch.latents.shape[1:])
-        return ProbeBatch(prompts, strata, batch, noise, torch.tensor([self.sigmas[s] for s in strata]))
+        sigma = torch.tensor([self.sigmas[s] for s in strata])
+        return ProbeBatch(prompts, strata, batch, noise, sigma, _identity(batch, noise, sigma))
+
+
+def _identity(batch: Batch, noise: Tensor, sigma: Tensor) -> str:
+    named = {"latents": batch.latents, "text": batch.text, "mask": batch.text_mask, "noise": noise, "sigma": sigma}
+    return f"{fingerprint(named.items())} {batch.text_lengths}"
 
 
 def refuse_key_mask(call: AttentionCall) -> None:

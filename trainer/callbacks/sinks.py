@@ -17,6 +17,7 @@ from trainer.callbacks import figures
 from trainer.callbacks.probes import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.record import planted_heads, wilson_interval
 from trainer.callbacks.stages import ProbeCallback
+from trainer.callbacks.trunk import TrunkPass
 from trainer.vdit.layout import AttentionCall, dense_attention
 
 if TYPE_CHECKING:
@@ -98,25 +99,25 @@ class SinkFrequency(ProbeCallback):
 
     def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
         room, layers = module.room, self._measured(module)
-        found: dict[int, dict[str, Tensor]] = {}
-        size: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
             refuse_key_mask(call)
             vision = call.layout.num_vision
             projection = room.output_projection(call.layer)
             seen = sink_statistics(q, k, v, num_vision=vision, eps=self.eps, projection=projection)
-            found[call.layer] = {name: getattr(seen, name) for name in _PER_HEAD}
+            found.update({f"{call.layer}/{name}": getattr(seen, name) for name in _PER_HEAD})
             counts = (seen.queries, seen.keys, *call.layout.grid)
-            size["size"] = torch.tensor(counts, dtype=torch.float64, device=q.device).expand(len(q), -1)
+            found["size"] = torch.tensor(counts, dtype=torch.float64, device=q.device).expand(len(q), -1)
             return dense_attention(q, k, v, call)
 
-        batch, sigma = probes.batch, probes.sigma
-        x = module.flow.mix(batch.latents, probes.noise, sigma)
-        with room.attention(dict.fromkeys(layers, attend)):
-            state = module.trunk(x, sigma, batch)
+        functions = dict.fromkeys(layers, attend)
+        measures = f"sinks of layers {layers} at {self.eps}"
+        state = self.store.state(module, probes, TrunkPass(functions, measures=measures, found=found))
+        with room.attention(functions):
             room.run(state, module.first, max(module.first, layers[-1] + 1))
-        return size | {name: torch.stack([found[layer][name] for layer in layers], dim=1) for name in _PER_HEAD}
+        stacked = {name: torch.stack([found[f"{layer}/{name}"] for layer in layers], dim=1) for name in _PER_HEAD}
+        return stacked | {"size": found["size"]}
 
     def summarise(
         self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]

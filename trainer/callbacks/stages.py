@@ -4,26 +4,26 @@ Legend: P prompts, S sigmas, B probes of a batch.
 """
 
 import contextlib
-import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainer.callbacks import record
 from trainer.callbacks.probes import SIGMAS, ProbeBatch, ProbeSet, ProbeSource
+from trainer.callbacks.ranks import together
+from trainer.callbacks.trunk import TrunkStore
 
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
-
-log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -83,6 +83,8 @@ class ProbeCallback(Callback, ABC):
         self.base_stage = base_stage
         self.every_n_epochs = every_n_epochs
         self._probes: ProbeSet | None = None
+        self.store = self._own_store = TrunkStore()
+        self._epoch_start: float | None = None
 
     # -- what a measurement is -----------------------------------------------------------------------------------
 
@@ -92,7 +94,7 @@ class ProbeCallback(Callback, ABC):
 
     @abstractmethod
     def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
-        """Measures one batch: name -> (B, ...)."""
+        """Measures one batch, its trunk by `store`: name -> (B, ...)."""
 
     @abstractmethod
     def summarise(
@@ -118,6 +120,21 @@ class ProbeCallback(Callback, ABC):
                 "module with probe_samples(count). Take the callback out of the recipe or use the latent data module."
             )
         self._source = source
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        stores = [callback for callback in callbacks if isinstance(callback, TrunkStore)]
+        if len(stores) > 1:
+            raise ValueError(
+                f"got {len(stores)} TrunkStores, expected one for all measurements: keep one in the recipe."
+            )
+        first = next(callback for callback in callbacks if isinstance(callback, ProbeCallback))
+        self.store = stores[0] if stores else first._own_store
+        self.store.setup(trainer, pl_module, stage)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.store.teardown(trainer, pl_module, stage)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_start = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fresh = trainer.global_step == 0
@@ -140,44 +157,70 @@ class ProbeCallback(Callback, ABC):
     ) -> None:
         """Makes the measurement of `stage` unless it stands; `tell` says whether the loggers hear of it."""
         module = cast("RetrainBlocks", pl_module)
-        weights = module.base_weights if stage == "base" else module.evaluation_weights
         path = record.measurement_path(trainer.default_root_dir, self.kind, stage)
-        # Rank zero looks for all: ranks that disagreed would wait for each other for ever.
-        stands = trainer.strategy.broadcast(path.is_file() and not again)
-        arrays = None
-        if not stands:
-            self.check(module)
-            with observing(module, module.device), weights(), trainer.precision_plugin.val_step_context():
-                arrays = self._measure(trainer, module, stage)
-        if not trainer.is_global_zero:
-            return
+        started, before = time.monotonic(), self.store.counts
+        with together(trainer) as agree:
+            stands = path.is_file() and not again
+            agree()
+            # Rank zero looks for all: ranks that disagreed would wait for each other for ever.
+            stands = trainer.strategy.broadcast(stands)
+            arrays = None if stands else self._measure(trainer, module, stage, agree)
+            if not trainer.is_global_zero:
+                return
+            if arrays is not None:
+                self._leave(trainer, module, stage, arrays)
+            if tell:
+                # After a resume the loggers may have lost this step with the work that was done twice.
+                scalars = self.scalars(record.load_arrays(path) if arrays is None else arrays)
+                prefix = "base/" if stage == "base" else ""
+                record.log_scalars(trainer, {f"{prefix}{self.kind}/{name}": v for name, v in scalars.items()})
         if arrays is not None:
-            for name, figure in self.figures(module, arrays, stage).items():
-                drawn = record.figure_path(trainer.default_root_dir, name, stage)
-                record.save_figure(drawn, figure)
-                record.log_figure(trainer, name, drawn)
-            record.save_arrays(path, arrays)  # last: it is the sign that the stage is complete
-        if tell:
-            # After a resume the loggers may have lost this step with the work that was done twice.
-            scalars = self.scalars(record.load_arrays(path) if arrays is None else arrays)
-            prefix = "base/" if stage == "base" else ""
-            record.log_scalars(trainer, {f"{prefix}{self.kind}/{name}": v for name, v in scalars.items()})
+            self._say(stage, started, before)
 
-    def _measure(self, trainer: Trainer, module: "RetrainBlocks", stage: str) -> dict[str, np.ndarray]:
-        started = time.monotonic()
+    def _measure(
+        self, trainer: Trainer, module: "RetrainBlocks", stage: str, agree: Callable[[], None]
+    ) -> dict[str, np.ndarray] | None:
+        """The arrays of a stage on rank zero, None on the others."""
+        self.check(module)
+        weights = module.base_weights if stage == "base" else module.evaluation_weights
+        with observing(module, module.device), weights(), trainer.precision_plugin.val_step_context():
+            probes = self._read_probes()
+            shape = (len(probes.samples), len(probes.sigmas))
+            tables: dict[str, Tensor] = {}
+            for batch, counts in probes.share(trainer.global_rank, trainer.world_size):
+                for name, found in self.observe(module, batch.to(module.device)).items():
+                    table = tables.setdefault(name, found.new_zeros(*shape, *found.shape[1:], dtype=torch.float64))
+                    if counts:
+                        table[list(batch.prompts), list(batch.strata)] = found.double()
+                agree()  # after every batch: nobody measures on for minutes after another rank has failed
+            # Each probe counts on one rank and is zero on the others.
+            gathered = {name: trainer.strategy.reduce(table, reduce_op="sum") for name, table in tables.items()}
+            if not trainer.is_global_zero:
+                return None
+            return self.summarise(module, probes, {name: table.cpu().numpy() for name, table in gathered.items()})
+
+    def _read_probes(self) -> ProbeSet:
         if self._probes is None:
             samples = self._source.probe_samples(self.prompts)
             self._probes = ProbeSet(samples, self.sigmas, seed=self.seed, batch_size=self.batch_size)
-        probes = self._probes
-        shape = (len(probes.samples), len(probes.sigmas))
-        tables: dict[str, Tensor] = {}
-        for batch, counts in probes.share(trainer.global_rank, trainer.world_size):
-            for name, found in self.observe(module, batch.to(module.device)).items():
-                table = tables.setdefault(name, found.new_zeros(*shape, *found.shape[1:], dtype=torch.float64))
-                if counts:
-                    table[list(batch.prompts), list(batch.strata)] = found.double()
-        # Each probe counts on one rank and is zero on the others.
-        gathered = {name: trainer.strategy.reduce(table, reduce_op="sum") for name, table in tables.items()}
-        arrays = self.summarise(module, probes, {name: table.cpu().numpy() for name, table in gathered.items()})
-        log.info("%s at %s: %d probes, %.1f s", self.kind, stage, len(probes), time.monotonic() - started)
-        return arrays
+        return self._probes
+
+    def _leave(self, trainer: Trainer, module: "RetrainBlocks", stage: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Figures and arrays in the run folder."""
+        for name, figure in self.figures(module, arrays, stage).items():
+            drawn = record.figure_path(trainer.default_root_dir, name, stage)
+            record.save_figure(drawn, figure)
+            record.log_figure(trainer, name, drawn)
+        path = record.measurement_path(trainer.default_root_dir, self.kind, stage)
+        record.save_arrays(path, arrays)  # last: it is the sign that the stage is complete
+
+    def _say(self, stage: str, started: float, before: tuple[int, int]) -> None:
+        """One line about what a stage cost on rank zero."""
+        spent = time.monotonic() - started
+        run, kept = (now - then for now, then in zip(self.store.counts, before, strict=True))
+        share = ""
+        if stage != "base" and self._epoch_start is not None:
+            epoch = started - self._epoch_start
+            share = f", {spent / epoch:.0%} of the epoch's {epoch:.1f} s before it"
+        line = f"{self.kind} at {stage}: {len(self._read_probes())} probes, {spent:.1f} s{share}"
+        rank_zero_info(f"{line} (passes of the trunk: {run} run, {kept} kept)")
