@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import MochiTransformer3DModel
+from hypothesis import Phase, settings
 from torch import Tensor
 
 from data.batch import Batch
@@ -30,8 +31,12 @@ BACKENDS = [
         "triton", marks=pytest.mark.skipif(not _INTERPRETED, reason="set TRITON_INTERPRET=1 to interpret kernels")
     ),
 ]
-#: Drawn examples of a test: interpreted kernels take seconds for one.
-EXAMPLES = 5 if _INTERPRETED else 60
+#: Drawn examples of a test: interpreted kernels take seconds for one, and are not made smaller when they fail.
+DRAWN = (
+    settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+    if _INTERPRETED
+    else settings(max_examples=60, deadline=None)
+)
 
 #: Channel of both streams that is one in every token. Marker m lies in channel 1 + m.
 CONSTANT = 0

@@ -112,6 +112,25 @@ def test_quantiles_of_ties():
     assert torch.allclose(found, torch.tensor(1 / 64), rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{"lengths": [41, 9]}, {"num_keys": 30}, {"num_keys": 30, "lengths": [41, 9]}])
+def test_a_ratio_of_one_is_the_largest_weight_that_is_pooled(how):
+    q, k, _ = heads(50, 2, 64)
+    q[:, :, :, 0], k[:, :, 40:, 0] = 8.0, 8.0  # keys that are not pooled hold most of their rows
+    valid = None if "lengths" not in how else torch.tensor(how["lengths"], device=DEVICE)
+    pool = reference.attention_weights(q, k, valid)[..., : how.get("num_keys")].flatten(2)
+    found = pooled_quantiles(q, k, (1.0,), backend="triton", **how)
+    below = (pool < found.double() * (1 - 1e-5)).sum(dim=-1)
+    assert (below == pool.shape[-1] - 1).all() and (pool.amax(dim=-1) >= found[..., 0].double() * (1 - 1e-5)).all()
+
+
+def test_a_ratio_is_read_as_the_decimal_it_is_written_as():
+    q, k, _ = heads(50, 2, 64)  # 0.3 of the 2,500 weights are 750, but 1 - 0.7 is above 0.3
+    found = pooled_quantiles(q, k, (0.3,), backend="triton", rank_error=0.0)
+    weights = reference.attention_weights(q, k).flatten(2)
+    least, most = ((weights < found.double() * (1 + side * 1e-5)).sum(dim=-1) for side in (-1, 1))
+    assert (least <= 750).all() and (most >= 750).all()
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", [{}, {"renormalise": False}, {"tail": "mean"}, {"num_keys": 20}, {"lengths": [-3, 0]}])

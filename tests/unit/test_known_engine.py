@@ -107,7 +107,7 @@ def near_equal(got, want, rtol, atol=1e-35):
 
 
 @backends
-@settings(max_examples=known.EXAMPLES, deadline=None)
+@known.DRAWN
 @given(shapes, st.sampled_from(KINDS), st.integers(0, 10_000), st.integers(0, 1), st.integers(1, 60))
 def test_statistics(make_transformer, make_batch, backend, shape, kind, seed, layer, chunk):
     def measure(q, k, v, vision, lengths):
@@ -145,18 +145,21 @@ def test_statistics(make_transformer, make_batch, backend, shape, kind, seed, la
     observed(make_transformer, make_batch, shape, kind, seed, layer, measure)
 
 
-def check_rank(pool, threshold, ratio, error):
-    """At most a share r of the pool (h, n) lies below the threshold (h,), and above r - error, but for ties."""
+def check_rank(pool, threshold, ratio, error, counted=False):
+    """At most a share r of the pool (h, n) lies below the threshold (h,), and above r - error, but for ties.
+
+    Counted thresholds (Triton's) lie anywhere between two weights, and err by as much on the other side too.
+    """
     total, threshold = pool.shape[-1], threshold.double()[:, None]
     rank = min(math.floor(Fraction(str(ratio)) * total), total - 1)
     below = (pool < threshold * (1 - _SAME) - _NOTHING).sum(dim=-1)
     not_above = (pool <= threshold * (1 + _SAME) + _NOTHING).sum(dim=-1)
-    assert (below <= rank).all(), (ratio, below, rank)
-    assert (not_above >= min(rank + 1, total) - error * total).all(), (ratio, not_above, rank)
+    assert (below <= rank + counted * error * total).all(), (ratio, below, rank)
+    assert (not_above >= min(rank + 1, total) - counted - error * total).all(), (ratio, not_above, rank)
 
 
 @backends
-@settings(max_examples=known.EXAMPLES, deadline=None)
+@known.DRAWN
 @given(
     shapes, st.sampled_from(KINDS), st.integers(0, 10_000), st.integers(0, 1), st.integers(1, 60), st.booleans(),
     st.sampled_from([0.0, 1e-3, 0.02]),
@@ -169,7 +172,10 @@ def test_thresholds(make_transformer, make_batch, backend, shape, kind, seed, la
         for sample, _, weights in valid_weights(q, k, lengths):
             pool = weights[..., : how["num_keys"]]
             for index, ratio in enumerate(RATIOS):
-                check_rank(pool.flatten(1), found[sample, :, index], ratio, error)
+                if backend == "triton" and ratio == 0:  # nothing lies below 0, whatever the least weight is
+                    assert not found[sample, :, index].any()
+                else:
+                    check_rank(pool.flatten(1), found[sample, :, index], ratio, error, backend == "triton")
                 if rows is not None:
                     check_rank(pool.flatten(0, 1), rows[sample, ..., index].flatten(), ratio, 0.0)
         middle = found[..., RATIOS.index(0.5)]
@@ -179,7 +185,7 @@ def test_thresholds(make_transformer, make_batch, backend, shape, kind, seed, la
 
 
 @backends
-@settings(max_examples=known.EXAMPLES, deadline=None)
+@known.DRAWN
 @given(
     shapes, st.sampled_from(KINDS), st.integers(0, 10_000), st.integers(0, 1), st.integers(1, 60), st.booleans(),
     st.sampled_from(RATIOS[1:]),

@@ -23,11 +23,6 @@ from trainer.attention.rows import weight_rows
 from trainer.vdit.mochi import MochiRoom
 
 backends = pytest.mark.parametrize("backend", known.BACKENDS)
-#: Row thresholds come from chunked weights also where the mask is Triton's, whose last bit may differ.
-_ROUNDS = pytest.mark.xfail(strict=True, reason="row_quantiles has no Triton form: row minima and ties are removed")
-row_backends = pytest.mark.parametrize(
-    "backend", ["dense", "chunked", pytest.param("triton", marks=[*known.BACKENDS[2].marks, _ROUNDS])]
-)
 #: 5 * 3 * 2 vision tokens and 5 text tokens.
 GRID, TEXT, TOKENS = (5, 6, 4), 5, 35
 
@@ -125,7 +120,7 @@ def test_ratio_zero_is_the_dense_velocity_bit_for_bit(room, batch, chunk, backen
             assert_nothing_removed(found)
 
 
-@row_backends
+@backends
 @pytest.mark.parametrize("chunk", [None, 6])
 def test_ratio_zero_of_every_row_is_the_dense_velocity_bit_for_bit(room, batch, chunk, backend):
     how = {"chunk": chunk, "backend": backend}
@@ -209,7 +204,7 @@ def test_a_planted_sink_alone_is_left_and_the_closed_form_says_what_goes(planted
         assert mass[0].tolist() == pytest.approx(dropped, rel=1e-5)
 
 
-@row_backends
+@backends
 def test_the_equal_weights_beside_a_planted_sink_tie_and_stay(planted, backend):
     room, batch = planted
     how = {"chunk": 6, "backend": backend}

@@ -18,9 +18,7 @@ ties, lie strictly below. A rank error of 0 gives the order statistic itself.
 Legend: B batch, N tokens, h heads, d head width, R ratios.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -35,6 +33,7 @@ from trainer.attention.rows import (
     choose_backend,
     counted_weights,
     rows_per_chunk,
+    shares,
     weight_rows,
 )
 
@@ -42,6 +41,8 @@ from trainer.attention.rows import (
 _TOP, _REST = 16, 15
 #: Of the Triton back end, if nothing else is asked for.
 RANK_ERROR = 1e-4
+#: By which a weight may differ between back ends, as a share of itself.
+_ROUNDING = 2.0**-17
 #: The second pass's histograms may hold so many counts (64 MiB); above, its bits are read in two passes.
 _COUNTS = 2**23
 
@@ -54,7 +55,7 @@ def ranks(ratios: Sequence[float], total: int) -> list[int]:
     """
     if not all(0.0 <= r <= 1.0 for r in ratios):
         raise ValueError(f"got ratios {tuple(ratios)}, expected shares of the weights, each from 0 to 1.")
-    return [min(math.floor(Fraction(str(float(r))) * total), total - 1) for r in ratios]
+    return [min(share, total - 1) for share in shares(ratios, total)]
 
 
 @torch.no_grad()
@@ -145,10 +146,11 @@ def row_quantiles(
 ) -> Tensor:
     """Like `pooled_quantiles`, for every query's row apart: at most a share `ratio` of the row lies below.
 
-    Rows are sorted whole: `triton` is the same as `chunked` here.
+    Rows are sorted whole, in chunks also for `triton`. Its mask multiplies in tiles, where a weight may have another
+    last bit: its thresholds lie 2^-17 of themselves below the row's weight, which stays with what ties with it.
 
     Returns:
-        (B, h, N, R) float32, each one of the row's weights; float64 from the dense back end.
+        (B, h, N, R) float32, each one of the row's weights (Triton: just below it); float64 from the dense back end.
 
     Raises:
         ValueError: if shapes do not agree or a ratio is outside 0 .. 1.
@@ -156,12 +158,13 @@ def row_quantiles(
     check_heads(q, k)
     pooled = check_num_keys(num_keys, k.shape[2])
     wanted = ranks(ratios, pooled)
-    if choose_backend(backend, q, k) == "dense":
+    chosen = choose_backend(backend, q, k)
+    if chosen == "dense":
         return reference.row_quantiles(reference.attention_weights(q, k), ratios, num_keys=pooled)
     found = torch.empty(*q.shape[:3], len(wanted), device=q.device)
     for start, rows in weight_rows(q, k, chunk=chunk):
         found[:, :, start : start + rows.shape[2]] = _sorted(rows[..., :pooled])[..., wanted]
-    return found
+    return found.mul_(1 - _ROUNDING) if chosen == "triton" else found
 
 
 def _sorted(values: Tensor) -> Tensor:

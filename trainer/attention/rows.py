@@ -7,8 +7,10 @@ Legend: B batch, N queries, M keys, h heads, d head width, c rows of a chunk.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -92,6 +94,11 @@ def counted_weights(q: Tensor, k: Tensor, num_keys: int, lengths: Tensor | None)
     if lengths is None:
         return [q.shape[2] * num_keys] * q.shape[0]
     return [length * min(length, num_keys) for length in lengths.tolist()]
+
+
+def shares(ratios: Sequence[float], total: int) -> list[int]:
+    """floor(r total) for each ratio, read as the decimal it is written as."""
+    return [math.floor(Fraction(str(float(r))) * total) for r in ratios]
 
 
 def rows_per_chunk(q: Tensor, k: Tensor, chunk: int | None = None) -> int:

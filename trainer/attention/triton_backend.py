@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from trainer.attention import triton_kernels as kernels
-from trainer.attention.rows import counted_weights
+from trainer.attention.rows import counted_weights, shares
 
 _LOG2E = 1 / math.log(2)
 #: Weights of a head in the sample from which the first edges are taken.
@@ -144,16 +144,22 @@ def quantiles(
     Returns:
         Thresholds (B, h, R) float32, and column sums and counts as of `keys`.
     """
-    totals = torch.tensor(counted_weights(q, k, num_keys, lengths), dtype=torch.float64, device=q.device)[:, None, None]
+    counted = counted_weights(q, k, num_keys, lengths)
+    totals = torch.tensor(counted, dtype=torch.float64, device=q.device)[:, None, None]
     want = torch.tensor(ratios, dtype=torch.float64, device=q.device).expand(*q.shape[:2], -1)
+    # Whole weights, of the decimal: 1 - 0.7 as a float is above 0.3. At a ratio of 1 all but the largest, exactly.
+    goals = torch.tensor([shares(ratios, total) for total in counted], dtype=torch.float64, device=q.device)[:, None]
+    goals, error = torch.minimum(goals, totals - 1), torch.where(want >= 1, 0.0, rank_error)
     if not ratios:
         return want.float(), *keys(q, k, lse, lengths, eps=eps)[:2]
     sample = _sample(q, k, lse, num_keys, lengths)
-    largest = top.amax(dim=-1, keepdim=True)
+    behind = torch.arange(q.shape[2], device=q.device) >= _lengths(lengths, q)[:, None, None]
+    largest = top.masked_fill(behind, -torch.inf).amax(dim=-1, keepdim=True)
     # Between two edges, of which the lower has at most r below or at it and the upper more.
     low, high = torch.full_like(want, -200.0).float(), largest.expand(want.shape).clone()
     above_low, above_high = totals.expand(want.shape), torch.zeros_like(want)
-    limit, at, done = low.clone(), want, (want <= 0) | (want >= 1)
+    known = (want >= 1) & (num_keys >= q.shape[2])
+    limit, at, done = low.clone(), want, (want <= 0) | known
     for turn in range(_PASSES):
         middle = low / 2 + high / 2
         edge = _read(sample, at) if turn < _GUESSES else middle
@@ -162,12 +168,12 @@ def quantiles(
         if turn == 0:
             mass, heavy = found[:2]
         above = found[2].double()
-        missing = want - (1 - above / totals)
+        missing = (goals - (totals - above)) / totals
         fits = missing >= 0
         low, high = torch.where(fits, edge, low), torch.where(fits, high, edge)
         above_low, above_high = torch.where(fits, above, above_low), torch.where(fits, above_high, above)
         moved, doubt = _shift(sample, at, edge, missing)
-        met, sure = missing.abs() <= rank_error, (doubt <= rank_error) & (moved >= low) & (moved < high)
+        met, sure = missing.abs() <= error, (doubt <= error) & (moved >= low) & (moved < high)
         exact = (torch.nextafter(low, high) >= high) | (above_low - above_high <= 1)  # none, or one weight, is between
         limit = torch.where(done, limit, torch.where(met, edge, torch.where(sure, moved, low)))
         done = done | met | sure | exact
@@ -176,7 +182,7 @@ def quantiles(
         at = at + missing
     # What is below or at an edge is below its successor.
     limits = torch.exp2(torch.nextafter(limit, torch.full_like(limit, torch.inf)))
-    limits = torch.where(want >= 1, torch.exp2(largest), limits)
+    limits = torch.where(known, torch.exp2(largest), limits)
     return torch.where(want <= 0, 0.0, limits), mass, heavy
 
 
