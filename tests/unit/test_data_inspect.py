@@ -15,6 +15,7 @@ from data.inspect.inspect import inspect, normalisation_doubts
 from data.pack.pack import pack
 from data.shards import record_name
 from data.synth.synth import synth
+from launch.main import main
 from tests.latents import write_latents
 from tests.webstore import WebStore
 
@@ -53,6 +54,11 @@ def test_video_shards_and_their_sheet(videos, tmp_path, capsys):
     assert "verified: 2 checksums, 5 samples" in out and "fault" not in out.replace("left out as faulty", "")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100  # pictures, not an empty page
+
+
+def test_the_command_verifies_by_a_switch_alone(videos, capsys):
+    main(["inspect", "--verify", str(videos), "--processes", "1"])
+    assert "verified: 2 checksums, 5 samples" in said(capsys)
 
 
 def test_remote_shards_say_the_same(videos, capsys):
