@@ -135,7 +135,7 @@ def pack(
             drop_duplicates=duplicates == "drop",
         )  # fmt: skip
         faults, filtered = _write_lists(out, survey, plan)
-        check_fault_share(faults, listing.clips, max_fault_share, src, MEND)
+        check_fault_share(faults, listing.clips, max_fault_share, src, MEND, out / "faults.jsonl")
         if not plan.samples:
             raise ValueError(
                 f"nothing is left of the {listing.clips} clips in {src}: {len(faults)} are faulty, filtered are "
@@ -193,6 +193,10 @@ class Writing:
             kept = len(self.plan.shards) - len(missing)
             print(f"{self.folder.folder}: {kept} of {len(self.plan.shards)} shards are finished already and are kept")
         stop, own = threading.Event(), threading.local()
+
+        def check() -> None:
+            check_fault_share([*faults, *late], clips, limit, where, MEND, self.folder.folder / "faults.jsonl")
+
         with ExitStack() as stack, ThreadPoolExecutor(self.processes) as threads:
 
             def write(name: str) -> list[Fault]:
@@ -205,12 +209,12 @@ class Writing:
             try:
                 for done in as_completed([threads.submit(write, name) for name in missing]):
                     late += done.result()
-                    check_fault_share([*faults, *late], clips, limit, where, MEND)
+                    check()
             except BaseException:
                 stop.set()
                 threads.shutdown(wait=True, cancel_futures=True)
                 raise
-        check_fault_share([*faults, *late], clips, limit, where, MEND)
+        check()
         return len(late)
 
     def _write(self, name: str, filler: Filler, stop: threading.Event, advance: Any) -> list[Fault]:

@@ -245,9 +245,11 @@ class Survey:
             limit: share of faults that stops the survey.
 
         Raises:
-            ValueError: if more than `limit` of the clips are faults, or the source changed while it was read.
+            ValueError: if more than `limit` of the clips are faults (`faults.jsonl` then has those that were found), or
+                the source changed while it was read.
         """
         faults: list[Fault] = []
+        listing = self.folder.parent / "faults.jsonl"
         drawn: deque[tuple[int, Entry, bool]] = deque()  # (chunk, entry, whether it ends its chunk)
         kept: deque[int] = deque()
         seen = 0
@@ -281,10 +283,10 @@ class Survey:
                     # ASCII: names of files may be what no UTF-8 is.
                     write_text(self._path(chunk), "".join(json.dumps(row) + "\n" for row in rows))
                     rows.clear()
-                check_fault_share(faults, clips, limit, where, MEND)
+                check_fault_share(faults, clips, limit, where, MEND, listing)
                 yield 1 + _drain(kept)
         yield _drain(kept)
-        check_fault_share(faults, clips, limit, where, MEND)
+        check_fault_share(faults, clips, limit, where, MEND, listing)
         if seen != clips:
             raise ValueError(f"the source listed {clips} clips and then {seen}; expected one that does not change.")
         write_json(self.folder / "done.json", {"clips": clips})
