@@ -296,7 +296,11 @@ def _write_lists(out: Path, survey: Survey, plan: Plan) -> tuple[list[Fault], Co
     part = beside(out / "duplicates.jsonl")
     try:
         with part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in plan.duplicates)
+            for twin in plan.duplicates:
+                line = {"key": twin.key, "same_as": twin.same_as, "kind": twin.kind}
+                # Keys do not tell a.mov from a.mp4.
+                line |= {"source": survey.row(*twin.place)["source"], "first": survey.row(*twin.first)["source"]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         put_in_place(part, out / "duplicates.jsonl")
     finally:
         part.unlink(missing_ok=True)
@@ -313,6 +317,6 @@ def _summary(out: Path, index: dict[str, Any], filtered: Counter[str], plan: Pla
     for name, counts in index["buckets"].items():
         yield f"  {name}: {counts['samples']} samples in {counts['shards']} shards"
     yield f"  filtered: {_counts(filtered)}"
-    kinds = Counter(line["kind"] for line in plan.duplicates)
+    kinds = Counter(twin.kind for twin in plan.duplicates)
     yield f"  duplicates: {kinds['content']} of content, {kinds['key']} of key"
     yield f"  faults: {faults}"
