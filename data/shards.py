@@ -19,6 +19,8 @@ from data.storage.store import Store, is_remote, join
 
 VIDEO_FORMAT = "reblock-videos-2"
 LATENT_FORMAT = "reblock-latents-2"
+#: What the JSON of a clip says of it, besides its source and window.
+FACTS = ("codec", "frames", "fps", "height", "width", "duration")
 _MADE_BY = {VIDEO_FORMAT: "`reblock pack`", LATENT_FORMAT: "`reblock encode`"}
 
 

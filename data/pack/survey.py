@@ -25,7 +25,7 @@ from data.clips.workers import Failure, Guarded
 from data.pack.entries import Entry, Piece, printable
 from data.pack.sources import Source
 from data.pack.windows import Cutting, Filters
-from data.shards import Fault, check_fault_share
+from data.shards import FACTS, Fault, check_fault_share
 from data.storage.archive import refusal
 from data.storage.files import sha256, write_json, write_text
 from data.storage.store import Store, StoreError
@@ -34,8 +34,6 @@ from data.storage.store import Store, StoreError
 CHUNK = 256
 #: What can be done about too many faults: a survey is of one source as it was.
 MEND = "Raise max_fault_share to go on without them; or mend or remove them and pack into another folder."
-#: What is said of a clip in its JSON.
-FACTS = ("codec", "frames", "fps", "height", "width", "duration")
 
 Row = dict[str, Any]
 

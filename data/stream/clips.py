@@ -61,16 +61,17 @@ class ClipBatch:
         return replace(self, videos=self.videos.pin_memory())
 
 
-def read_window(shard: str, members: Members, store: Store, frames: int) -> list[int]:
-    """The first `frames` frame indices of a clip's window.
+def read_window(shard: str, members: Members, store: Store, frames: int | None = None) -> list[int]:
+    """The first `frames` frame indices of a clip's window; all of them without.
 
     Raises:
         ValueError: if its facts hold no such window.
     """
     indices = read_json(shard, members, store).get("indices")
-    if not isinstance(indices, list) or len(indices) < frames or not all(type(i) is int and i >= 0 for i in indices):
+    least = frames or 1
+    if not isinstance(indices, list) or len(indices) < least or not all(type(i) is int and i >= 0 for i in indices):
         held = f"of {len(indices)}" if isinstance(indices, list) else "without"
-        raise ValueError(f"its json holds a window {held} frame indices, expected {frames} or more")
+        raise ValueError(f"its json holds a window {held} frame indices, expected {least} or more")
     return indices[:frames]
 
 
