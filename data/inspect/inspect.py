@@ -210,22 +210,24 @@ def _latent_facts(sources: Sequence[Source], chosen: Sequence[Placed], store: St
     """Statistics per channel of normalised latents, and what is wrong with them."""
     dataset, index = LatentDataset(sources, store=store), sources[0].index
 
-    def read(placed: Placed) -> tuple[NDArray[np.float64], int]:
+    def read(placed: Placed) -> tuple[NDArray[np.float64], int, int]:
         sample = dataset.load(*placed, uid=0)
         values = sample.latent.double().flatten(1).numpy()
-        return np.stack([values.mean(axis=1), np.square(values).mean(axis=1)]), len(sample.text)
+        moments = np.stack([values.mean(axis=1), np.square(values).mean(axis=1)])
+        return moments, len(sample.text), 6 * (sample.latent.shape[1] - 1) + 1
 
     answers = list(track(_read_all(chosen, read), description="latents", total=len(chosen), transient=True))
     read_well = [answer for answer, fault in answers if fault is None]
     if not read_well:
         return _rows("latents", {"unreadable": _none_of(answers)}), []
     # Each sample counts the same, so that one bucket of long clips does not speak for all.
-    mean, square = np.mean([moments for moments, _ in read_well], axis=0)
+    mean, square = np.mean([moments for moments, _, _ in read_well], axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 0))
-    lengths = [length for _, length in read_well]
+    lengths = [length for _, length, _ in read_well]
     rows: dict[str, Any] = {
         "samples read": f"{len(read_well)}, {len(answers) - len(read_well)} unreadable",
-        "caption length (least / median / most)": _spread(lengths, " tokens"),
+        "frames of a clip (least / median / most)": _spread([frames for _, _, frames in read_well]),
+        "caption length": _spread(lengths, " tokens"),
         "empty captions": sum(length == 0 for length in lengths),
     }
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):

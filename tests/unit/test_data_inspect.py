@@ -78,6 +78,7 @@ def test_latent_shards_and_their_sheet(tmp_path, capsys):
     out = said(capsys)
     assert "bucket 7x128x128" in out and "6 samples (75.0%)" in out and "verified" in out
     assert "in doubt" not in out and "expected about" not in out and "channel 4, normalised" in out
+    assert "frames of a clip (least / median / most) │ 7 / 7 / 19" in out
     assert Image.open(tmp_path / "sheet.png").width > 500
 
 
