@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.bucket import Bucket
+from data.clips.fence import Fenced
 from data.clips.video import decode_video
 from data.shards import VIDEO_FORMAT, Members, read_clip, read_json, read_member
 from data.storage.store import Store
@@ -75,6 +77,12 @@ def read_window(shard: str, members: Members, store: Store, frames: int | None =
     return indices[:frames]
 
 
+def _decode(task: tuple[bytes, list[int], int, int]) -> NDArray[np.uint8]:
+    """(T, H, W, 3) of (clip, indices, H, W), in a process that can be killed."""
+    content, indices, height, width = task
+    return np.ascontiguousarray(decode_video(content, indices, height, width))
+
+
 class ClipDataset(ShardDataset[Clip]):
     """Clips as `reblock encode` sees them: the window that packing chose, in the size of their bucket.
 
@@ -82,10 +90,19 @@ class ClipDataset(ShardDataset[Clip]):
         locations: of video shards.
         store: that reads them.
         max_fault_share: share of clips that may be damaged.
+        deadline: seconds that decoding a clip may take.
     """
 
-    def __init__(self, locations: Sequence[Any], *, store: Store | None = None, max_fault_share: float = 0.01) -> None:
+    def __init__(
+        self,
+        locations: Sequence[Any],
+        *,
+        store: Store | None = None,
+        max_fault_share: float = 0.01,
+        deadline: float = 60.0,
+    ) -> None:
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
+        self._fenced = Fenced(deadline)
 
     def load(self, shard: str, key: str, members: Members, uid: int, bucket: Bucket | None = None) -> Clip:
         """One clip.
@@ -95,9 +112,10 @@ class ClipDataset(ShardDataset[Clip]):
         """
         bucket = bucket or Bucket.parse(str(read_json(shard, members, self.store).get("bucket")))
         window = read_window(shard, members, self.store, bucket.frames)
-        video = decode_video(read_clip(shard, members, self.store), window, bucket.height, bucket.width)
+        clip = read_clip(shard, members, self.store)
+        video = self._fenced(_decode, (clip, window, bucket.height, bucket.width))
         caption = read_member(shard, members["txt"], self.store).decode()
-        return Clip(torch.from_numpy(np.ascontiguousarray(video)), caption, key, uid)
+        return Clip(torch.from_numpy(video), caption, key, uid)
 
     def mark(self, sample: Clip, faults: int, counts: bool) -> None:
         sample.faults, sample.counts = faults, counts
@@ -115,6 +133,7 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
         width: likewise.
         store: that reads them.
         max_fault_share: share of clips that may be damaged.
+        deadline: seconds that decoding a clip may take.
     """
 
     grouped = False
@@ -128,8 +147,10 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
         width: int,
         store: Store | None = None,
         max_fault_share: float = 0.01,
+        deadline: float = 60.0,
     ) -> None:
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
+        self._fenced = Fenced(deadline)
         self.frames, self.height, self.width = frames, height, width
         short = sorted({b.name for b in self.buckets if b.frames < frames})
         if short:
@@ -142,7 +163,7 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
             ValueError, KeyError, OSError: if it cannot be read or decoded.
         """
         window = read_window(shard, members, self.store, self.frames)
-        video = decode_video(read_clip(shard, members, self.store), window, self.height, self.width)
+        video = self._fenced(_decode, (read_clip(shard, members, self.store), window, self.height, self.width))
         # In numpy: torch would use all cores for a small array, and several loaders then fight over them.
         pixels = np.ascontiguousarray(video.transpose(3, 0, 1, 2), dtype=np.float32) / np.float32(127.5) - np.float32(1)
         caption = read_member(shard, members["txt"], self.store).decode()
