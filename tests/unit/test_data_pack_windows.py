@@ -13,7 +13,7 @@ from data.bucket import Bucket
 from data.clips.video import decode_video, write_video
 from data.pack.pack import pack
 from data.pack.plan import cut, make_plan
-from data.pack.windows import Cutting
+from data.pack.windows import WINDOWS, Cutting
 from data.synth.synth import synth
 
 SMALL = ["7x32x32"]
@@ -104,6 +104,17 @@ def test_windows():
     assert scenes == [(small, list(range(5, 12))), (long, list(range(14, 27)))]
     assert Cutting((Bucket(7, 64, 64),)).windows(**at) == []
     assert Cutting((Bucket(7, 64, 64),), upscale=True).windows(**at) == [(Bucket(7, 64, 64), list(range(7)))]
+
+
+@pytest.mark.parametrize("frames", [37, 38, 300, 1000])
+@pytest.mark.parametrize("rate", [24.0, 30000 / 1001, 24000 / 1001])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_at_a_clips_own_rate_no_frame_comes_twice_or_is_passed_over(frames, rate, window):
+    times = np.round(np.arange(frames) / rate * 90_000) / 90_000  # as containers keep them
+    found = Cutting((Bucket(19, 64, 64),), rate, window).windows(times, 64, 64)
+    assert len(found) == (frames // 19 if window == "all" else 1)
+    for _, indices in found:
+        assert indices == list(range(indices[0], indices[0] + 19))
 
 
 def test_a_long_clip_gives_windows_that_show_the_same_pictures(tmp_path):
