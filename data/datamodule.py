@@ -154,6 +154,7 @@ class VideoDataModule(ShardDataModule):
         frames: first frames of each clip's window.
         height: clips of another size are scaled and cropped about the centre.
         width: likewise.
+        deadline: seconds that decoding a clip may take.
         max_fault_share: share of clips that may be damaged; they are named in the run's `faults.jsonl`.
         cache: local folder for what is read of remote shards; None keeps nothing.
         cache_bytes: its bound.
@@ -177,6 +178,7 @@ class VideoDataModule(ShardDataModule):
         frames: int = 19,
         height: int = 64,
         width: int = 64,
+        deadline: float = 60.0,
         max_fault_share: float = 0.01,
         cache: str | None = None,
         cache_bytes: int = 64 << 30,
@@ -192,11 +194,12 @@ class VideoDataModule(ShardDataModule):
                 f"got frames {frames}, height {height}, width {width}; expected at least 1 frame and 1 pixel each way."
             )
         self.frames, self.height, self.width = frames, height, width
+        self.deadline = deadline
 
     def make_dataset(self, sources: Sequence[Source]) -> VideoDataset:
         return VideoDataset(
             sources, frames=self.frames, height=self.height, width=self.width, store=self.store,
-            max_fault_share=self.max_fault_share,
+            max_fault_share=self.max_fault_share, deadline=self.deadline,
         )  # fmt: skip
 
     @staticmethod

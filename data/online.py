@@ -38,6 +38,7 @@ class EncodingDataModule(LatentSource):
         dtype: of the encoders: float32, bfloat16 or float16.
         max_text_tokens: longer captions are cut.
         tiling: encode clip by clip and large frames in tiles: less memory, slightly other latents.
+        deadline: seconds that decoding a clip may take.
         max_fault_share: share of clips that may be damaged; they are named in the run's `faults.jsonl`.
         cache: local folder for what is read of remote shards; None keeps nothing.
         cache_bytes: its bound.
@@ -63,6 +64,7 @@ class EncodingDataModule(LatentSource):
         dtype: str = "float32",
         max_text_tokens: int = 256,
         tiling: bool = False,
+        deadline: float = 60.0,
         max_fault_share: float = 0.01,
         cache: str | None = None,
         cache_bytes: int = 64 << 30,
@@ -81,6 +83,7 @@ class EncodingDataModule(LatentSource):
         self.base = base
         self.sample_latents = sample_latents
         self.dtype, self.max_text_tokens, self.tiling = dtype, max_text_tokens, tiling
+        self.deadline = deadline
         self._encoders: Any = None
 
     def check_sources(self, sources: Sequence[Source]) -> None:
@@ -91,7 +94,9 @@ class EncodingDataModule(LatentSource):
         self._normalise = Normalise(facts.mean, facts.std, sample=self.sample_latents)
 
     def make_dataset(self, sources: Sequence[Source]) -> ClipDataset:
-        return ClipDataset(sources, store=self.store, max_fault_share=self.max_fault_share)
+        return ClipDataset(
+            sources, store=self.store, max_fault_share=self.max_fault_share, deadline=self.deadline
+        )  # fmt: skip
 
     @staticmethod
     def collate(samples: Sequence[Clip]) -> ClipBatch:

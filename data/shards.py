@@ -14,10 +14,13 @@ from typing import Any
 
 from data.bucket import Bucket
 from data.storage.archive import Member, Members
+from data.storage.files import write_text
 from data.storage.store import Store, is_remote, join
 
 VIDEO_FORMAT = "reblock-videos-2"
 LATENT_FORMAT = "reblock-latents-2"
+#: What the JSON of a clip says of it, besides its source and window.
+FACTS = ("codec", "frames", "fps", "height", "width", "duration")
 _MADE_BY = {VIDEO_FORMAT: "`reblock pack`", LATENT_FORMAT: "`reblock encode`"}
 
 
@@ -190,13 +193,18 @@ def check_fault_share(
     limit: float,
     where: str,
     mend: str = "Mend or remove them, or raise max_fault_share.",
+    listing: Path | None = None,
 ) -> None:
     """Stops a run that leaves out too much, and says how to `mend` that.
 
     Raises:
-        ValueError: if faults are more than `limit` of `total`; names the first few.
+        ValueError: if faults are more than `limit` of `total`; names the first few, and all that are known in the file
+            `listing`.
     """
     if len(faults) > limit * total:
+        if listing is not None:
+            write_text(listing, "".join(fault.line() for fault in faults))
+            mend = f"All that are known so far are in {listing}. {mend}"
         named = "; ".join(f"{fault.key}: {fault.reason.rstrip('.')}" for fault in faults[:3])
         raise ValueError(
             f"{len(faults)} of {total} items in {where} are faulty, more than max_fault_share {limit} allows. "

@@ -89,7 +89,7 @@ def bench(
     Args:
         name: `step`, `pack`, `encode`, `stream`, `attention` or `full`.
         device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: step, encode, stream, attention: timed rounds of each variant, interleaved.
+        repeats: step, pack, encode, stream, attention: timed rounds of each variant, interleaved.
         config_json: full: the transformer's config; weights are random.
         frames: full: clip lengths, each 6k + 1; encode on a GPU: the first of them.
         height: full, and encode on a GPU: of the clips, in pixels, a multiple of 16.

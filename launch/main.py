@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,7 +55,8 @@ def check_packages() -> None:
 def call(command: str, function: Callable, argv: list[str]) -> None:
     """Calls `function` with its arguments read from `argv`: positional ones as they stand, keyword-only as options.
 
-    `--config FILE` reads options from YAML; what stands behind it on the command line wins.
+    `--config FILE` reads options from YAML; what stands behind it on the command line wins. A switch may stand alone,
+    `--verify` for `--verify true`, and any option may be spelled with hyphens.
     """
     from jsonargparse import ArgumentParser
 
@@ -67,9 +68,23 @@ def call(command: str, function: Callable, argv: list[str]) -> None:
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=names - positional)
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positional)
-    given = parser.instantiate_classes(parser.parse_args(argv))
+    switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+    given = parser.instantiate_classes(parser.parse_args(spelled_out(argv, switches)))
     given.pop("config")
     function(**given)
+
+
+def spelled_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
+    """Arguments as the parser takes them: `--allow-pipe` becomes `--allow_pipe=true` if it is one of `switches`."""
+    words = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            if name in switches and not equals and following.lower() not in ("true", "false", "yes", "no"):
+                equals, value = "=", "true"
+        words.append(f"{name}{equals}{value}")
+    return words
 
 
 def usage() -> str:

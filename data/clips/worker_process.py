@@ -32,11 +32,16 @@ class Raised:
 
 
 def serve(connection: Connection) -> None:
-    """A worker: says that it is ready, then answers each (function, item) with its result."""
+    """A worker: says that it is ready, then answers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     connection.send(None)
+    answer(connection)
+
+
+def answer(connection: Connection) -> None:
+    """Answers each (function, item) that comes with its result, until the other side is closed."""
     while True:
         try:
             function, item = connection.recv()
@@ -69,3 +74,10 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def why_it_ended(code: int) -> str:
+    """What an exit code says, negative for a signal."""
+    if code == -signal.SIGKILL:
+        return "its process was killed (signal 9; out of memory?)"
+    return f"the decoder crashed (signal {-code})" if code < 0 else f"its process ended by itself (exit status {code})"

@@ -5,7 +5,6 @@ Each worker process has a pipe of its own, so that nothing that one does, or tha
 
 import contextlib
 import multiprocessing
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data.clips.worker_process import Failure, Raised, serve
+from data.clips.worker_process import Failure, Raised, serve, why_it_ended
 
 #: Loaded once, in the process from which the workers are forked.
 _PRELOADED = ["data.clips.video", "data.clips.cuts", "data.clips.trim", "data.encode.decoding"]
@@ -266,21 +265,15 @@ class _Run:
             self.workers.remove(worker)
         code = worker.end(patience=0 if reason else 5)
         if worker.index is not None:
-            self._finish(worker.index, Failure(reason or _why_it_ended(code)))
+            self._finish(worker.index, Failure(reason or why_it_ended(code)))
         elif not worker.ready:
             self.false_starts += 1
             if self.false_starts >= _START_ATTEMPTS:
                 raise RuntimeError(
-                    f"worker processes do not start ({_why_it_ended(code)}); their own messages are above."
+                    f"worker processes do not start ({why_it_ended(code)}); their own messages are above."
                 )
 
     def _finish(self, index: int, result: Any) -> None:
         with self.changed:
             self.done[index] = result
             self.changed.notify_all()
-
-
-def _why_it_ended(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "its process was killed (signal 9; out of memory?)"
-    return f"the decoder crashed (signal {-code})" if code < 0 else f"its process ended by itself (exit status {code})"

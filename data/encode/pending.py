@@ -120,7 +120,8 @@ class Pending:
         """
         known = {**self._open, **self.faults}
         faults = [fault for name in self.entries for fault in known.get(name, [])]
-        check_fault_share(faults, self.total, self.max_fault_share, ", ".join(s.folder for s in self.sources))
+        where, listing = ", ".join(s.folder for s in self.sources), self.folder.folder / "faults.jsonl"
+        check_fault_share(faults, self.total, self.max_fault_share, where, listing=listing)
 
     def finish(self, head: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the index, of which `head` is the beginning, and removes what killed processes left."""

@@ -6,7 +6,7 @@ Legend: C latent channels, F latent frames, H W latent grid, T video frames.
 import contextlib
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from data.clips.video import decode_video
-from data.shards import read_clip, read_json, read_member
+from data.clips.workers import Failure, Guarded
+from data.inspect.decode import evenly, some_frames
+from data.shards import read_json, read_member
 from data.storage.archive import Members
 from data.storage.files import beside, put_in_place
 from data.storage.store import Store
@@ -30,26 +31,28 @@ _USUAL = "DejaVu Sans"
 Placed = tuple[str, str, Members]
 
 
-def draw_videos(chosen: Sequence[Placed], store: Store, path: Path) -> None:
+def draw_videos(chosen: Sequence[Placed], store: Store, path: Path, guarded: Guarded) -> None:
     """Strips of frames of clips, each under its key and caption; a clip that cannot be read shows why.
 
     Args:
         chosen: (shard, key, members).
         store: that reads them.
         path: PNG to write.
+        guarded: processes that decode.
 
     Raises:
+        ValueError: if there is no clip.
         OSError: if it cannot be written.
     """
+    if not chosen:
+        raise ValueError("no clip for the contact sheet is known, since no record can be read; see --verify true.")
+    tasks = [(shard, members, store) for shard, _, members in chosen]
+    frames = partial(some_frames, count=_FRAMES)
     strips = []
-    for shard, key, members in chosen:
-        try:
-            indices = read_json(shard, members, store)["indices"]
-            picked = [indices[i] for i in _evenly(len(indices))]
-            video = decode_video(read_clip(shard, members, store), picked)
-            strips.append((_title(key, read_member(shard, members["txt"], store).decode()), video))
-        except (ValueError, KeyError, OSError) as error:
-            strips.append((_title(key, str(error)), np.full((1, 36, 36 * _FRAMES, 3), 200, np.uint8)))
+    for (_, key, _), found in zip(chosen, guarded.map(frames, tasks), strict=True):
+        if isinstance(found, Failure):
+            found = found.reason, np.full((1, 36, 36 * _FRAMES, 3), 200, np.uint8)
+        strips.append((_title(key, found[0]), found[1]))
     _draw(strips, path)
 
 
@@ -67,7 +70,7 @@ def draw_latents(chosen: Sequence[Placed], store: Store, path: Path) -> None:
             caption = read_json(shard, members, store).get("caption", "")
         except (ValueError, KeyError, OSError, SafetensorError):
             continue  # without colours of its own it has no place on the sheet; `verify` names it
-        latents.append(np.nan_to_num(mean[:, _evenly(mean.shape[1])]))
+        latents.append(np.nan_to_num(mean[:, evenly(mean.shape[1], _FRAMES)]))
         titles.append(_title(key, caption))
     if not latents:
         raise ValueError("none of the latents that were chosen for the contact sheet can be read; see --verify true.")
@@ -81,10 +84,6 @@ def draw_latents(chosen: Sequence[Placed], store: Store, path: Path) -> None:
         scaled = (colours - low) / np.maximum(high - low, 1e-9)
         strips.append((title, (255 * scaled.clip(0, 1)).astype(np.uint8)))
     _draw(strips, path)
-
-
-def _evenly(length: int) -> list[int]:
-    return np.linspace(0, length - 1, min(_FRAMES, length)).round().astype(int).tolist()
 
 
 def _title(key: str, caption: str) -> str:

@@ -4,6 +4,7 @@ Legend: C latent channels, F latent frames, H W latent grid, T video frames, L t
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,10 @@ from rich.progress import track
 from rich.table import Table
 from safetensors import SafetensorError
 
+from data.clips.workers import Guarded
 from data.inspect.contact import draw_latents, draw_videos
 from data.inspect.verify import verify_shards
-from data.shards import LATENT_FORMAT, VIDEO_FORMAT, read_index, read_json, read_member, read_samples
+from data.shards import FACTS, LATENT_FORMAT, VIDEO_FORMAT, read_index, read_json, read_member, read_samples
 from data.storage.archive import Members
 from data.storage.store import Store, expand, join
 from data.stream.latents import LatentDataset
@@ -47,7 +49,7 @@ def inspect(
         verify: also compare every checksum and every place with the archives, and read every sample; each fault is
             printed.
         contact_sheet: PNG to write: frames of some clips with their captions, or latents in three colours.
-        processes: that decode clips to verify them; None takes one for each core.
+        processes: that decode clips to show or verify them; None takes one for each core.
         deadline: seconds that one clip may take to decode.
 
     Raises:
@@ -73,8 +75,12 @@ def inspect(
         for doubt in doubts:
             console.print(f"[bold red]normalisation in doubt:[/] {doubt}")
     if contact_sheet is not None:
-        draw = draw_videos if videos else draw_latents
-        draw(_spread_over(sources, store, 16), store, Path(contact_sheet))
+        shown = _spread_over(sources, store, 16)
+        if videos:
+            with Guarded(min(processes or os.cpu_count() or 1, len(shown) or 1), deadline) as guarded:
+                draw_videos(shown, store, Path(contact_sheet), guarded)
+        else:
+            draw_latents(shown, store, Path(contact_sheet))
         console.print(f"contact sheet: {contact_sheet}", markup=False)
     if verify:
         found = 0
@@ -178,7 +184,8 @@ def _none_of(answers: Sequence[tuple[Any, str | None]]) -> str:
 def _video_facts(chosen: Sequence[Placed], store: Store) -> Table:
     def read(placed: Placed) -> tuple[dict[str, Any], str]:
         shard, _, members = placed
-        return read_json(shard, members, store), read_member(shard, members["txt"], store).decode()
+        facts, caption = read_json(shard, members, store), read_member(shard, members["txt"], store).decode()
+        return {name: facts[name] for name in FACTS}, caption
 
     answers = list(_read_all(chosen, read))
     read_well = [answer for answer, fault in answers if fault is None]
@@ -203,22 +210,24 @@ def _latent_facts(sources: Sequence[Source], chosen: Sequence[Placed], store: St
     """Statistics per channel of normalised latents, and what is wrong with them."""
     dataset, index = LatentDataset(sources, store=store), sources[0].index
 
-    def read(placed: Placed) -> tuple[NDArray[np.float64], int]:
+    def read(placed: Placed) -> tuple[NDArray[np.float64], int, int]:
         sample = dataset.load(*placed, uid=0)
         values = sample.latent.double().flatten(1).numpy()
-        return np.stack([values.mean(axis=1), np.square(values).mean(axis=1)]), len(sample.text)
+        moments = np.stack([values.mean(axis=1), np.square(values).mean(axis=1)])
+        return moments, len(sample.text), 6 * (sample.latent.shape[1] - 1) + 1
 
     answers = list(track(_read_all(chosen, read), description="latents", total=len(chosen), transient=True))
     read_well = [answer for answer, fault in answers if fault is None]
     if not read_well:
         return _rows("latents", {"unreadable": _none_of(answers)}), []
     # Each sample counts the same, so that one bucket of long clips does not speak for all.
-    mean, square = np.mean([moments for moments, _ in read_well], axis=0)
+    mean, square = np.mean([moments for moments, _, _ in read_well], axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 0))
-    lengths = [length for _, length in read_well]
+    lengths = [length for _, length, _ in read_well]
     rows: dict[str, Any] = {
         "samples read": f"{len(read_well)}, {len(answers) - len(read_well)} unreadable",
-        "caption length (least / median / most)": _spread(lengths, " tokens"),
+        "frames of a clip (least / median / most)": _spread([frames for _, _, frames in read_well]),
+        "caption length": _spread(lengths, " tokens"),
         "empty captions": sum(length == 0 for length in lengths),
     }
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):

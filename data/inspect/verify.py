@@ -8,9 +8,10 @@ from typing import Any
 from rich.progress import Progress
 from safetensors import SafetensorError
 
-from data.clips.video import decode_video
+from data.bucket import Bucket
 from data.clips.workers import Failure, Guarded
-from data.shards import VIDEO_FORMAT, read_clip, read_json, read_member, read_samples
+from data.inspect.decode import check_clip
+from data.shards import VIDEO_FORMAT, read_samples
 from data.storage.archive import Members, Scan, scan_tar
 from data.storage.store import Store, join
 from data.stream.latents import LatentDataset
@@ -40,20 +41,20 @@ def verify_shards(
                 progress.advance(task, entry["samples"])
 
 
-#: Local copy of a shard, its samples -> faults.
-_Check = Callable[[str, list[tuple[str, Members]], Store], Iterable[str]]
+#: Local copy of a shard, its bucket, its samples -> faults.
+_Check = Callable[[str, Bucket, list[tuple[str, Members]], Store], Iterable[str]]
 
 
 def _verify(folder: str, entry: Mapping[str, Any], store: Store, check: _Check) -> Iterator[str]:
     shard = join(folder, entry["name"])
     try:
-        samples = read_samples(folder, entry["name"], store)
+        samples, bucket = read_samples(folder, entry["name"], store), Bucket.parse(entry["bucket"])
         with store.local(shard) as path:
             if _sha256(path) != entry["sha256"]:
                 yield f"{shard}: its checksum differs from the index"
             scan = scan_tar(path)
             yield from (f"{shard}: {fault}" for fault in _places(scan, samples, entry["samples"]))
-            yield from (f"{shard}: {fault}" for fault in check(str(path), samples, store))
+            yield from (f"{shard}: {fault}" for fault in check(str(path), bucket, samples, store))
     except (ValueError, OSError) as error:
         yield f"{shard}: {error}"
 
@@ -89,8 +90,8 @@ def _places(scan: Scan, samples: list[tuple[str, Members]], expected: int) -> It
 
 
 def _clips(guarded: Guarded) -> _Check:
-    def check(path: str, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
-        answers = guarded.map(_decode, [(path, members, store) for _, members in samples])
+    def check(path: str, bucket: Bucket, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
+        answers = guarded.map(check_clip, [(path, bucket, members, store) for _, members in samples])
         for (key, _), answer in zip(samples, answers, strict=True):
             if isinstance(answer, Failure):
                 yield f"{key}: {answer.reason}"
@@ -98,20 +99,14 @@ def _clips(guarded: Guarded) -> _Check:
     return check
 
 
-def _decode(task: tuple[str, Members, Store]) -> None:
-    """In a process that can be killed."""
-    path, members, store = task
-    facts = read_json(path, members, store)
-    read_member(path, members["txt"], store).decode()
-    decode_video(read_clip(path, members, store), facts["indices"])
-
-
 def _latents(dataset: LatentDataset) -> _Check:
-    def check(path: str, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
+    def check(path: str, bucket: Bucket, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
         for key, members in samples:
             try:
-                dataset.load(path, key, members, uid=0)
-            except (ValueError, KeyError, OSError, SafetensorError) as error:
+                dataset.load(path, key, members, uid=0, bucket=bucket)
+            except KeyError as error:
+                yield f"{key}: lacks {error}"
+            except (ValueError, OSError, SafetensorError) as error:
                 yield f"{key}: {error}"
 
     return check

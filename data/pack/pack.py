@@ -135,7 +135,7 @@ def pack(
             drop_duplicates=duplicates == "drop",
         )  # fmt: skip
         faults, filtered = _write_lists(out, survey, plan)
-        check_fault_share(faults, listing.clips, max_fault_share, src, MEND)
+        check_fault_share(faults, listing.clips, max_fault_share, src, MEND, out / "faults.jsonl")
         if not plan.samples:
             raise ValueError(
                 f"nothing is left of the {listing.clips} clips in {src}: {len(faults)} are faulty, filtered are "
@@ -193,6 +193,10 @@ class Writing:
             kept = len(self.plan.shards) - len(missing)
             print(f"{self.folder.folder}: {kept} of {len(self.plan.shards)} shards are finished already and are kept")
         stop, own = threading.Event(), threading.local()
+
+        def check() -> None:
+            check_fault_share([*faults, *late], clips, limit, where, MEND, self.folder.folder / "faults.jsonl")
+
         with ExitStack() as stack, ThreadPoolExecutor(self.processes) as threads:
 
             def write(name: str) -> list[Fault]:
@@ -205,12 +209,12 @@ class Writing:
             try:
                 for done in as_completed([threads.submit(write, name) for name in missing]):
                     late += done.result()
-                    check_fault_share([*faults, *late], clips, limit, where, MEND)
+                    check()
             except BaseException:
                 stop.set()
                 threads.shutdown(wait=True, cancel_futures=True)
                 raise
-        check_fault_share([*faults, *late], clips, limit, where, MEND)
+        check()
         return len(late)
 
     def _write(self, name: str, filler: Filler, stop: threading.Event, advance: Any) -> list[Fault]:
@@ -292,7 +296,11 @@ def _write_lists(out: Path, survey: Survey, plan: Plan) -> tuple[list[Fault], Co
     part = beside(out / "duplicates.jsonl")
     try:
         with part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in plan.duplicates)
+            for twin in plan.duplicates:
+                line = {"key": twin.key, "same_as": twin.same_as, "kind": twin.kind}
+                # Keys do not tell a.mov from a.mp4.
+                line |= {"source": survey.row(*twin.place)["source"], "first": survey.row(*twin.first)["source"]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         put_in_place(part, out / "duplicates.jsonl")
     finally:
         part.unlink(missing_ok=True)
@@ -309,6 +317,6 @@ def _summary(out: Path, index: dict[str, Any], filtered: Counter[str], plan: Pla
     for name, counts in index["buckets"].items():
         yield f"  {name}: {counts['samples']} samples in {counts['shards']} shards"
     yield f"  filtered: {_counts(filtered)}"
-    kinds = Counter(line["kind"] for line in plan.duplicates)
+    kinds = Counter(twin.kind for twin in plan.duplicates)
     yield f"  duplicates: {kinds['content']} of content, {kinds['key']} of key"
     yield f"  faults: {faults}"

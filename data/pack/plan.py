@@ -33,12 +33,33 @@ class Sample(NamedTuple):
     bytes: int
 
 
+class Duplicate(NamedTuple):
+    """A sample that is there twice.
+
+    Args:
+        key: of the second.
+        same_as: key of the first.
+        kind: what they have in common, `key` or `content`.
+        place: file and offset of the second's line in the journal.
+        first: likewise of the first.
+    """
+
+    key: str
+    same_as: str
+    kind: str
+    place: tuple[int, int]
+    first: tuple[int, int]
+
+
 class _Clip(NamedTuple):
     key: str
     chunk: int
     offset: int
     digest: bytes
     windows: tuple[tuple[int, int], ...]  # (bucket, bytes)
+
+    def twice(self, key: str, kind: str, first: "_Clip", same_as: str) -> Duplicate:
+        return Duplicate(key, same_as, kind, (self.chunk, self.offset), (first.chunk, first.offset))
 
 
 @dataclass
@@ -47,12 +68,12 @@ class Plan:
 
     Args:
         shards: name -> bucket and samples in their order.
-        duplicates: lines of `duplicates.jsonl`.
+        duplicates: keys and contents that are there twice, in the order of the keys.
         digest: changes with any sample that is planned.
     """
 
     shards: dict[str, tuple[Bucket, Sequence[Sample]]] = field(default_factory=dict)
-    duplicates: list[dict[str, str]] = field(default_factory=list)
+    duplicates: list[Duplicate] = field(default_factory=list)
     digest: str = ""
 
     @property
@@ -129,26 +150,26 @@ def make_plan(
     clips.sort(key=lambda clip: (clip.key, clip.chunk, clip.offset))
     plan = Plan()
     samples: list[list[Sample]] = [[] for _ in buckets]
-    first_of: dict[bytes, str] = {}
-    taken: str | None = None
+    first_of: dict[bytes, _Clip] = {}
+    taken: _Clip | None = None
     digest = hashlib.sha256()
     # Only such a name can be that of another clip's window.
-    names = {clip.key for clip in clips if len(clip.windows) == 1 and _WINDOW_NAME.search(clip.key)}
+    names = {clip.key: clip for clip in reversed(clips) if len(clip.windows) == 1 and _WINDOW_NAME.search(clip.key)}
     for clip in clips:
-        if clip.key == taken:
-            plan.duplicates.append({"key": clip.key, "same_as": clip.key, "kind": "key"})
+        if taken is not None and clip.key == taken.key:
+            plan.duplicates.append(clip.twice(clip.key, "key", taken, clip.key))
             continue
-        taken = clip.key
-        original = first_of.setdefault(clip.digest, clip.key)
-        if original != clip.key:
-            plan.duplicates.append({"key": clip.key, "same_as": original, "kind": "content"})
+        taken = clip
+        original = first_of.setdefault(clip.digest, clip)
+        if original is not clip:
+            plan.duplicates.append(clip.twice(clip.key, "content", original, original.key))
             if drop_duplicates:
                 continue
         digest.update(json.dumps([clip.key, clip.digest.hex(), clip.windows]).encode())
         for window, (bucket, size) in enumerate(clip.windows):
             key = clip.key if len(clip.windows) == 1 else f"{clip.key}--w{window:03d}"
             if len(clip.windows) > 1 and key in names:
-                plan.duplicates.append({"key": key, "same_as": key, "kind": "key"})
+                plan.duplicates.append(clip.twice(key, "key", names[key], key))
                 continue
             samples[bucket].append(Sample(key, clip.chunk, clip.offset, window, size))
     for bucket_of, planned in zip(buckets, samples, strict=True):

@@ -25,7 +25,7 @@ from data.clips.workers import Failure, Guarded
 from data.pack.entries import Entry, Piece, printable
 from data.pack.sources import Source
 from data.pack.windows import Cutting, Filters
-from data.shards import Fault, check_fault_share
+from data.shards import FACTS, Fault, check_fault_share
 from data.storage.archive import refusal
 from data.storage.files import sha256, write_json, write_text
 from data.storage.store import Store, StoreError
@@ -34,8 +34,6 @@ from data.storage.store import Store, StoreError
 CHUNK = 256
 #: What can be done about too many faults: a survey is of one source as it was.
 MEND = "Raise max_fault_share to go on without them; or mend or remove them and pack into another folder."
-#: What is said of a clip in its JSON.
-FACTS = ("codec", "frames", "fps", "height", "width", "duration")
 
 Row = dict[str, Any]
 
@@ -245,9 +243,11 @@ class Survey:
             limit: share of faults that stops the survey.
 
         Raises:
-            ValueError: if more than `limit` of the clips are faults, or the source changed while it was read.
+            ValueError: if more than `limit` of the clips are faults (`faults.jsonl` then has those that were found), or
+                the source changed while it was read.
         """
         faults: list[Fault] = []
+        listing = self.folder.parent / "faults.jsonl"
         drawn: deque[tuple[int, Entry, bool]] = deque()  # (chunk, entry, whether it ends its chunk)
         kept: deque[int] = deque()
         seen = 0
@@ -281,10 +281,10 @@ class Survey:
                     # ASCII: names of files may be what no UTF-8 is.
                     write_text(self._path(chunk), "".join(json.dumps(row) + "\n" for row in rows))
                     rows.clear()
-                check_fault_share(faults, clips, limit, where, MEND)
+                check_fault_share(faults, clips, limit, where, MEND, listing)
                 yield 1 + _drain(kept)
         yield _drain(kept)
-        check_fault_share(faults, clips, limit, where, MEND)
+        check_fault_share(faults, clips, limit, where, MEND, listing)
         if seen != clips:
             raise ValueError(f"the source listed {clips} clips and then {seen}; expected one that does not change.")
         write_json(self.folder / "done.json", {"clips": clips})

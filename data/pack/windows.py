@@ -137,7 +137,9 @@ class Cutting:
         count = bucket.frames
         if self.window == "middle":
             spare = len(times) - count if self.fps is None else times[-1] - (count - 1) / self.fps
-            starts = [max(0.0, spare / 2)]
+            half = max(0.0, spare / 2)
+            # On a frame: half a frame off, all of a clip's own rate would be ties, which rounded times break at random.
+            starts = [half if self.fps is None else float(times[np.searchsorted(times, half + 1e-9, side="right") - 1])]
         else:
             step = count if self.fps is None else count / self.fps
             end = len(times) if self.fps is None else times[-1] + 1 / self.fps

@@ -50,18 +50,20 @@ def is_pipe(location: str) -> bool:
     return location.startswith(("pipe:", "|")) or location.rstrip().endswith("|")
 
 
-def check_location(location: str, *, allow_pipe: bool = False) -> None:
+def check_location(location: str, *, allow_pipe: bool | None = None) -> None:
     """Refuses what is code, and schemes that nothing here reads.
+
+    Args:
+        location: path, URL or command.
+        allow_pipe: whether a command is let pass; None where none ever is.
 
     Raises:
         ValueError: for a command that was not allowed, a chain of file systems, or an unknown scheme.
     """
     if is_pipe(location):
         if not allow_pipe:
-            raise ValueError(
-                f"got {location!r}, a command; shards are data, never code. Give a path or URL, or --allow_pipe true "
-                "if you trust where this name comes from."
-            )
+            advice = "" if allow_pipe is None else ", or --allow_pipe true if you trust where this name comes from"
+            raise ValueError(f"got {location!r}, a command; data are never code. Give a path or URL{advice}.")
         return
     scheme = _scheme(location)
     if "::" in location and scheme != "file":

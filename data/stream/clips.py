@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.bucket import Bucket
+from data.clips.fence import Fenced
 from data.clips.video import decode_video
 from data.shards import VIDEO_FORMAT, Members, read_clip, read_json, read_member
 from data.storage.store import Store
@@ -61,17 +63,24 @@ class ClipBatch:
         return replace(self, videos=self.videos.pin_memory())
 
 
-def read_window(shard: str, members: Members, store: Store, frames: int) -> list[int]:
-    """The first `frames` frame indices of a clip's window.
+def read_window(shard: str, members: Members, store: Store, frames: int | None = None) -> list[int]:
+    """The first `frames` frame indices of a clip's window; all of them without.
 
     Raises:
         ValueError: if its facts hold no such window.
     """
     indices = read_json(shard, members, store).get("indices")
-    if not isinstance(indices, list) or len(indices) < frames or not all(type(i) is int and i >= 0 for i in indices):
+    least = frames or 1
+    if not isinstance(indices, list) or len(indices) < least or not all(type(i) is int and i >= 0 for i in indices):
         held = f"of {len(indices)}" if isinstance(indices, list) else "without"
-        raise ValueError(f"its json holds a window {held} frame indices, expected {frames} or more")
+        raise ValueError(f"its json holds a window {held} frame indices, expected {least} or more")
     return indices[:frames]
+
+
+def _decode(task: tuple[bytes, list[int], int, int]) -> NDArray[np.uint8]:
+    """(T, H, W, 3) of (clip, indices, H, W), in a process that can be killed."""
+    content, indices, height, width = task
+    return np.ascontiguousarray(decode_video(content, indices, height, width))
 
 
 class ClipDataset(ShardDataset[Clip]):
@@ -81,10 +90,19 @@ class ClipDataset(ShardDataset[Clip]):
         locations: of video shards.
         store: that reads them.
         max_fault_share: share of clips that may be damaged.
+        deadline: seconds that decoding a clip may take.
     """
 
-    def __init__(self, locations: Sequence[Any], *, store: Store | None = None, max_fault_share: float = 0.01) -> None:
+    def __init__(
+        self,
+        locations: Sequence[Any],
+        *,
+        store: Store | None = None,
+        max_fault_share: float = 0.01,
+        deadline: float = 60.0,
+    ) -> None:
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
+        self._fenced = Fenced(deadline)
 
     def load(self, shard: str, key: str, members: Members, uid: int, bucket: Bucket | None = None) -> Clip:
         """One clip.
@@ -94,9 +112,10 @@ class ClipDataset(ShardDataset[Clip]):
         """
         bucket = bucket or Bucket.parse(str(read_json(shard, members, self.store).get("bucket")))
         window = read_window(shard, members, self.store, bucket.frames)
-        video = decode_video(read_clip(shard, members, self.store), window, bucket.height, bucket.width)
+        clip = read_clip(shard, members, self.store)
+        video = self._fenced(_decode, (clip, window, bucket.height, bucket.width))
         caption = read_member(shard, members["txt"], self.store).decode()
-        return Clip(torch.from_numpy(np.ascontiguousarray(video)), caption, key, uid)
+        return Clip(torch.from_numpy(video), caption, key, uid)
 
     def mark(self, sample: Clip, faults: int, counts: bool) -> None:
         sample.faults, sample.counts = faults, counts
@@ -114,6 +133,7 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
         width: likewise.
         store: that reads them.
         max_fault_share: share of clips that may be damaged.
+        deadline: seconds that decoding a clip may take.
     """
 
     grouped = False
@@ -127,8 +147,10 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
         width: int,
         store: Store | None = None,
         max_fault_share: float = 0.01,
+        deadline: float = 60.0,
     ) -> None:
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
+        self._fenced = Fenced(deadline)
         self.frames, self.height, self.width = frames, height, width
         short = sorted({b.name for b in self.buckets if b.frames < frames})
         if short:
@@ -141,7 +163,7 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
             ValueError, KeyError, OSError: if it cannot be read or decoded.
         """
         window = read_window(shard, members, self.store, self.frames)
-        video = decode_video(read_clip(shard, members, self.store), window, self.height, self.width)
+        video = self._fenced(_decode, (read_clip(shard, members, self.store), window, self.height, self.width))
         # In numpy: torch would use all cores for a small array, and several loaders then fight over them.
         pixels = np.ascontiguousarray(video.transpose(3, 0, 1, 2), dtype=np.float32) / np.float32(127.5) - np.float32(1)
         caption = read_member(shard, members["txt"], self.store).decode()

@@ -56,6 +56,7 @@ def test_above_the_share_the_run_stops_and_the_shard_that_went_above_is_not_fini
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")  # from the first shard on
     with pytest.raises(ValueError, match=r"2 of 7 items .* max_fault_share 0\.2 .*clip-1: "):
         encode(str(spoiled), tmp_path, base=base, batch_size=2, max_fault_share=0.2)
+    assert [fault["key"] for fault in faults_of(tmp_path)] == ["clip-1", "clip-3"]
     assert not (tmp_path / "index.json").exists()
     assert [path.name for path in (tmp_path / "records").iterdir()] == [f"{FIRST[:-4]}.json"]
     assert [name for name in files(tmp_path) if name.endswith(".part")] == []

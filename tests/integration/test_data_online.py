@@ -1,6 +1,12 @@
 """Clips that are encoded in the step: the same batches as those of latents that were encoded beforehand."""
 
+import hashlib
+import json
+import os
 import shutil
+import signal
+import sys
+import time
 
 import pytest
 import torch
@@ -125,6 +131,50 @@ def test_a_fit_trains_on_them_and_a_damaged_clip_costs_itself(shards, base, tmp_
     assert sum(batch.faults for batch in module.batches) == 1
     assert "clip-05" in (tmp_path / "run" / "faults.jsonl").read_text()
     assert all(torch.isfinite(batch.latents).all() and not batch.latents.is_inference() for batch in module.batches)
+
+
+def spoil(monkeypatch, disaster):
+    """The decoder meets a disaster in one clip."""
+
+    def decode(content, indices, height, width):
+        video = decode_video(content, indices, height, width)
+        if digest(content) == bad:
+            disaster()
+        return video
+
+    bad = None
+    monkeypatch.setattr("data.stream.clips.decode_video", decode)
+
+    def choose(shards, key):
+        nonlocal bad
+        members = dict(read_samples(str(shards), "7x32x48-000000.tar", STORE))[key]
+        bad = digest(read_clip(f"{shards}/7x32x48-000000.tar", members, STORE))
+
+    return choose
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="decoders are fenced on Linux")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("disaster", "reason"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "its process was killed"),
+        (lambda: time.sleep(600), "took longer than 2 s"),
+    ],
+)
+def test_a_decoder_that_hangs_or_crashes_costs_its_clip(shards, base, monkeypatch, tmp_path, workers, disaster, reason):
+    spoil(monkeypatch, disaster)(shards, "clip-06")
+    data = online(shards, base, passes=1, num_workers=workers, max_fault_share=0.1, deadline=2.0)
+    data.check()
+    data._faults.path = tmp_path / "faults.jsonl"
+    batches = list(data.train_dataloader())
+    assert sum(clip.faults for batch in batches for clip in batch.clips) == 1
+    [fault] = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    assert fault["key"] == "clip-06" and reason in fault["reason"]
 
 
 def test_what_cannot_be_is_refused_at_once(shards, base, latents, tmp_path):

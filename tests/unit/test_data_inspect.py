@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import warnings
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data.inspect.contact import _choose_fonts, _drawable
+from data.clips.workers import Guarded
+from data.inspect.contact import _choose_fonts, _drawable, draw_videos
 from data.inspect.inspect import inspect, normalisation_doubts
 from data.pack.pack import pack
-from data.shards import record_name
+from data.shards import read_samples, record_name
+from data.storage.store import Store
 from data.synth.synth import synth
+from launch.main import main
 from tests.latents import write_latents
 from tests.webstore import WebStore
 
@@ -55,6 +59,11 @@ def test_video_shards_and_their_sheet(videos, tmp_path, capsys):
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100  # pictures, not an empty page
 
 
+def test_the_command_verifies_by_a_switch_alone(videos, capsys):
+    main(["inspect", "--verify", str(videos), "--processes", "1"])
+    assert "verified: 2 checksums, 5 samples" in said(capsys)
+
+
 def test_remote_shards_say_the_same(videos, capsys):
     inspect(str(videos), verify=True, processes=1)
     local = capsys.readouterr().out
@@ -69,6 +78,7 @@ def test_latent_shards_and_their_sheet(tmp_path, capsys):
     out = said(capsys)
     assert "bucket 7x128x128" in out and "6 samples (75.0%)" in out and "verified" in out
     assert "in doubt" not in out and "expected about" not in out and "channel 4, normalised" in out
+    assert "frames of a clip (least / median / most) │ 7 / 7 / 19" in out
     assert Image.open(tmp_path / "sheet.png").width > 500
 
 
@@ -224,3 +234,50 @@ def test_a_clip_that_does_not_decode_is_named_by_verify(videos, tmp_path, capsys
     with pytest.raises(ValueError, match="faults"):
         inspect(str(tmp_path / "v"), verify=True, processes=1)
     assert f"{key}: clip of {size} bytes cannot be decoded" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda members, raw: members.pop("txt"), "no caption"),
+        (lambda members, raw: raw.__setitem__(slice(None), raw.replace(b'"indices"', b'"indicez"')), "window without"),
+        (lambda members, raw: raw.__setitem__(slice(None), raw.replace(b", 5, 6]", b", 5   ]")), "window of 6"),
+    ],
+)
+def test_a_clip_that_lacks_a_part_is_a_fault_and_no_crash(videos, tmp_path, capsys, damage, reason):
+    shutil.copytree(videos, tmp_path / "v")
+    shard, record = tmp_path / "v" / "7x32x32-000000.tar", tmp_path / "v" / record_name("7x32x32-000000.tar")
+    facts, raw = json.loads(record.read_text()), bytearray(shard.read_bytes())
+    damage(facts["samples"][0][1], raw)
+    record.write_text(json.dumps(facts))
+    shard.chmod(0o644)
+    shard.write_bytes(raw)
+    with pytest.raises(ValueError, match="faults"):
+        inspect(str(tmp_path / "v"), verify=True, contact_sheet=tmp_path / "sheet.png", processes=1)
+    assert reason in said(capsys) and (tmp_path / "sheet.png").is_file()
+
+
+def test_a_latent_of_another_bucket_is_named_by_verify(tmp_path, capsys):
+    folder = write_latents(tmp_path / "l", [("7x32x32", 2), ("7x32x48", 2), ("7x32x48", 2)])
+    index = tmp_path / "l" / "index.json"
+    facts = json.loads(index.read_text())
+    facts["shards"][1]["bucket"] = "7x32x32"
+    index.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="2 faults"):
+        inspect(folder, verify=True)
+    assert "clip-02: its latent is (2, 2, 4, 6)" in said(capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a clip that hangs is a pipe")
+def test_a_clip_that_hangs_does_not_keep_the_sheet_waiting(videos, tmp_path, capsys):
+    shutil.copytree(videos, tmp_path / "v")
+    shard = tmp_path / "v" / "7x32x32-000000.tar"
+    shard.unlink()
+    os.mkfifo(shard)  # nobody ever writes to it
+    facts = [(f"{tmp_path / 'v'}/{name}", *sample) for name in ("7x32x32-000000.tar", "7x32x32-000001.tar")
+             for sample in read_samples(str(tmp_path / "v"), name, Store())]  # fmt: skip
+    with Guarded(1, deadline=2.0) as guarded:
+        draw_videos([facts[0], facts[-1]], Store(), tmp_path / "sheet.png", guarded)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100  # of the other clip

@@ -122,8 +122,10 @@ def test_too_many_faults_stop_the_run_and_leave_no_index(clips, tmp_path, monkey
     monkeypatch.setattr("data.pack.survey.CHUNK", 2)
     (clips / "clip-000001.mp4").write_bytes(b"not a video")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"1 of 7 items .* more than max_fault_share 0.01 .*clip-000001"):
+        with pytest.raises(ValueError, match=r"1 of 7 items .* more than max_fault_share 0.01 .*clip-000001.*faults"):
             run(clips, tmp_path / "out")
+        [fault] = lines(tmp_path / "out" / "faults.jsonl")
+        assert fault["key"] == "clip-000001" and "cannot be decoded" in fault["reason"]
         assert not (tmp_path / "out" / "index.json").exists()
     # It stops as soon as there are too many: nothing of the last clips is known.
     assert not (tmp_path / "out" / "survey" / "000003.jsonl").exists()

@@ -13,7 +13,7 @@ from data.bucket import Bucket
 from data.clips.video import decode_video, write_video
 from data.pack.pack import pack
 from data.pack.plan import cut, make_plan
-from data.pack.windows import Cutting
+from data.pack.windows import WINDOWS, Cutting
 from data.synth.synth import synth
 
 SMALL = ["7x32x32"]
@@ -106,6 +106,17 @@ def test_windows():
     assert Cutting((Bucket(7, 64, 64),), upscale=True).windows(**at) == [(Bucket(7, 64, 64), list(range(7)))]
 
 
+@pytest.mark.parametrize("frames", [37, 38, 300, 1000])
+@pytest.mark.parametrize("rate", [24.0, 30000 / 1001, 24000 / 1001])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_at_a_clips_own_rate_no_frame_comes_twice_or_is_passed_over(frames, rate, window):
+    times = np.round(np.arange(frames) / rate * 90_000) / 90_000  # as containers keep them
+    found = Cutting((Bucket(19, 64, 64),), rate, window).windows(times, 64, 64)
+    assert len(found) == (frames // 19 if window == "all" else 1)
+    for _, indices in found:
+        assert indices == list(range(indices[0], indices[0] + 19))
+
+
 def test_a_long_clip_gives_windows_that_show_the_same_pictures(tmp_path):
     source = tmp_path / "clips" / "long.mp4"
     write_video(source, moving(60), 12)
@@ -155,9 +166,12 @@ def test_duplicates_are_reported_and_dropped_if_asked(clips, tmp_path, duplicate
     index = run(clips, tmp_path / "out", duplicates=duplicates)
     # By its path, clip-000001.mov comes before clip-000001.mp4, and has its key; it shows what clip-000003.mp4 does.
     assert lines(tmp_path / "out" / "duplicates.jsonl") == [
-        {"key": "clip-000001", "same_as": "clip-000001", "kind": "key"},
-        {"key": "clip-000003", "same_as": "clip-000001", "kind": "content"},
-        {"key": "clip-000005", "same_as": "clip-000002", "kind": "content"},
+        {"key": key, "same_as": same, "kind": kind, "source": source, "first": first}
+        for key, same, kind, source, first in [
+            ("clip-000001", "clip-000001", "key", "clip-000001.mp4", "clip-000001.mov"),
+            ("clip-000003", "clip-000001", "content", "clip-000003.mp4", "clip-000001.mov"),
+            ("clip-000005", "clip-000002", "content", "clip-000005.mp4", "clip-000002.mp4"),
+        ]
     ]
     assert index["samples"] == (7 if duplicates == "keep" else 5) and index["faults"] == 0
     assert Counter(s["__key__"] for s in samples(tmp_path / "out")).most_common(1)[0][1] == 1
@@ -193,14 +207,14 @@ def test_a_plan_loses_nothing_keeps_the_order_and_its_bounds(rows, shard_bytes, 
     # What is not there is reported: keys that are taken, and content if that is to be dropped.
     keys = [s.key for part in planned.values() for s in part]
     assert len(keys) == len(set(keys))
-    left_out = [d for d in plan.duplicates if d["kind"] == "key" or drop]
+    left_out = [d for d in plan.duplicates if d.kind == "key" or drop]
     if not left_out:
         assert len(seen) == sum(len(row["windows"]) for _, row in usable)
     first_of = {}
     for number, row in usable:
         first_of.setdefault(row["key"], number)
     if not drop:
-        clash = {d["key"] for d in plan.duplicates if d["kind"] == "key"}
+        clash = {d.key for d in plan.duplicates if d.kind == "key"}
         for key, number in first_of.items():
             want = {(number, w) for w in range(len(rows[number][3])) if f"{key}--w{w:03d}" not in clash}
             assert want <= set(seen)
@@ -215,7 +229,7 @@ def test_a_clip_may_be_called_like_the_window_of_another():
     plan = make_plan(rows, [Bucket(7, 32, 32)], shard_bytes=10**6, shard_samples=9)
     [(_, planned)] = plan.shards.values()
     assert [(s.key, s.offset, s.window) for s in planned] == [("a--w000", 0, 0), ("a--w001", 1, 0)]
-    assert plan.duplicates == [{"key": "a--w001", "same_as": "a--w001", "kind": "key"}]
+    assert plan.duplicates == [("a--w001", "a--w001", "key", (0, 0), (0, 1))]
 
 
 @given(sizes=st.lists(st.integers(0, 100)), limit=st.integers(1, 300), count=st.integers(1, 9))

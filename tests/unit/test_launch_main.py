@@ -57,6 +57,20 @@ def test_required_arguments_are_positional_and_keyword_only_ones_options(echo, c
     assert capsys.readouterr().out == "a b c 5 ['x, y', 'z']\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["--allow-pipe"], ["--allow_pipe=true"]),
+        (["--verify", "shards"], ["--verify=true", "shards"]),
+        (["--verify", "--deadline", "3"], ["--verify=true", "--deadline", "3"]),
+        (["--verify", "False"], ["--verify", "False"]),
+        (["--verify=false", "a-b", "--shard-bytes=5-0"], ["--verify=false", "a-b", "--shard_bytes=5-0"]),
+    ],
+)
+def test_a_switch_may_stand_alone_and_hyphens_are_taken(given, taken):
+    assert command.spelled_out(given, {"--verify", "--allow_pipe"}) == taken
+
+
 def test_a_missing_option_is_named(echo, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["echo", "a", "b"])
