@@ -111,18 +111,18 @@ def _chunked_masked_attention(
     for start, rows in weight_rows(q, k, chunk=chunk, lengths=lengths):
         here = slice(start, start + rows.shape[2])
         limit = limits[:, :, here] if thresholds.ndim == 3 else limits
-        # Below, not at least: of a row that is no number nothing is removed, as in the reference.
-        gone = rows < torch.minimum(limit, rows.amax(dim=-1, keepdim=True))
+        # "Not below" instead of "at least": a row of NaN loses nothing, as in the reference.
+        keep = (rows < torch.minimum(limit, rows.amax(dim=-1, keepdim=True))).logical_not_()
         if spared is not None:
-            gone.masked_fill_(spared, False)
-        kept = rows.masked_fill(gone, 0.0)
+            keep |= spared
+        kept = rows * keep
         # The removed weights are summed themselves: one minus the kept mass would lose what is below 1e-7.
         lost = rows.sub_(kept).sum(dim=-1, keepdim=True)
-        number = gone.sum(dim=-1, keepdim=True)  # removed weights of each row
+        number = keys - keep.sum(dim=-1, keepdim=True)  # removed weights of each row
         dropped += lost.sum(dim=(-1, -2))
         removed += number.sum(dim=(-1, -2))
         if tail == "mean":
-            kept += gone * (lost / number.clamp(min=1))
+            kept += keep.logical_not_() * (lost / number.clamp(min=1))
         part = float32_matmul(kept, values)
         if renormalise and tail == "zero":
             part = part / torch.where(number > 0, kept.sum(dim=-1, keepdim=True), 1.0)
