@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from trainer.attention import layer_statistics, reference
+from trainer.attention import layer_statistics, log_histogram, reference
 from trainer.attention.masking import masked_attention
 from trainer.attention.quantile import pooled_quantiles
 from trainer.attention.statistics import key_statistics, row_statistics, sink_statistics
@@ -60,6 +60,32 @@ def test_keys(size, dtype, lengths):
     want_mass, want_counts = reference.key_statistics(weights, EPS)
     torch.testing.assert_close(mass.double(), want_mass, rtol=1e-4, atol=1e-7)
     assert (counts - want_counts).abs().sum() <= near(weights, EPS, 2e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bins", [1, 20])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_histograms(size, bins, lengths):
+    q, k, _ = heads(*size)
+    valid = [size[0], max(1, size[0] - 7)] if lengths else None
+    q[0, 0, 0] = math.nan  # counts in the first bin
+    found = log_histogram(q, k, bins=bins, lowest=1e-8, lengths=valid, backend="triton")
+    weights = reference.attention_weights(q, k, None if valid is None else torch.tensor(valid, device=DEVICE))
+    want = reference.log_histogram(weights, bins=bins, lowest=1e-8, lengths=valid)
+    assert torch.equal(found.sum(-1), want.sum(-1)) and found.dtype == torch.int64
+    edges = torch.logspace(-8, 0, bins + 1, dtype=torch.float64)[1:-1].tolist()
+    assert (found - want).abs().sum() <= 2 * near(weights, edges, 2e-5)
+
+
+@pytest.mark.parametrize("h, d", [(24, 128), (12, 128), (40, 128), (30, 64), (48, 64)])
+def test_the_heads_and_widths_of_the_model_families(h, d):
+    q, k, v = heads(17, h, d, torch.bfloat16, batch=1)
+    mass, counts = key_statistics(q, k, eps=(0.3,), backend="triton")
+    weights = reference.attention_weights(q, k)
+    torch.testing.assert_close(mass.double(), weights.sum(2), rtol=1e-4, atol=1e-7)
+    assert (counts - reference.key_statistics(weights, (0.3,))[1]).abs().sum() <= near(weights, (0.3,), 2e-5)
+    out = masked_attention(q, k, v, torch.zeros(1, h, device=DEVICE), backend="triton")[0]
+    torch.testing.assert_close(out.double(), weights @ v.double(), rtol=2e-2, atol=2e-2)
 
 
 def test_counts_are_exact_where_weights_are_far_from_eps():

@@ -149,3 +149,45 @@ def test_everything_is_taken_off_afterwards_also_when_something_raises(room, mak
     else:
         assert not torch.allclose(changed(), before, atol=1e-5)
     assert torch.equal(velocity(room, batch), before)
+
+
+def test_what_is_set_inside_another_gives_it_back(room, make_batch):
+    def broken(q, k, v, call):
+        raise RuntimeError("no attention")
+
+    batch = make_batch((3, 1))
+    before = velocity(room, batch)
+    with room.attention({1: temperature(0.3)}):
+        outer = velocity(room, batch)
+        with room.attention({1: skip_heads([0]), 0: skip_heads([1])}):
+            assert not torch.allclose(velocity(room, batch), outer, atol=1e-4)
+            with pytest.raises(RuntimeError, match="no attention"), room.attention({0: broken}):
+                velocity(room, batch)
+        assert torch.equal(velocity(room, batch), outer)
+        with pytest.raises(ValueError, match="got attention functions"), room.attention({0: skip_heads([1]), 9: None}):
+            pass
+        assert torch.equal(velocity(room, batch), outer)
+    assert torch.equal(velocity(room, batch), before)
+
+
+@pytest.mark.parametrize("function", [temperature(0.3), skip_heads([0])])
+def test_gradients_after_it_is_taken_off_are_those_of_the_forward_pass(room, make_batch, function):
+    batch, time = make_batch((3, 3)), torch.tensor([200.0, 800.0])
+
+    def gradients(checkpoint, inside):
+        room.zero_grad()
+        room.checkpoint_blocks = checkpoint  # the backward pass runs the blocks once more
+        with room.attention({1: function}):
+            loss = room(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths).square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return {name: p.grad.clone() for name, p in room.named_parameters() if p.grad is not None}
+
+    expected = gradients(checkpoint=False, inside=True)
+    for inside in (True, False):
+        got = gradients(checkpoint=True, inside=inside)
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6, msg=name)

@@ -13,8 +13,8 @@ from trainer.attention import frame_offset_mass, log_histogram, pooled_map, refe
 
 @settings(max_examples=80, deadline=None)
 @given(
-    heads_strategy, st.integers(1, 50), st.booleans(), st.sampled_from([1, 7, 64]), st.sampled_from([1e-12, 1e-3, 0.9])
-)
+    heads_strategy, st.integers(1, 50), st.booleans(), st.sampled_from([1, 7, 64]), st.sampled_from([1e-12, 1e-3, 0.9]),
+)  # fmt: skip
 def test_log_histogram_agrees_with_the_float64_reference(drawn, chunk, padded, bins, lowest):
     q, k, _ = draw_heads(*drawn)
     lengths = lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
@@ -38,11 +38,12 @@ def test_log_histogram_of_known_weights():
     assert got[0, 0].tolist() == [40 * 39, 0, 0, 0, 40]  # underflow in the first, 1.0 in the last
 
 
-def test_log_histogram_takes_weights_that_are_no_number():
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_log_histogram_takes_weights_that_are_no_number(backend):
     q, k, _ = draw_heads("random", 3, 1, 2, 10, 16)
-    whole = log_histogram(q, k, bins=5)
+    whole = log_histogram(q, k, bins=5, backend=backend)
     q[0, 0, 2] = torch.nan
-    broken = log_histogram(q, k, bins=5)
+    broken = log_histogram(q, k, bins=5, backend=backend)
     assert broken.sum() == 200 and broken[0, 0, 0] >= 10 and torch.equal(broken[0, 1], whole[0, 1])
 
 
@@ -99,12 +100,40 @@ def test_frame_offsets_count_from_the_query_to_the_key():
     torch.testing.assert_close(uniform * 7 * 6, torch.tensor([4.0, 8.0, 12.0, 8.0, 4.0]))
 
 
+def test_frame_offset_mass_leaves_padding_out():
+    q, k, _ = draw_heads("sharp", 5, 2, 3, 17, 16)
+    lengths = [17, 13]
+    got = frame_offset_mass(q, k, 3, 4, lengths=lengths, chunk=5)
+    for sample, length in enumerate(lengths):
+        own = slice(sample, sample + 1)
+        alone = frame_offset_mass(q[own, :, :length], k[own, :, :length], 3, 4)
+        torch.testing.assert_close(got[own], alone)
+    assert not torch.allclose(got[1], frame_offset_mass(q, k, 3, 4)[1], rtol=1e-3)
+    with pytest.raises(ValueError, match=r"of which \[17, 11\] are valid"):
+        frame_offset_mass(q, k, 3, 4, lengths=[17, 11])
+
+
+@pytest.mark.parametrize("measure", [
+    lambda q, k: pooled_map(q, k, 5, chunk=7),
+    lambda q, k: log_histogram(q, k, chunk=7),
+    lambda q, k: frame_offset_mass(q, k, 3, 4, chunk=7),
+])  # fmt: skip
+def test_autocast_rounds_nothing(measure):
+    q, k, _ = draw_heads("random", 5, 1, 2, 23, 16)
+    plain = measure(q, k)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure(q, k)
+    assert found.dtype == plain.dtype and torch.equal(found, plain)
+
+
 def test_faults_are_named():
     q, k, _ = draw_heads("random", 0, 1, 1, 6, 16)
     with pytest.raises(ValueError, match="got 0 bins"):
         log_histogram(q, k, bins=0)
     with pytest.raises(ValueError, match="got 8 bins from"):
         log_histogram(q, k, bins=8, lowest=1.0)
+    with pytest.raises(ValueError, match="got backend 'fast'"):
+        log_histogram(q, k, backend="fast")
     with pytest.raises(ValueError, match="got size 0"):
         pooled_map(q, k, 0)
     with pytest.raises(ValueError, match="got 3 frames of 3 tokens"):

@@ -276,6 +276,26 @@ def test_lengths_equal_each_sample_alone():
         torch.testing.assert_close(got[2][sample], alone[2][0])
 
 
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+@pytest.mark.parametrize("tail", ["zero", "mean"])
+def test_rows_that_are_no_number_lose_nothing_and_the_others_what_they_would(backend, tail):
+    q, k, v = draws.draw_heads("random", 7, 1, 2, 12, 16)
+    limit, how = torch.full((1, 2), 0.05), {"chunk": 5, "tail": tail, "backend": backend}
+    whole = masked_attention(q, k, v, limit, **how)
+    gone = reference.attention_weights(q, k)[0, 0, 3] < 0.05
+    assert 0 < gone.sum() < 12
+    q[0, 0, 3] = torch.nan
+    out, realised, dropped = masked_attention(q, k, v, limit, **how)
+    assert out[0, 0, 3].isnan().all() and dropped[0, 0].isnan() and not dropped[0, 1].isnan()
+    out[0, 0, 3] = whole[0][0, 0, 3]
+    torch.testing.assert_close(out, whole[0])
+    assert realised[0, 0].item() == pytest.approx(whole[1][0, 0].item() - gone.sum().item() / 144, abs=1e-6)
+    # No number as a threshold: what a quantile of such weights is.
+    out, realised, dropped = masked_attention(q, k, v, torch.tensor([[0.05, torch.nan]]), **how)
+    assert realised[0, 1] == 0 and dropped[0, 1] == 0
+    torch.testing.assert_close(out[0, 1].double(), (reference.attention_weights(q, k) @ v.double())[0, 1])
+
+
 def test_faults_of_the_options_are_named():
     q, k, v = draw_heads(0, 1, 2, 4, 2, 1.0)
     limit = torch.zeros(1, 2)

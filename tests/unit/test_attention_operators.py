@@ -63,6 +63,26 @@ def test_a_compiled_model_holds_masked_attention_in_one_graph(make_transformer, 
     assert not torch.allclose(got, dense, atol=1e-3)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_in_training_may_hold_them_and_has_the_gradients_of_before(compiled):
+    inputs = [t.requires_grad_() for t in heads()]
+
+    def attention(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q * 2, k, v)
+
+    def observed(q, k, v):
+        seen = [*operators.row_statistics(q * 2, k), *operators.key_statistics(q * 2, k, [0.3])]
+        seen.append(operators.pooled_quantiles(q * 2, k, [0.5]))
+        return attention(q, k, v), *seen, *operators.masked_attention(q * 2, k, v, seen[-1][..., 0])
+
+    expected = torch.autograd.grad(attention(*inputs).square().sum(), inputs)
+    run = torch.compile(observed, backend="aot_eager", fullgraph=True) if compiled else observed
+    out, *seen = run(*inputs)
+    assert len(seen) == 9 and not any(t.requires_grad for t in seen)
+    for got, want in zip(torch.autograd.grad(out.square().sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_what_is_refused_is_refused_by_an_operator_too():
     q, k, v = heads()
     with pytest.raises(ValueError, match="got tail 'median'"):

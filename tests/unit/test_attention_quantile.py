@@ -139,14 +139,20 @@ def test_pools_leading_keys_and_valid_tokens_only(drawn, chunk, num_keys, padded
 
 
 @settings(max_examples=60, deadline=None)
-@given(draws.heads_strategy, st.integers(1, 50), st.integers(1, 45))
-def test_row_quantiles_are_each_rows_order_statistic(drawn, chunk, num_keys):
+@given(draws.heads_strategy, st.integers(1, 50), st.integers(1, 45), st.booleans())
+def test_row_quantiles_are_each_rows_order_statistic(drawn, chunk, num_keys, padded):
     q, k, _ = draws.draw_heads(*drawn)
     num_keys = min(num_keys, k.shape[2])
-    got = row_quantiles(q, k, RATIOS, num_keys=num_keys, chunk=chunk)
-    ordered = np.sort(all_weights(q, k, chunk)[..., :num_keys].numpy(), axis=-1)
-    assert torch.equal(got, torch.from_numpy(ordered[..., ranks(RATIOS, num_keys)]))
-    within(got, reference.row_quantiles(reference.attention_weights(q, k), RATIOS, num_keys=num_keys))
+    lengths = draws.lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
+    got = row_quantiles(q, k, RATIOS, num_keys=num_keys, lengths=lengths, chunk=chunk)
+    every = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths)], dim=2)
+    for sample, length in enumerate(lengths or [q.shape[2]] * q.shape[0]):
+        total = min(length, num_keys)
+        ordered = np.sort(every[sample, :, :length, :total].numpy(), axis=-1)
+        assert torch.equal(got[sample, :, :length], torch.from_numpy(ordered[..., ranks(RATIOS, total)]))
+        assert not got[sample, :, length:].any()
+    weights = reference.attention_weights(q, k, lengths)
+    within(got, reference.row_quantiles(weights, RATIOS, num_keys=num_keys, lengths=lengths))
 
 
 @pytest.fixture

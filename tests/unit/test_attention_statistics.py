@@ -164,6 +164,23 @@ def test_single_token():
     assert got.projected_value_norm_ratio is None
 
 
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_lengths_equal_each_sample_alone(backend):
+    q, k, v = (torch.randn(3, 2, 21, 8, generator=torch.Generator().manual_seed(seed)) * 2 for seed in range(3))
+    lengths, projection = [21, 17, 16], torch.randn(2, 8, 12)  # the last without text
+    for t in (q, k, v):
+        t[1, :, 17:] = t[2, :, 16:] = 1e4  # what lies behind may be anything
+    how = {"num_vision": 16, "projection": projection, "backend": backend, "chunk": 4}
+    got = sink_statistics(q, k, v, lengths=torch.tensor(lengths), **how)
+    for sample, length in enumerate(lengths):
+        alone = sink_statistics(*(t[sample : sample + 1, :, :length] for t in (q, k, v)), **how)
+        for name in ("fraction", "key", "text_fraction", "alpha", "alpha_key", "text_alpha", "value_norm_ratio",
+                     "projected_value_norm_ratio"):  # fmt: skip
+            torch.testing.assert_close(getattr(got, name)[sample], getattr(alone, name)[0], msg=name)
+    with pytest.raises(ValueError, match=r"got num_vision 17 for samples of \[21, 17, 16\] tokens"):
+        sink_statistics(q, k, v, lengths=lengths, **how | {"num_vision": 17})
+
+
 def test_chunk_size_does_not_change_results():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 45, 8, generator=generator) * 2 for _ in range(3))

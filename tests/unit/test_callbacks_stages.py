@@ -1,6 +1,8 @@
 """Measurements inside a real fit: which stages, what they leave, and that training is as without them."""
 
+import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -137,6 +139,23 @@ def test_validate_measures_under_its_own_name_every_time(tmp_path, base_folder):
 def test_settings_say_which_stages(tmp_path, base_folder):
     fit(tmp_path, base_folder, [measurements(base_stage=False, every_n_epochs=2)[0]], max_epochs=3)
     assert files(tmp_path, "measurements") == [f"sinks-epoch-{n}.npz" for n in ("000", "002", "003")]
+
+
+@pytest.mark.slow
+def test_each_says_its_share_of_the_epoch_without_the_other_measurements(tmp_path, base_folder, monkeypatch, caplog):
+    observe = SinkFrequency.observe
+    monkeypatch.setattr(SinkFrequency, "observe", lambda *a: time.sleep(0.2) or observe(*a))  # a slow measurement
+    with caplog.at_level("INFO"):
+        fit(tmp_path, base_folder, measurements(), max_epochs=1)
+    said = [record.message for record in caplog.records if "passes of the trunk" in record.message]
+    assert [line.split(":")[0] for line in said if "of the epoch's" in line] == [
+        "sinks at epoch-001", "masking at epoch-001",
+    ]  # fmt: skip
+    number = re.compile(r"probes, ([\d.]+) s, (\d+)% of the epoch's ([\d.]+) s")
+    seconds, shares, epochs = zip(*(map(float, m.groups()) for m in map(number.search, said) if m), strict=True)
+    assert epochs[0] == epochs[1] and seconds[0] > 0.5
+    for spent, share, epoch in zip(seconds, shares, epochs, strict=True):
+        assert (spent - 0.05) / (epoch + 0.05) - 0.01 < share / 100 < (spent + 0.05) / (epoch - 0.05) + 0.01
 
 
 def test_a_measurement_that_raises_leaves_no_trace(tmp_path, base_folder, monkeypatch):

@@ -111,7 +111,8 @@ def _chunked_masked_attention(
     for start, rows in weight_rows(q, k, chunk=chunk, lengths=lengths):
         here = slice(start, start + rows.shape[2])
         limit = limits[:, :, here] if thresholds.ndim == 3 else limits
-        keep = rows >= torch.minimum(limit, rows.amax(dim=-1, keepdim=True))
+        # "Not below" instead of "at least": a row of NaN loses nothing, as in the reference.
+        keep = (rows < torch.minimum(limit, rows.amax(dim=-1, keepdim=True))).logical_not_()
         if spared is not None:
             keep |= spared
         kept = rows * keep

@@ -1,13 +1,13 @@
 """The engine as operators of torch, each with a fake implementation: a compiled model holds them without a graph break.
 
-They take and give what the functions of the same names do, with tensors and plain values alone. Nothing flows back
-through them.
+They take and give what the functions of the same names do, with tensors and plain values alone. Like those, they need
+no gradients of their inputs and give none: nothing flows back through them, and a model that is trained may hold them.
 
 Legend: B batch, N tokens (queries and keys), h heads, d head width, R ratios, E eps values.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,3 +112,15 @@ def _(
     per_head, dtype = q.shape[:2], _float(backend)
     out = v.new_empty((*q.shape[:3], v.shape[-1]))
     return out, q.new_empty(per_head, dtype=dtype), q.new_empty(per_head, dtype=dtype)
+
+
+def _give_no_gradients(ctx: Any, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
+
+
+def _never_asked(ctx: Any, *gradients: Tensor) -> None:
+    raise AssertionError("gradients of outputs that are not differentiable")
+
+
+for _operator in (row_statistics, key_statistics, pooled_quantiles, masked_attention):
+    _operator.register_autograd(_never_asked, setup_context=_give_no_gradients)

@@ -141,6 +141,7 @@ def row_quantiles(
     ratios: Sequence[float],
     *,
     num_keys: int | None = None,
+    lengths: Lengths | None = None,
     backend: str | None = None,
     chunk: int | None = None,
 ) -> Tensor:
@@ -150,20 +151,27 @@ def row_quantiles(
     last bit: its thresholds lie 2^-17 of themselves below the row's weight, which stays with what ties with it.
 
     Returns:
-        (B, h, N, R) float32, each one of the row's weights (Triton: just below it); float64 from the dense back end.
+        (B, h, N, R) float32, each one of the row's weights (Triton: just below it); 0 at queries behind a sample's
+        length; float64 from the dense back end.
 
     Raises:
         ValueError: if shapes do not agree or a ratio is outside 0 .. 1.
     """
     check_heads(q, k)
-    pooled = check_num_keys(num_keys, k.shape[2])
-    wanted = ranks(ratios, pooled)
+    valid, pooled = check_lengths(lengths, q, k), check_num_keys(num_keys, k.shape[2])
+    ranks(ratios, 1)  # refuses ratios before any work
     chosen = choose_backend(backend, q, k)
     if chosen == "dense":
-        return reference.row_quantiles(reference.attention_weights(q, k), ratios, num_keys=pooled)
-    found = torch.empty(*q.shape[:3], len(wanted), device=q.device)
-    for start, rows in weight_rows(q, k, chunk=chunk):
-        found[:, :, start : start + rows.shape[2]] = _sorted(rows[..., :pooled])[..., wanted]
+        weights = reference.attention_weights(q, k, valid)
+        return reference.row_quantiles(weights, ratios, num_keys=pooled, lengths=valid)
+    # Weights of invalid keys are 0, none is smaller: they only move every rank up by their number.
+    counted = [pooled] * len(q) if valid is None else [min(length, pooled) for length in valid.tolist()]
+    wanted = [[pooled - total + r for r in ranks(ratios, total)] for total in counted]
+    rank = torch.tensor(wanted, dtype=torch.int64, device=q.device)[:, None, None]  # (B, 1, 1, R)
+    found = torch.empty(*q.shape[:3], len(ratios), device=q.device)
+    for start, rows in weight_rows(q, k, chunk=chunk, lengths=valid):
+        ordered = _sorted(rows[..., :pooled])
+        found[:, :, start : start + rows.shape[2]] = ordered.gather(3, rank.expand(*rows.shape[:3], -1))
     return found.mul_(1 - _ROUNDING) if chosen == "triton" else found
 
 

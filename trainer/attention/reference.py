@@ -92,10 +92,15 @@ def pooled_quantiles(
     return torch.stack(found)
 
 
-def row_quantiles(weights: Tensor, ratios: Sequence[float], *, num_keys: int | None = None) -> Tensor:
-    """The order statistic of every row at each ratio, (B, h, N, R) float64."""
-    ordered = weights[..., :num_keys].sort(dim=-1).values
-    return ordered[..., [rank(r, ordered.shape[-1]) for r in ratios]]
+def row_quantiles(
+    weights: Tensor, ratios: Sequence[float], *, num_keys: int | None = None, lengths: Lengths | None = None
+) -> Tensor:
+    """The order statistic of every row at each ratio, (B, h, N, R) float64; 0 at invalid queries."""
+    found = weights.new_zeros(*weights.shape[:3], len(ratios))
+    for place, pool in zip(found, _pools(weights, num_keys, lengths), strict=True):
+        ordered = pool.sort(dim=-1).values
+        place[:, : pool.shape[1]] = ordered[..., [rank(r, ordered.shape[-1]) for r in ratios]]
+    return found
 
 
 def masked_attention(
@@ -130,11 +135,11 @@ def masked_attention(
 
 
 def log_histogram(weights: Tensor, *, bins: int, lowest: float, lengths: Lengths | None = None) -> Tensor:
-    """Counts (B, h, bins) int64 in equal bins of log10 A from log10 lowest to 0; smaller weights in the first."""
+    """Counts (B, h, bins) int64 in equal bins of log10 A from log10 lowest to 0; smaller ones and NaN in the first."""
     low = math.log10(lowest)
     found = []
     for pool in _pools(weights, None, lengths):
-        place = ((pool.flatten(1).log10() - low) / -low * bins).floor().clamp(0, bins - 1).long()
+        place = ((pool.flatten(1).log10() - low) / -low * bins).floor().clamp(0, bins - 1).nan_to_num(0.0).long()
         found.append(torch.stack([torch.bincount(head, minlength=bins) for head in place]))
     return torch.stack(found)
 

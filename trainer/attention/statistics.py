@@ -57,8 +57,8 @@ class SinkStatistics:
         text_alpha: (B, h) largest alpha_k over text keys; 0 without text.
         value_norm_ratio: (B, h) |v_k| at `alpha_key` over the mean of the other vision keys; NaN if there is none.
         projected_value_norm_ratio: (B, h) the same with |v_k W_h|; None if no projection was given.
-        queries: N, rows of A.
-        keys: N, columns of A, text included.
+        queries: N, rows of A, padding included.
+        keys: N, columns of A, text and padding included.
     """
 
     eps: tuple[float, ...]
@@ -240,6 +240,7 @@ def sink_statistics(
     num_vision: int,
     eps: Sequence[float] = EPS,
     projection: Tensor | None = None,
+    lengths: Lengths | None = None,
     chunk: int | None = None,
     backend: str | None = None,
 ) -> SinkStatistics:
@@ -252,17 +253,21 @@ def sink_statistics(
         num_vision: how many of the N tokens are vision tokens.
         eps: weights above these are heavy.
         projection: (h, d, D) output projection split by head, for the projected value-norm ratio.
+        lengths: (B,) valid tokens per sample, vision tokens included; means are over those. None: all.
         chunk: query rows at a time; None chooses by memory.
         backend: of `key_statistics`.
 
     Raises:
-        ValueError: if shapes do not agree or `num_vision` is not in 1 .. N.
+        ValueError: if shapes do not agree or `num_vision` is not in 1 .. N, or above a sample's length.
     """
-    queries, keys = q.shape[-2], k.shape[-2]
-    if not 1 <= num_vision <= keys:
-        raise ValueError(f"got num_vision {num_vision} for {keys} keys, expected 1 .. {keys}, vision tokens first.")
-    mass, counts = key_statistics(q, k, eps=eps, backend=backend, chunk=chunk)
-    alpha, shares = mass / queries, counts.float() / queries
+    check_heads(q, k)
+    valid, queries, keys = check_lengths(lengths, q, k), q.shape[-2], k.shape[-2]
+    if not 1 <= num_vision <= (keys if valid is None else int(valid.min())):
+        of = f"{keys} keys" if valid is None else f"samples of {valid.tolist()} tokens"
+        raise ValueError(f"got num_vision {num_vision} for {of}, expected 1 or more in each, vision tokens first.")
+    mass, counts = key_statistics(q, k, eps=eps, lengths=valid, backend=backend, chunk=chunk)
+    rows = queries if valid is None else valid[:, None, None]
+    alpha, shares = mass / rows, counts.float() / (queries if valid is None else valid[:, None, None, None])
     vision_alpha, vision_counts = alpha[..., :num_vision], counts[..., :num_vision]
     most = vision_counts.amax(dim=-1, keepdim=True)
     key = torch.where(vision_counts == most, vision_alpha[:, :, None], -1.0).argmax(dim=-1)
@@ -273,7 +278,7 @@ def sink_statistics(
         projected = _ratio_at(through_projection(vision_v, projection), alpha_key)
     return SinkStatistics(
         eps=tuple(eps),
-        fraction=most[..., 0].float() / queries,
+        fraction=most[..., 0].float() / rows,
         key=key,
         text_fraction=_largest_or_zero(shares[..., num_vision:]),
         alpha=largest,

@@ -172,7 +172,7 @@ def quantiles(
         fits = missing >= 0
         low, high = torch.where(fits, edge, low), torch.where(fits, high, edge)
         above_low, above_high = torch.where(fits, above, above_low), torch.where(fits, above_high, above)
-        moved, doubt = _shift(sample, at, edge, missing)
+        moved, doubt = _shift(sample, at, edge, missing, totals)
         met, sure = missing.abs() <= error, (doubt <= error) & (moved >= low) & (moved < high)
         exact = (torch.nextafter(low, high) >= high) | (above_low - above_high <= 1)  # none, or one weight, is between
         limit = torch.where(done, limit, torch.where(met, edge, torch.where(sure, moved, low)))
@@ -215,15 +215,18 @@ def _read(sample: Tensor, share: Tensor) -> Tensor:
     return sample.gather(-1, place)
 
 
-def _shift(sample: Tensor, share: Tensor, edge: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+def _shift(
+    sample: Tensor, share: Tensor, edge: Tensor, missing: Tensor, totals: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Where an edge must go to have another share of the weights below it, by the sample's quantiles about `share`;
-    and by how much the share may then still be wrong: three standard errors of the sample's density, and the bend."""
+    and by how much the share may then still be wrong: three standard errors of the sample's density and of how many of
+    all weights lie in the gap, and the bend."""
     centre = share.clamp(_WINDOW, 1 - _WINDOW)
     before, here, after = (_read(sample, centre + side).double() for side in (-_WINDOW, 0.0, _WINDOW))
     slope, bend = (after - before) / (2 * _WINDOW), (after - 2 * here + before) / _WINDOW**2
     moved = edge + slope * missing + bend / 2 * missing.square()
     noise = 3 / math.sqrt(2 * _WINDOW * sample.shape[-1])
-    doubt = missing.abs() * noise + (bend / 2).abs() / slope * missing.square()
+    doubt = missing.abs() * noise + 3 * (missing.abs() / totals).sqrt() + (bend / 2).abs() / slope * missing.square()
     return moved.float(), doubt.where(slope > 0, torch.inf)
 
 

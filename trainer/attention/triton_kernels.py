@@ -13,6 +13,9 @@ import triton.language as tl
 #: Scales t - edge so far up that a saturating multiply-add turns it into 0 or 1; a power of two, so nothing is rounded.
 STEEP = tl.constexpr(2.0**40)
 
+#: Weights are multiplied by it before they take the values' type: 1 / 44,776 is subnormal in float16. A power of two.
+LIFT = tl.constexpr(2.0**15)
+
 
 @triton.jit
 def _above(t, shifted, NATIVE: tl.constexpr):
@@ -199,7 +202,7 @@ def masked_kernel(
             mask=(at[:, None] < keys) & (ds[None, :] < D), other=0.0,
         )  # fmt: skip
         t = tl.where(inside, _dot(q, k, NATIVE) * scale - lse[:, None], float("-inf"))
-        keep = (t >= limit[:, None]) | (at[None, :] >= first_spared)
+        keep = ~(t < limit[:, None]) | (at[None, :] >= first_spared)  # NaN is below nothing
         a = tl.exp2(t)
         p = tl.where(keep, a, 0.0)
         kept += tl.sum(p, 1)
@@ -207,11 +210,13 @@ def masked_kernel(
         out = tl.where(keep | (at[None, :] >= keys), 0.0, 1.0)
         gone += tl.sum(out, 1)
         if NATIVE:
-            acc += _dot(p.to(v.dtype), v, NATIVE)
+            acc += _dot((p * LIFT).to(v.dtype), v, NATIVE)
         else:
             acc += _dot(p, v, NATIVE)
         if TAIL:
             rest += _dot(out.to(v.dtype), v, NATIVE)
+    if NATIVE:
+        acc = acc * (1 / LIFT)
     if TAIL:
         acc += rest * (lost / tl.maximum(gone, 1.0))[:, None]
     elif RENORMALISE:  # a row that lost nothing is left as it is

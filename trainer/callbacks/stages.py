@@ -84,7 +84,9 @@ class ProbeCallback(Callback, ABC):
         self.every_n_epochs = every_n_epochs
         self._probes: ProbeSet | None = None
         self.store = self._own_store = TrunkStore()
-        self._epoch_start: float | None = None
+        self._first: ProbeCallback = self
+        self._epoch_start = 0.0
+        self._epoch_seconds: float | None = None
 
     # -- what a measurement is -----------------------------------------------------------------------------------
 
@@ -126,8 +128,8 @@ class ProbeCallback(Callback, ABC):
             raise ValueError(
                 f"got {len(stores)} TrunkStores, expected one for all measurements: keep one in the recipe."
             )
-        first = next(callback for callback in callbacks if isinstance(callback, ProbeCallback))
-        self.store = stores[0] if stores else first._own_store
+        self._first = next(callback for callback in callbacks if isinstance(callback, ProbeCallback))
+        self.store = stores[0] if stores else self._first._own_store
         self.store.setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -144,6 +146,7 @@ class ProbeCallback(Callback, ABC):
             self._reach(trainer, pl_module, "epoch-000")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_seconds = time.monotonic() - self._epoch_start
         done = trainer.current_epoch + 1
         if done % self.every_n_epochs == 0 or done == trainer.max_epochs:
             self._reach(trainer, pl_module, f"epoch-{done:03d}")
@@ -218,9 +221,9 @@ class ProbeCallback(Callback, ABC):
         """One line about what a stage cost on rank zero."""
         spent = time.monotonic() - started
         run, kept = (now - then for now, then in zip(self.store.counts, before, strict=True))
-        share = ""
-        if stage != "base" and self._epoch_start is not None:
-            epoch = started - self._epoch_start
+        # Of the first measurement: for the others, an epoch would hold the measurements before theirs.
+        share, epoch = "", self._first._epoch_seconds
+        if stage not in ("base", "epoch-000", "validate") and epoch is not None:
             share = f", {spent / epoch:.0%} of the epoch's {epoch:.1f} s before it"
         line = f"{self.kind} at {stage}: {len(self._read_probes())} probes, {spent:.1f} s{share}"
         rank_zero_info(f"{line} (passes of the trunk: {run} run, {kept} kept)")

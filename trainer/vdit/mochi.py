@@ -8,7 +8,9 @@ d head width.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -219,14 +221,22 @@ class MochiRoom(nn.Module):
         """Blocks start..stop-1."""
         vision, text = state.vision, state.text
         mask = state.layout.key_mask if self.stock_attention else state.layout
-        for block in self.model.transformer_blocks[start:stop]:
+        for layer, block in enumerate(self.model.transformer_blocks[start:stop], start):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 vision, text = torch.utils.checkpoint.checkpoint(
-                    block, vision, text, state.temb, mask, state.rope, use_reentrant=False
-                )
+                    block, vision, text, state.temb, mask, state.rope, use_reentrant=False,
+                    context_fn=functools.partial(self._again, layer),
+                )  # fmt: skip
             else:
                 vision, text = block(vision, text, state.temb, mask, state.rope)
         return replace(state, vision=vision, text=text)
+
+    def _again(self, layer: int) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """What a block's forward pass and its recomputation run in: the backward pass may come after the functions of
+        `attention` were taken off, and must see what the forward pass saw."""
+        if self.stock_attention:
+            return contextlib.nullcontext(), contextlib.nullcontext()
+        return contextlib.nullcontext(), self.attention({layer: self._processors[layer].attend})
 
     def finish(self, state: State) -> Tensor:
         """The velocity, (B, C, F, H, W)."""
