@@ -15,7 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.datamodule import LatentSource, ShardDataModule
-from launch.logs import LastCheckpoint, MetricsPosition, loggers, rewind
+from launch.last import LastCheckpoint
+from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
 from trainer.callbacks.damage import Damage
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
