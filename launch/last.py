@@ -1,10 +1,18 @@
 """`last.ckpt`: when it is saved, so that a run goes on from it exactly."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+
+from launch.resume import set_aside
+from trainer.callbacks.ranks import together
+from trainer.checkpoint import CheckpointFiles
+from trainer.checkpoint_file import PREVIOUS
+
+log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
@@ -19,6 +27,9 @@ class LastCheckpoint(Checkpoint):
     - before a validation in mid-epoch that is due: it would be left out. The state after it is saved instead;
     - between two batches of one optimiser step, whose gradients no checkpoint holds: a stop waits for the step.
 
+    Files are written while training goes on (`CheckpointFiles`); a fit that ends waits for them, and fails if the last
+    state is not on the disk.
+
     Args:
         path: the file.
         every: optimiser steps between two saves.
@@ -29,6 +40,11 @@ class LastCheckpoint(Checkpoint):
         self.every = every
         self._stop = False
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: a refused resume must not change anything in the run folder.
+        if trainer.is_global_zero and trainer.ckpt_path and Path(trainer.ckpt_path).name == PREVIOUS:
+            set_aside(self.path)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -38,7 +54,7 @@ class LastCheckpoint(Checkpoint):
             return
         trainer.should_stop |= self._stop
         if self._due(trainer) and not _validates_here(trainer):
-            trainer.save_checkpoint(self.path)
+            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (
@@ -47,11 +63,26 @@ class LastCheckpoint(Checkpoint):
             and self._due(trainer)
             and _validates_here(trainer)
         ):
-            trainer.save_checkpoint(self.path)
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            trainer.save_checkpoint(self.path)
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with together(trainer):
+            _files(trainer).wait()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        try:
+            _files(trainer).wait()
+        except Exception as error:  # the exception that ends the fit is the one to be raised
+            log.warning("%s", error)
+
+    def _save(self, trainer: Trainer) -> None:
+        with together(trainer):  # a rank zero that gives up alone would leave the others in the save's barrier
+            _files(trainer).check()
+        trainer.save_checkpoint(self.path)
 
     def _due(self, trainer: Trainer) -> bool:
         """Whether the state in mid-epoch is to be saved: it is the last one of this fit, or some steps have passed."""
@@ -60,6 +91,12 @@ class LastCheckpoint(Checkpoint):
             return False
         stops = loop._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early)
         return stops or trainer.global_step % self.every == 0
+
+
+def _files(trainer: Trainer) -> CheckpointFiles:
+    files = trainer.strategy.checkpoint_io
+    assert isinstance(files, CheckpointFiles)
+    return files
 
 
 def _validates_here(trainer: Trainer) -> bool:
