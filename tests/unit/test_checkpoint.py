@@ -16,9 +16,10 @@ LIMIT = 60
 
 
 def content(value: float) -> dict:
+    weights, moments = torch.full((300, 7), float(value)), torch.full((5,), float(value))
     return {
-        "global_step": int(value), "state_dict": {"w": torch.full((300, 7), float(value))}, "loops": {"n": [int(value)]},
-        "callbacks": {}, "optimizer_states": [{"state": {0: {"m": torch.full((5,), float(value))}}}], "lr_schedulers": [],
+        "global_step": int(value), "state_dict": {"w": weights}, "loops": {"n": [int(value)]}, "callbacks": {},
+        "optimizer_states": [{"state": {0: {"m": moments}}}], "lr_schedulers": [],
     }  # fmt: skip
 
 
