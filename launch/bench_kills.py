@@ -34,8 +34,9 @@ SAMPLES, HELD_OUT, BATCH, STEPS = 72, 8, 4, 16
 _STEPS_A_KILL, _IN_START = 5, 0.2
 #: Seconds in which a start must come to its first step, a surviving rank must end, and its helpers after it.
 _START_LIMIT, _END_LIMIT, _ORPHAN_LIMIT = 300.0, 120.0, 60.0
+#: Wide enough for a checkpoint that takes as long to write as a step.
 BASE = {
-    "_class_name": "MochiTransformer3DModel", "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8,
+    "_class_name": "MochiTransformer3DModel", "num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32,
     "patch_size": 2, "pooled_projection_dim": 8, "in_channels": CHANNELS, "qk_norm": "rms_norm", "text_embed_dim": 16,
     "time_embed_dim": 16, "activation_fn": "swiglu", "max_sequence_length": 16,
 }  # fmt: skip
@@ -161,8 +162,10 @@ def disturbed(recipe: Path, *, kills: int, ranks: int, seed: int, steps: int, st
             else:
                 victims, now = draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))]), None
                 _wait_for_a_step(run, before, job)
-                left = steps - _reached(run)
-                time.sleep(draw.uniform(0, 2 * step_s * left / (kills - len(course.kills) + 1)))
+                stretch = 2 * step_s * (steps - _reached(run)) / (kills - len(course.kills) + 1)
+                until = time.monotonic() + draw.uniform(0, stretch)
+                while time.monotonic() < until and _reached(run) < steps - 1 and not job.ended():
+                    time.sleep(0.005)
             if job.ended():
                 if any(job.wait(1.0)):
                     raise RuntimeError(f"a start failed by itself:\n{job.output()}")
@@ -182,8 +185,9 @@ def _wait_for_a_step(run: Path, before: int, job: Ranks) -> None:
 
 def _reached(run: Path) -> int:
     """Steps that are behind the run, as its trace has it."""
-    (lines,) = read_trace(run, 1)
-    return lines[-1]["step"] + 1 if lines else 0
+    path = run / "trace" / "rank0.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["step"] + 1 if lines else 0
 
 
 def _read(course: Course, job: Ranks) -> None:
