@@ -238,7 +238,7 @@ def compare(whole: Path, killed: Path, ranks: int) -> Comparison:
         found.again += len(got) - len(taken)
         found.otherwise += [(rank, line["step"]) for line in got if line != by_step.get(line["step"])]
         found.lost += [(rank, step) for step in by_step if step not in taken]
-    rows, others = Counter(_table(whole)), Counter(_table(killed))
+    rows, others = Counter(table_rows(whole)), Counter(table_rows(killed))
     found.rows = (rows - others).total() + (others - rows).total()
     found.files += (
         ["fingerprint.json"] if len({(r / "fingerprint.json").read_bytes() for r in (whole, killed)}) > 1 else []
@@ -248,7 +248,7 @@ def compare(whole: Path, killed: Path, ranks: int) -> Comparison:
     return found
 
 
-def _table(run: Path) -> list[tuple[tuple[str, str], ...]]:
+def table_rows(run: Path) -> list[tuple[tuple[str, str], ...]]:
     """Rows of metrics.csv, whose order may differ."""
     with (run / "metrics.csv").open(newline="") as file:
         return [tuple(sorted((k, v) for k, v in row.items() if v and k not in _CLOCK)) for row in csv.DictReader(file)]

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,28 +39,36 @@ class Ranks:
         ranks: how many; they meet over 127.0.0.1.
         logs: folder for their output, rank0.log and so on.
         environment: beside this process's own.
+        own: further arguments of single ranks.
     """
 
     def __init__(
-        self, arguments: Sequence[str], *, ranks: int, logs: Path, environment: dict[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        *,
+        ranks: int,
+        logs: Path,
+        environment: dict[str, str] | None = None,
+        own: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank{rank}.log" for rank in range(ranks)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        own = {name: value for name, value in os.environ.items() if not name.startswith(_CLUSTER)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_CLUSTER)}
         # With LOCAL_RANK set, Lightning starts no further process.
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
         root = str(Path(__file__).resolve().parent.parent)
-        own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root} | place | (environment or {})
+        inherited |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root} | place | (environment or {})
         self.processes = []
         for rank, log in enumerate(self.logs):
             with log.open("w") as out:
+                program = [sys.executable, "-c", "from launch.main import main; main()"]
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", "from launch.main import main; main()", *map(str, arguments)],
-                        env=own | {"LOCAL_RANK": str(rank)}, cwd=logs, stdout=out, stderr=subprocess.STDOUT,
+                        [*program, *arguments, *(own or {}).get(rank, ())],
+                        env=inherited | {"LOCAL_RANK": str(rank)}, cwd=logs, stdout=out, stderr=subprocess.STDOUT,
                         start_new_session=True,
                     )
                 )  # fmt: skip

@@ -21,13 +21,14 @@ START, FORWARD, BACKWARD, UPDATE, BETWEEN, VALIDATION, MEASURING = (
 class Trace(Callback):
     """Leaves `trace/rankN.jsonl` in the run folder, a line per step, and `trace/rankN.now`, the moment it is in.
 
-    A line: {"step", "epoch", "batch", "uids", "sigma", "noise", "losses", "time"}; sigma and the losses of the samples
-    as hexadecimal floats, the noise as a SHA-256. Put it first in the recipe: it marks where other callbacks measure.
+    A line: {"step", "epoch", "batch", "uids", "sigma", "noise", "losses", "time"}; uids, sigma, noise and losses of each
+    sample; floats are hexadecimal, the noise is a SHA-256. Put it first in the recipe: it marks where other callbacks
+    measure.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.default_root_dir) / "trace"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         rank = trainer.global_rank
         flags = os.O_WRONLY | os.O_CREAT
         self._lines = os.open(folder / f"rank{rank}.jsonl", flags | os.O_APPEND)
@@ -66,7 +67,7 @@ class Trace(Callback):
         line = {
             "step": self._step, "epoch": trainer.current_epoch, "batch": batch_idx, "uids": list(uids),
             "sigma": [value.hex() for value in sigma.tolist()],
-            "noise": hashlib.sha256(noise.cpu().numpy().tobytes()).hexdigest(),
+            "noise": [hashlib.sha256(one.tobytes()).hexdigest() for one in noise.cpu().numpy()],
             "losses": [value.hex() for value in losses.tolist()], "time": time.monotonic(),
         }  # fmt: skip
         os.write(self._lines, (json.dumps(line) + "\n").encode())  # one call: a line is there or not

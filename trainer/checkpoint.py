@@ -1,6 +1,8 @@
 """Checkpoint files that are complete or absent, hold no code, are read without running any, and are written aside."""
 
+import errno
 import logging
+import os
 import random
 import shutil
 from collections import deque
@@ -17,6 +19,9 @@ from trainer.checkpoint_file import LAST, in_short, write_checkpoint
 from trainer.snapshot import HostMemory, Snapshot
 
 log = logging.getLogger(__name__)
+
+#: Bytes that a checkpoint leaves free: for what it holds beside tensors, and for the run's other files.
+_MARGIN = 1 << 20
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -149,6 +154,10 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def _write(self, snapshot: Snapshot, path: Path) -> None:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Not begun where it cannot fit: it would fill the disk for a while, and others' writes would fail too.
+            if shutil.disk_usage(path.parent).free < snapshot.nbytes + _MARGIN:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {snapshot.nbytes:,} bytes", str(path))
             write_checkpoint(snapshot.content(), path)
         except OSError as error:
             self._failures += 1

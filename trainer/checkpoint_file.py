@@ -23,7 +23,6 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """
     beside = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()

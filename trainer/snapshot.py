@@ -20,6 +20,11 @@ class Snapshot:
     _buffers: list[Tensor] = field(default_factory=list)
     _copied: list[torch.cuda.Event] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def content(self) -> dict[str, Any]:
         """The checkpoint, complete; any thread may ask for it."""
         for event in self._copied:
