@@ -21,9 +21,9 @@ START, FORWARD, BACKWARD, UPDATE, BETWEEN, VALIDATION, MEASURING = (
 class Trace(Callback):
     """Leaves `trace/rankN.jsonl` in the run folder, a line per step, and `trace/rankN.now`, the moment it is in.
 
-    A line: {"step", "epoch", "batch", "uids", "sigma", "noise", "losses", "time"}; uids, sigma, noise and losses of each
-    sample; floats are hexadecimal, the noise is a SHA-256. Put it first in the recipe: it marks where other callbacks
-    measure.
+    A line: {"step", "epoch", "batch", "uids", "sigma", "noise", "losses", "time"}; uids, sigma, noise and losses of
+    each sample; floats are hexadecimal, the noise is a SHA-256. Put it first in the recipe: it marks where other
+    callbacks measure.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""A disk that is full when a checkpoint is due, on a real small file system: nothing whole is lost, nothing half stays."""
+"""A disk that is full when a checkpoint is due, on a small file system: nothing whole is lost, nothing half stays."""
 
 import os
 import subprocess
@@ -20,10 +20,10 @@ STEPS, DEADLINE = 48, 240
 
 @pytest.fixture
 def disk(tmp_path) -> Path:
-    """A file system of 64 MB."""
+    """A file system of 200 MB."""
     path = tmp_path / "disk"
     path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", path], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", path], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr}")
     yield path
@@ -34,7 +34,7 @@ def test_a_file_that_does_not_fit_leaves_nothing(disk):
     for value in (1, 2):
         write_checkpoint(content(value), disk / LAST)
     with pytest.raises(OSError, match="No space left on device"):
-        write_checkpoint({"state_dict": {"w": torch.zeros(64 << 20, dtype=torch.uint8)}}, disk / LAST)
+        write_checkpoint({"state_dict": {"w": torch.zeros(200 << 20, dtype=torch.uint8)}}, disk / LAST)
     assert names(disk) == {LAST, PREVIOUS}
     assert [value_of(disk / name) for name in (PREVIOUS, LAST)] == [1, 2]
 
@@ -43,19 +43,33 @@ def test_a_file_that_does_not_fit_leaves_nothing(disk):
 def fit(tmp_path, disk):
     """(name, *options, full, free) -> status and output of a fit whose disk is full from step `full` to `free`."""
     recipe = make_world(tmp_path, epochs=3, ranks=1)
-    settings = yaml.safe_load(recipe.read_text())
-    settings["run"]["root"] = str(disk / "runs")
-    settings["trainer"]["callbacks"] = [{"class_path": "launch.trace.Trace"}]
 
     def run(name: str, *options: str, full: int = -1, free: int = -1) -> tuple[int, str]:
-        filler = {"class_path": "tests.faults.Filler", "init_args": {"full": full, "free": free}}
-        mine = settings["trainer"] | {"callbacks": [*settings["trainer"]["callbacks"], filler]}
-        recipe.write_text(yaml.safe_dump(settings | {"trainer": mine}))
-        with Ranks([*arguments(recipe, name), *options], ranks=1, logs=tmp_path / "logs") as job:
+        watched(recipe, {"class_path": "tests.faults.Filler", "init_args": {"full": full, "free": free}})
+        command = [*arguments(recipe, name), "--run.root", str(disk / "runs"), *options]
+        with Ranks(command, ranks=1, logs=tmp_path / "logs") as job:
             (status,) = job.wait(DEADLINE)
             return status, job.logs[0].read_text()
 
     return run
+
+
+def watched(recipe: Path, *callbacks: dict) -> None:
+    """Writes the recipe without measurements, with these callbacks."""
+    settings = yaml.safe_load(recipe.read_text())
+    settings["trainer"]["callbacks"] = list(callbacks)
+    recipe.write_text(yaml.safe_dump(settings))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """The same run on a disk with room."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = make_world(folder, epochs=3, ranks=1)
+    watched(recipe)
+    with Ranks(arguments(recipe, "whole"), ranks=1, logs=folder / "logs") as job:
+        assert job.wait(DEADLINE) == [0], job.output()
+    return folder / "runs" / "whole"
 
 
 def whole_files(run: Path) -> set[str]:
@@ -66,7 +80,7 @@ def whole_files(run: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_while_the_disk_is_full_training_goes_on_and_saves_when_there_is_room(fit, disk):
+def test_while_the_disk_is_full_training_goes_on_and_saves_when_there_is_room(fit, disk, undisturbed):
     status, said = fit("passing", full=10, free=20)
     assert status == 0, said[-3000:]
     last = disk / "runs" / "passing" / "checkpoints" / LAST
@@ -74,12 +88,11 @@ def test_while_the_disk_is_full_training_goes_on_and_saves_when_there_is_room(fi
     assert "(failure 1 in a row, 5 are allowed)" in said
     assert {LAST, PREVIOUS} <= whole_files(last.parents[1])
     assert torch.load(last, weights_only=True)["global_step"] == STEPS
-    fit("undisturbed")
-    assert table_rows(last.parents[1]) == table_rows(disk / "runs" / "undisturbed")
+    assert table_rows(last.parents[1]) == table_rows(undisturbed)
 
 
 @pytest.mark.slow
-def test_a_disk_that_stays_full_ends_the_run_with_its_last_state_whole(fit, disk):
+def test_a_disk_that_stays_full_ends_the_run_with_its_last_state_whole(fit, disk, undisturbed):
     run = disk / "runs" / "full"
     status, said = fit("full", "--run.save_failures", "2", full=10)
     assert status == 2 and "3 writes of checkpoints in a row have failed, 2 are allowed" in said, said[-3000:]
@@ -88,8 +101,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_state_whole(fit, disk
     (disk / "runs" / "filler").unlink()
     status, said = fit("full")
     assert status == 0 and "after step 9" in said, said[-3000:]
-    fit("undisturbed")
-    assert table_rows(run) == table_rows(disk / "runs" / "undisturbed")
+    assert table_rows(run) == table_rows(undisturbed)
 
 
 @pytest.mark.slow
