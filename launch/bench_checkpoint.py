@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data.batch import Batch
 from launch.bench import Options, Result
-from launch.bench_step import CAPTIONS, CONFIG, LATENT, RETRAINED, config_file, make_batch
+from launch.bench_step import CAPTIONS, CONFIG, RETRAINED, config_file, make_batch
 from trainer.callbacks.guard import RandomStates
 from trainer.checkpoint import CheckpointFiles
 from trainer.checkpoint_file import LAST
@@ -29,7 +29,9 @@ from trainer.module import RetrainBlocks, SurgeryConfig
 NONE, BACKGROUND, FOREGROUND = "no checkpoint", "written in the background", "written in the foreground"
 MODES = (NONE, BACKGROUND, FOREGROUND)
 #: Steps of a stretch; a write may take most of it.
-STRETCH = 8
+STRETCH = 12
+#: (C, F, H, W): 64 vision tokens, which make a step short beside its checkpoint.
+LATENT = (12, 4, 8, 8)
 
 
 class _Always(IterableDataset):
