@@ -5,7 +5,6 @@ now and then while the ranks start up. Every process must then be gone by itself
 on the disk. All that was ever trained on, measured and written is compared with the undisturbed run, bit for bit.
 """
 
-import csv
 import json
 import random
 import statistics
@@ -16,16 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
-from safetensors import safe_open
 
 from data.bucket import Bucket
 from launch.bench import Options, Result
 from launch.bench_stream import CHANNELS, write_shards
+from launch.compare import Comparison, compare
 from launch.ranks import Ranks, wait_for
-from launch.trace import START, count_steps, moment, read_trace
+from launch.trace import START, count_steps, moment
 from trainer.checkpoint_file import damage
 
 #: 72 samples, 8 of them held out, 4 in a step.
@@ -33,15 +31,13 @@ SAMPLES, HELD_OUT, BATCH, STEPS = 72, 8, 4, 16
 #: Steps that a run is to last for each kill; the same share of kills falls into start-up.
 _STEPS_A_KILL, _IN_START = 5, 0.2
 #: Seconds in which a start must come to its first step, a surviving rank must end, and its helpers after it.
-_START_LIMIT, _END_LIMIT, _ORPHAN_LIMIT = 300.0, 120.0, 60.0
+_START_LIMIT, _END_LIMIT, _ORPHAN_LIMIT = 240.0, 120.0, 60.0
 #: Wide enough for a checkpoint that takes as long to write as a step.
 BASE = {
     "_class_name": "MochiTransformer3DModel", "num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32,
     "patch_size": 2, "pooled_projection_dim": 8, "in_channels": CHANNELS, "qk_norm": "rms_norm", "text_embed_dim": 16,
     "time_embed_dim": 16, "activation_fn": "swiglu", "max_sequence_length": 16,
 }  # fmt: skip
-#: Columns of metrics.csv that differ though nothing is wrong.
-_CLOCK = ("train/samples_per_s", "train/tokens_per_s")
 
 
 @dataclass
@@ -51,7 +47,7 @@ class Kill:
     victims: list[int]
     moment: str
     writing: bool
-    statuses: list[int]
+    statuses: list[int | None]
     seconds: float
     orphans: int
     damaged: list[str]
@@ -64,6 +60,7 @@ class Course:
     folder: Path
     kills: list[Kill] = field(default_factory=list)
     fallbacks: int = 0
+    stalled: int = 0
     from_scratch: int = 0
 
 
@@ -115,9 +112,16 @@ def started(recipe: Path, name: str, ranks: int) -> Iterator[Ranks]:
         yield job
 
 
-def finish(job: Ranks, seconds: float = 1800.0) -> None:
-    """Waits for a job to end well."""
-    if any(job.wait(seconds)):
+def finish(job: Ranks, run: Path) -> None:
+    """Waits for a job to end well.
+
+    Raises:
+        RuntimeError: if it fails, or comes to a stop.
+    """
+    while not job.ended():
+        if not _wait_for_a_step(run, count_steps(run), job):
+            raise RuntimeError(f"no step in {_START_LIMIT:.0f} s:\n{job.output()}")
+    if any(job.wait(1.0)):
         raise RuntimeError(f"the run failed:\n{job.output()}")
 
 
@@ -129,9 +133,10 @@ def end_of(job: Ranks, run: Path, victims: list[int], ranks: int, *, now: str | 
     found = now or moment(run, victims[0])
     writing = bool(list((run / "checkpoints").glob("*.tmp")))
     start = time.monotonic()
-    statuses = job.wait(_END_LIMIT)
     with suppress(TimeoutError):  # what is left is counted
+        wait_for(job.ended, _END_LIMIT, "the ranks to end")
         wait_for(lambda: not job.left_over(), _ORPHAN_LIMIT, "helpers to end")
+    statuses = [process.poll() for process in job.processes]
     seconds, orphans = time.monotonic() - start, len(job.left_over())
     damaged = [f"{path.name}: {fault}" for path in (run / "checkpoints").glob("*.ckpt") if (fault := damage(path))]
     return Kill(victims, found, writing, statuses, seconds, orphans, damaged)
@@ -161,7 +166,10 @@ def disturbed(recipe: Path, *, kills: int, ranks: int, seed: int, steps: int, st
                 time.sleep(draw.uniform(0, start_s))
             else:
                 victims, now = draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))]), None
-                _wait_for_a_step(run, before, job)
+                if not _wait_for_a_step(run, before, job):
+                    course.stalled += 1
+                    print(f"a start came to no step in {_START_LIMIT:.0f} s", flush=True)
+                    continue
                 stretch = 2 * step_s * (steps - _reached(run)) / (kills - len(course.kills) + 1)
                 until = time.monotonic() + draw.uniform(0, stretch)
                 while time.monotonic() < until and _reached(run) < steps - 1 and not job.ended():
@@ -174,13 +182,16 @@ def disturbed(recipe: Path, *, kills: int, ranks: int, seed: int, steps: int, st
             _read(course, job)
             print(_line(course, run), flush=True)
     with started(recipe, "killed", ranks) as job:
-        finish(job)
+        finish(job, run)
         _read(course, job)
     return course
 
 
-def _wait_for_a_step(run: Path, before: int, job: Ranks) -> None:
-    wait_for(lambda: count_steps(run) > before or job.ended(), _START_LIMIT, "the first step")
+def _wait_for_a_step(run: Path, before: int, job: Ranks) -> bool:
+    """Whether a step more than `before` is there in time, or the job has ended."""
+    with suppress(TimeoutError):
+        return wait_for(lambda: count_steps(run) > before or job.ended(), _START_LIMIT, "the first step")
+    return False
 
 
 def _reached(run: Path) -> int:
@@ -206,64 +217,6 @@ def _line(course: Course, run: Path) -> str:
     )
 
 
-@dataclass
-class Comparison:
-    """What differs between two runs: steps of all ranks that were taken, taken again, taken otherwise, never taken."""
-
-    steps: int = 0
-    again: int = 0
-    otherwise: list[tuple[int, int]] = field(default_factory=list)
-    lost: list[tuple[int, int]] = field(default_factory=list)
-    rows: int = 0
-    files: list[str] = field(default_factory=list)
-
-    def faults(self) -> list[str]:
-        """One line for each kind of difference."""
-        found = {
-            "samples, sigma, noise or losses differ in (rank, step)": self.otherwise,
-            "never taken: (rank, step)": self.lost,
-            "rows of metrics.csv that differ": self.rows,
-            "files that differ, or are there in one run only": self.files,
-        }
-        return [f"{what}: {value}" for what, value in found.items() if value]
-
-
-def compare(whole: Path, killed: Path, ranks: int) -> Comparison:
-    """Each step that the killed run took, those taken again too, with the undisturbed run's; and all that it left."""
-    found = Comparison()
-    for rank, (wanted, got) in enumerate(zip(read_trace(whole, ranks), read_trace(killed, ranks), strict=True)):
-        by_step = {line["step"]: line for line in wanted}
-        taken = {line["step"] for line in got}
-        found.steps += len(got)
-        found.again += len(got) - len(taken)
-        found.otherwise += [(rank, line["step"]) for line in got if line != by_step.get(line["step"])]
-        found.lost += [(rank, step) for step in by_step if step not in taken]
-    rows, others = Counter(table_rows(whole)), Counter(table_rows(killed))
-    found.rows = (rows - others).total() + (others - rows).total()
-    found.files += (
-        ["fingerprint.json"] if len({(r / "fingerprint.json").read_bytes() for r in (whole, killed)}) > 1 else []
-    )
-    found.files += ["graft.safetensors"] if _graft(whole) != _graft(killed) else []
-    found.files += sorted(_files(whole) ^ _files(killed))
-    return found
-
-
-def table_rows(run: Path) -> list[tuple[tuple[str, str], ...]]:
-    """Rows of metrics.csv, whose order may differ."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [tuple(sorted((k, v) for k, v in row.items() if v and k not in _CLOCK)) for row in csv.DictReader(file)]
-
-
-def _graft(run: Path) -> dict[str, Any]:
-    """Every byte of a run's result; the file's own bytes differ, since its header has no order."""
-    with safe_open(run / "graft.safetensors", "np") as file:
-        return file.metadata() | {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
-
-
-def _files(run: Path) -> set[str]:
-    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-
-
 def run(options: Options) -> Result:
     """Kills a run and compares it.
 
@@ -278,7 +231,7 @@ def run(options: Options) -> Result:
         whole = folder / "runs" / "whole"
         _wait_for_a_step(whole, 0, job)
         start_s = time.monotonic() - begun
-        finish(job)
+        finish(job, whole)
     lines = (whole / "trace" / "rank0.jsonl").read_text().splitlines()
     first, last = (json.loads(lines[place]) for place in (0, -1))
     steps = last["step"] + 1
@@ -302,13 +255,15 @@ def run(options: Options) -> Result:
 
 def shortcomings(course: Course, kills: int) -> list[str]:
     """What a run must not show after a kill."""
-    faults = []
+    faults = [f"{course.stalled} start(s) came to a stop by themselves"] if course.stalled else []
     if len(course.kills) < kills:
         faults.append(f"the run ended after {len(course.kills)} of {kills} kills")
     for number, kill in enumerate(course.kills, 1):
         survivors = [status for rank, status in enumerate(kill.statuses) if rank not in kill.victims]
         if 0 in survivors:
             faults.append(f"after kill {number} a surviving rank ended with status 0")
+        if None in survivors:
+            faults.append(f"after kill {number} a surviving rank did not end")
         if kill.orphans:
             faults.append(f"after kill {number} {kill.orphans} processes were left over")
         if kill.damaged:
@@ -322,14 +277,15 @@ def table(course: Course, compared: Comparison, ranks: int) -> list[tuple[str, s
     alone = [kill for kill in kills if len(kill.victims) < ranks]
     who = Counter("all ranks" if len(k.victims) == ranks else f"rank {k.victims[0]}" for k in kills)
     when = Counter(kill.moment for kill in kills)
-    survivors = sorted({s for k in alone for rank, s in enumerate(k.statuses) if rank not in k.victims})
+    survivors = sorted({str(s) for k in alone for rank, s in enumerate(k.statuses) if rank not in k.victims})
     seconds = [kill.seconds for kill in kills] or [0.0]
     return [
         ("killed", ", ".join(f"{name} {count}" for name, count in sorted(who.items()))),
         ("in", ", ".join(f"{name} {count}" for name, count in when.most_common())),
         ("while a checkpoint was half written", str(sum(kill.writing for kill in kills))),
-        ("exit statuses of surviving ranks", ", ".join(map(str, survivors)) or "-"),
+        ("exit statuses of surviving ranks", ", ".join(survivors) or "-"),
         ("all processes gone after: median (worst)", f"{statistics.median(seconds):.1f} s ({max(seconds):.1f} s)"),
+        ("starts that came to a stop by themselves", str(course.stalled)),
         ("processes left over", str(sum(kill.orphans for kill in kills))),
         ("damaged files under a checkpoint's name", str(sum(len(kill.damaged) for kill in kills))),
         ("starts from the first step again (no checkpoint yet)", str(course.from_scratch)),

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.datamodule import LatentSource, ShardDataModule
+from launch.forks import rest_before_forks
 from launch.last import LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
@@ -289,6 +290,7 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
 def run(argv: list[str]) -> None:
     """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    rest_before_forks()
     try:
         recipe_cli(argv, run=True)
         if torch.distributed.is_initialized():

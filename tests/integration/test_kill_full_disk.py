@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from launch.bench_kills import arguments, make_world, table_rows
+from launch.bench_kills import arguments, make_world
+from launch.compare import table_rows
 from launch.ranks import Ranks
 from tests.unit.test_checkpoint import content, names, value_of
 from trainer.checkpoint_file import LAST, PREVIOUS, damage, write_checkpoint

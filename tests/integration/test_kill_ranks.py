@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.bench_kills import Comparison, arguments, compare, make_world
+from launch.bench_kills import arguments, make_world
+from launch.compare import Comparison, compare
 from launch.ranks import Ranks, wait_for
 from launch.trace import read_trace
 from trainer.checkpoint_file import damage
