@@ -68,7 +68,7 @@ class Killer(Callback):
 class Filler(Callback):
     """Fills the run folder's disk but for a little at step `full`, and makes room again at step `free`."""
 
-    def __init__(self, full: int, free: int, leave: int = 300_000) -> None:
+    def __init__(self, full: int, free: int, leave: int) -> None:
         self.full, self.free, self.leave = full, free, leave
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):

@@ -45,8 +45,9 @@ def fit(tmp_path, disk):
     """(name, *options, full, free) -> status and output of a fit whose disk is full from step `full` to `free`."""
     recipe = make_world(tmp_path, epochs=3, ranks=1)
 
-    def run(name: str, *options: str, full: int = -1, free: int = -1) -> tuple[int, str]:
-        watched(recipe, {"class_path": "tests.faults.Filler", "init_args": {"full": full, "free": free}})
+    def run(name: str, *options: str, full: int = -1, free: int = -1, leave: int = 300_000) -> tuple[int, str]:
+        filled = {"full": full, "free": free, "leave": leave}
+        watched(recipe, {"class_path": "tests.faults.Filler", "init_args": filled})
         command = [*arguments(recipe, name), "--run.root", str(disk / "runs"), *options]
         with Ranks(command, ranks=1, logs=tmp_path / "logs") as job:
             (status,) = job.wait(DEADLINE)
@@ -107,7 +108,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_state_whole(fit, disk
 
 @pytest.mark.slow
 def test_a_last_state_that_does_not_fit_is_an_error(fit, disk):
-    status, said = fit("ending", "--run.save_failures", "100", full=40)
+    status, said = fit("ending", "--run.save_failures", "100", full=40, leave=6_000_000)  # room for the graft
     assert status == 2 and "error: the last checkpoint could not be written" in said, said[-3000:]
     run = disk / "runs" / "ending"
     assert whole_files(run) >= {LAST, PREVIOUS}
