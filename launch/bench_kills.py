@@ -179,11 +179,11 @@ def disturbed(recipe: Path, *, kills: int, ranks: int, seed: int, steps: int, st
                     raise RuntimeError(f"a start failed by itself:\n{job.output()}")
                 break  # done before all kills were made
             course.kills.append(end_of(job, run, victims, ranks, now=None if count_steps(run) > before else now))
-            _read(course, job)
+            _read(course, job, stepped=count_steps(run) > before)
             print(_line(course, run), flush=True)
     with started(recipe, "killed", ranks) as job:
         finish(job, run)
-        _read(course, job)
+        _read(course, job, stepped=True)
     return course
 
 
@@ -201,10 +201,11 @@ def _reached(run: Path) -> int:
     return json.loads(lines[-1])["step"] + 1 if lines else 0
 
 
-def _read(course: Course, job: Ranks) -> None:
+def _read(course: Course, job: Ranks, *, stepped: bool) -> None:
+    """What a start said of where it began; one that came to no step began nowhere."""
     said = job.logs[0].read_text(errors="replace")
     course.fallbacks += "going on from the one before it" in said
-    course.from_scratch += "resuming " not in said
+    course.from_scratch += stepped and "resuming " not in said
 
 
 def _line(course: Course, run: Path) -> str:
