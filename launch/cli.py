@@ -15,13 +15,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.datamodule import LatentSource, ShardDataModule
-from launch.logs import LastCheckpoint, MetricsPosition, loggers, rewind
+from launch.forks import rest_before_forks
+from launch.last import LastCheckpoint
+from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
+from launch.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from trainer.callbacks.damage import Damage
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
 from trainer.callbacks.stages import ProbeCallback
 from trainer.checkpoint import CheckpointFiles
+from trainer.checkpoint_file import LAST
 from trainer.module import RetrainBlocks
 
 
@@ -34,6 +38,7 @@ class RunConfig:
         root: folder that holds the runs.
         resume: go on with a run of this name from its last checkpoint; without it, an existing name is refused.
         save_every: optimiser steps between two saves of `last.ckpt`.
+        save_failures: writes of checkpoints that may fail in a row, on a full disk say; one more stops the run.
         keep_best: how many checkpoints of lowest validation loss are kept.
         wandb: also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
     """
@@ -42,6 +47,7 @@ class RunConfig:
     root: str = "runs"
     resume: bool = False
     save_every: int = 200
+    save_failures: int = 5
     keep_best: int = 2
     wandb: bool = True
 
@@ -51,6 +57,8 @@ class RunConfig:
             faults.append(f"run.name {self.name!r}, expected the name of a folder inside run.root")
         if self.save_every < 1:
             faults.append(f"run.save_every {self.save_every}, expected at least 1 step")
+        if self.save_failures < 0:
+            faults.append(f"run.save_failures {self.save_failures}, expected a count")
         if self.keep_best < -1:
             faults.append(f"run.keep_best {self.keep_best}, expected a count, or -1 for every checkpoint")
         if faults:
@@ -64,7 +72,7 @@ class RunConfig:
     @property
     def last(self) -> Path:
         """The checkpoint that a resumed run goes on from."""
-        return self.folder / "checkpoints" / "last.ckpt"
+        return self.folder / "checkpoints" / LAST
 
 
 def prepare_folder(run: RunConfig) -> None:
@@ -196,7 +204,6 @@ class RecipeCLI(LightningCLI):
             RandomStates(),
             *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
             MetricsPosition(),
-            LastCheckpoint(run.last, run.save_every),
             ModelCheckpoint(
                 dirpath=run.last.parent,
                 filename="best-{step}",
@@ -205,37 +212,47 @@ class RecipeCLI(LightningCLI):
                 save_weights_only=False,
                 enable_version_counter=False,
             ),
+            LastCheckpoint(run.last, run.save_every),  # after ModelCheckpoint: it holds which files are the best
             VersionsFile(),
             EpochLines(),
             RichProgressBar(leave=True),
         ]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             default_root_dir=str(run.folder),
             logger=loggers(run.folder, wandb=run.wandb) if self.subcommand == "fit" else False,
             callbacks=callbacks,
-            plugins=[*(self._get(self.config_init, "trainer").get("plugins") or []), CheckpointFiles()],
+            plugins=[
+                *(self._get(self.config_init, "trainer").get("plugins") or []),
+                CheckpointFiles(max_failures=run.save_failures),
+            ],
             **kwargs,
         )
+        trainer._checkpoint_connector = SharedCheckpoint(trainer)
+        return trainer
 
     def before_fit(self) -> None:
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         check_fit(self.model, self.datamodule, ranks=ranks, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._resume_from: Path | None = None
+        if not self.trainer.is_global_zero:
+            return  # rank zero decides, and tells the others once they can speak to each other
         prepare_folder(self.run_config)
-        resumes = self.run_config.resume and self.run_config.last.is_file()
-        self._resume_from: Path | None = self.run_config.last if resumes else None
-        if not resumes:  # killed before its first checkpoint: it starts over
+        clear_leftovers(self.run_config.folder)
+        if self.run_config.resume:
+            self._resume_from = find_checkpoint(self.run_config.last)
+        if self._resume_from is None:  # killed before its first checkpoint: it starts over
             rewind(self.run_config.folder, {"rows": 0, "row": {}})
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
         check_fit(self.model, self.datamodule, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
-        if not self.run_config.last.is_file():
+        self._resume_from = find_checkpoint(self.run_config.last)
+        if self._resume_from is None:
             raise ValueError(
                 f"{self.run_config.last} does not exist; expected the checkpoint of a run, whose blocks are measured. "
                 "Name a run that was fitted: --run.name, --run.root."
             )
-        self._resume_from = self.run_config.last
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         found = super()._prepare_subcommand_kwargs(subcommand)
@@ -273,6 +290,7 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
 def run(argv: list[str]) -> None:
     """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    rest_before_forks()
     try:
         recipe_cli(argv, run=True)
         if torch.distributed.is_initialized():
