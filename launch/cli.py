@@ -18,6 +18,8 @@ from data.datamodule import LatentSource, ShardDataModule
 from launch.last import LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
+from launch.stop import Stopped
+from launch.stopping import StopTogether, leave
 from trainer.callbacks.damage import Damage
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
@@ -192,12 +194,13 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run = self.run_config
         retrains = isinstance(self.model, RetrainBlocks)
+        last = LastCheckpoint(run.last, run.save_every)
         callbacks: list[Callback] = [
             *(self._get(self.config_init, "trainer").get("callbacks") or []),
             RandomStates(),
             *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
             MetricsPosition(),
-            LastCheckpoint(run.last, run.save_every),
+            last,
             ModelCheckpoint(
                 dirpath=run.last.parent,
                 filename="best-{step}",
@@ -206,6 +209,7 @@ class RecipeCLI(LightningCLI):
                 save_weights_only=False,
                 enable_version_counter=False,
             ),
+            StopTogether(last),
             VersionsFile(),
             EpochLines(),
             RichProgressBar(leave=True),
@@ -279,5 +283,8 @@ def run(argv: list[str]) -> None:
         if torch.distributed.is_initialized():
             # Its threads, alive when the interpreter ends, now and then abort a process that has done all its work.
             torch.distributed.destroy_process_group()
+    except Stopped as stopped:
+        leave(stopped)
+        raise
     except MisconfigurationException as error:  # Lightning's word for a Trainer that cannot be built as asked
         raise ValueError(str(error)) from error
