@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.datamodule import LatentSource, ShardDataModule
+from launch import requeue
 from launch.last import LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
@@ -76,7 +78,8 @@ def prepare_folder(run: RunConfig) -> None:
     Raises:
         ValueError: if the name is taken and `resume` is off, or the folder cannot be written.
     """
-    taken = run.folder.exists() and any(run.folder.iterdir())
+    # Ranks come here at the same time: each may see what another tries the folder with.
+    taken = run.folder.exists() and not all(path.name.startswith(".writable") for path in run.folder.iterdir())
     if taken and not run.resume:
         raise ValueError(
             f"run {run.name!r} exists in {run.folder}; expected a new name, since nothing is overwritten. "
@@ -84,9 +87,7 @@ def prepare_folder(run: RunConfig) -> None:
         )
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        probe = run.folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.NamedTemporaryFile(dir=run.folder, prefix=".writable").close()
     except OSError as error:
         raise ValueError(
             f"cannot write the run folder {run.folder} ({error.strerror}); expected a writable place. Set --run.root."
@@ -230,7 +231,10 @@ class RecipeCLI(LightningCLI):
         resumes = self.run_config.resume and self.run_config.last.is_file()
         self._resume_from: Path | None = self.run_config.last if resumes else None
         if not resumes:  # killed before its first checkpoint: it starts over
-            rewind(self.run_config.folder, {"rows": 0, "row": {}})
+            if self.trainer.is_global_zero:
+                rewind(self.run_config.folder, {"rows": 0, "row": {}})
+            # Under Slurm, Lightning would look for an hpc_ckpt_N.ckpt in the run folder, whoever wrote it.
+            self.trainer._checkpoint_connector._user_managed = True
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
@@ -278,6 +282,7 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
 def run(argv: list[str]) -> None:
     """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    requeue.mode()  # a wrong word is refused now, not when the time is up
     try:
         recipe_cli(argv, run=True)
         if torch.distributed.is_initialized():

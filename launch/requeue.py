@@ -1,4 +1,4 @@
-"""What becomes of a job whose run has stopped to go on later: queued again by us, by the job's script, or not at all."""
+"""A job whose run has stopped to go on later: queued again by us, by the job's script, or not at all."""
 
 import os
 import re

@@ -91,7 +91,7 @@ _interrupted = threading.Event()
 
 
 def status_of_interrupt() -> int:
-    """The exit status after KeyboardInterrupt: 75 where the stop signal caused it, otherwise 130, as shells report it."""
+    """The exit status after KeyboardInterrupt: 75 if the stop signal caused it, otherwise 130, as shells report it."""
     return Request.GO_ON_LATER.status if _interrupted.is_set() else 128 + signal.SIGINT
 
 

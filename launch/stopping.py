@@ -8,7 +8,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.utilities import _is_max_limit_reached
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from launch import requeue
 from launch.agree import Agreement
@@ -88,7 +88,7 @@ def _finished(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     return (
         trainer.should_stop
-        or _is_max_limit_reached(loop.epoch_progress.current.processed, trainer.max_epochs or -1)
+        or _is_max_limit_reached(loop.epoch_progress.current.processed, trainer.max_epochs or -1)  # type: ignore[attr-defined]
         or _is_max_limit_reached(trainer.global_step, trainer.max_steps)
     )
 
@@ -105,14 +105,18 @@ def _silence(trainer: Trainer) -> None:
 
 
 def leave(stopped: Stopped) -> None:
-    """The end of a run that has stopped: every rank has come here, and all is on the disk, before the job is requeued."""
-    if rank_zero_only.rank == 0:
+    """The end of a run that has stopped: the job is requeued once every rank has come here and all is on the disk.
+
+    Slurm ends the steps of a job that is requeued.
+    """
+    leads = not dist.is_initialized() or dist.get_rank() == 0
+    if leads:
         _release_launched()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     then = ""
-    if rank_zero_only.rank == 0 and stopped.request is Request.GO_ON_LATER and requeue.mode() == "self":
+    if leads and stopped.request is Request.GO_ON_LATER and requeue.mode() == "self":
         then = "; " + requeue.requeue()
     by = {Request.GO_ON_LATER: "the stop signal", Request.END: "SIGTERM"}[stopped.request]
     rank_zero_info(f"stopped by {by} {stopped.where}, exit status {stopped.code}{then}")
