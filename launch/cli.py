@@ -1,10 +1,12 @@
 """`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
 
+import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +22,10 @@ from launch import requeue
 from launch.last import LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
+from launch.same import SameEverywhere, flat
 from launch.stop import Stopped
 from launch.stopping import StopTogether, leave
+from launch.watchdog import Watchdog
 from trainer.callbacks.damage import Damage
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
@@ -41,6 +45,10 @@ class RunConfig:
         save_every: optimiser steps between two saves of `last.ckpt`.
         keep_best: how many checkpoints of lowest validation loss are kept.
         wandb: also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
+        watchdog_s: seconds in which a rank must finish a step, a validation batch, a measured batch or a checkpoint
+            (the first step may take four times as long); past it all ranks leave their stacks and end. 0 turns it off.
+        collective_timeout_s: seconds that a rank waits for the others in a collective, through a broken network too;
+            None leaves it to the strategy (30 minutes).
     """
 
     name: str
@@ -49,6 +57,8 @@ class RunConfig:
     save_every: int = 200
     keep_best: int = 2
     wandb: bool = True
+    watchdog_s: float = 1800.0
+    collective_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         faults = []
@@ -58,6 +68,11 @@ class RunConfig:
             faults.append(f"run.save_every {self.save_every}, expected at least 1 step")
         if self.keep_best < -1:
             faults.append(f"run.keep_best {self.keep_best}, expected a count, or -1 for every checkpoint")
+        if self.watchdog_s < 0 or (self.collective_timeout_s or 1) <= 0:
+            faults.append(
+                f"run.watchdog_s {self.watchdog_s}, run.collective_timeout_s {self.collective_timeout_s}, expected "
+                "seconds, 0 for no watchdog, null for the strategy's own timeout"
+            )
         if faults:
             raise ValueError(f"got {'; '.join(faults)}. Mend it in the recipe or on the command line.")
 
@@ -197,6 +212,8 @@ class RecipeCLI(LightningCLI):
         retrains = isinstance(self.model, RetrainBlocks)
         last = LastCheckpoint(run.last, run.save_every)
         callbacks: list[Callback] = [
+            *([Watchdog(run.folder, run.watchdog_s)] if run.watchdog_s else []),
+            SameEverywhere(self.facts),
             *(self._get(self.config_init, "trainer").get("callbacks") or []),
             RandomStates(),
             *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
@@ -215,13 +232,26 @@ class RecipeCLI(LightningCLI):
             EpochLines(),
             RichProgressBar(leave=True),
         ]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             default_root_dir=str(run.folder),
             logger=loggers(run.folder, wandb=run.wandb) if self.subcommand == "fit" else False,
             callbacks=callbacks,
             plugins=[*(self._get(self.config_init, "trainer").get("plugins") or []), CheckpointFiles()],
             **kwargs,
         )
+        if run.collective_timeout_s is not None:
+            timeout = timedelta(seconds=run.collective_timeout_s)
+            trainer.strategy._timeout = timeout  # type: ignore[attr-defined]  # of every strategy with more than one rank
+        return trainer
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks of a job must have in common: the recipe's values, the checkpoint that they go on from."""
+        config = self.config.get(self.subcommand, self.config)
+        resumes = getattr(self, "_resume_from", None)
+        size = resumes.stat().st_size if resumes else None
+        return flat(json.loads(self._parser(self.subcommand).dump(config, format="json"))) | {
+            "checkpoint to go on from": f"{resumes} ({size} bytes)" if resumes else "none"
+        }
 
     def before_fit(self) -> None:
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
