@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +21,7 @@ from launch import requeue
 from launch.last import LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
+from launch.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from launch.same import SameEverywhere, flat
 from launch.stop import Stopped
 from launch.stopping import StopTogether, leave
@@ -31,6 +31,7 @@ from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
 from trainer.callbacks.stages import ProbeCallback
 from trainer.checkpoint import CheckpointFiles
+from trainer.checkpoint_file import LAST
 from trainer.module import RetrainBlocks
 
 
@@ -43,6 +44,7 @@ class RunConfig:
         root: folder that holds the runs.
         resume: go on with a run of this name from its last checkpoint; without it, an existing name is refused.
         save_every: optimiser steps between two saves of `last.ckpt`.
+        save_failures: writes of checkpoints that may fail in a row, on a full disk say; one more stops the run.
         keep_best: how many checkpoints of lowest validation loss are kept.
         wandb: also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
         watchdog_s: seconds in which a rank must finish a step, a validation batch, a measured batch or a checkpoint
@@ -55,6 +57,7 @@ class RunConfig:
     root: str = "runs"
     resume: bool = False
     save_every: int = 200
+    save_failures: int = 5
     keep_best: int = 2
     wandb: bool = True
     watchdog_s: float = 1800.0
@@ -66,6 +69,8 @@ class RunConfig:
             faults.append(f"run.name {self.name!r}, expected the name of a folder inside run.root")
         if self.save_every < 1:
             faults.append(f"run.save_every {self.save_every}, expected at least 1 step")
+        if self.save_failures < 0:
+            faults.append(f"run.save_failures {self.save_failures}, expected a count")
         if self.keep_best < -1:
             faults.append(f"run.keep_best {self.keep_best}, expected a count, or -1 for every checkpoint")
         if self.watchdog_s < 0 or (self.collective_timeout_s or 1) <= 0:
@@ -84,7 +89,7 @@ class RunConfig:
     @property
     def last(self) -> Path:
         """The checkpoint that a resumed run goes on from."""
-        return self.folder / "checkpoints" / "last.ckpt"
+        return self.folder / "checkpoints" / LAST
 
 
 def prepare_folder(run: RunConfig) -> None:
@@ -93,8 +98,7 @@ def prepare_folder(run: RunConfig) -> None:
     Raises:
         ValueError: if the name is taken and `resume` is off, or the folder cannot be written.
     """
-    # Ranks come here at the same time: each may see what another tries the folder with.
-    taken = run.folder.exists() and not all(path.name.startswith(".writable") for path in run.folder.iterdir())
+    taken = run.folder.exists() and any(run.folder.iterdir())
     if taken and not run.resume:
         raise ValueError(
             f"run {run.name!r} exists in {run.folder}; expected a new name, since nothing is overwritten. "
@@ -102,7 +106,9 @@ def prepare_folder(run: RunConfig) -> None:
         )
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        tempfile.NamedTemporaryFile(dir=run.folder, prefix=".writable").close()
+        probe = run.folder / ".writable"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise ValueError(
             f"cannot write the run folder {run.folder} ({error.strerror}); expected a writable place. Set --run.root."
@@ -218,7 +224,6 @@ class RecipeCLI(LightningCLI):
             RandomStates(),
             *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
             MetricsPosition(),
-            last,
             ModelCheckpoint(
                 dirpath=run.last.parent,
                 filename="best-{step}",
@@ -227,6 +232,7 @@ class RecipeCLI(LightningCLI):
                 save_weights_only=False,
                 enable_version_counter=False,
             ),
+            last,  # after ModelCheckpoint: it holds which files are the best
             StopTogether(last),
             VersionsFile(),
             EpochLines(),
@@ -236,48 +242,52 @@ class RecipeCLI(LightningCLI):
             default_root_dir=str(run.folder),
             logger=loggers(run.folder, wandb=run.wandb) if self.subcommand == "fit" else False,
             callbacks=callbacks,
-            plugins=[*(self._get(self.config_init, "trainer").get("plugins") or []), CheckpointFiles()],
+            plugins=[
+                *(self._get(self.config_init, "trainer").get("plugins") or []),
+                CheckpointFiles(max_failures=run.save_failures),
+            ],
             **kwargs,
         )
+        trainer._checkpoint_connector = SharedCheckpoint(trainer)
         if run.collective_timeout_s is not None:
             timeout = timedelta(seconds=run.collective_timeout_s)
             trainer.strategy._timeout = timeout  # type: ignore[attr-defined]  # of every strategy with more than one rank
         return trainer
 
     def facts(self) -> dict[str, Any]:
-        """What all ranks of a job must have in common: the recipe's values, the checkpoint that they go on from."""
+        """What all ranks of a job must have in common: the recipe's values."""
         config = self.config.get(self.subcommand, self.config)
-        resumes = getattr(self, "_resume_from", None)
-        size = resumes.stat().st_size if resumes else None
-        return flat(json.loads(self._parser(self.subcommand).dump(config, format="json"))) | {
-            "checkpoint to go on from": f"{resumes} ({size} bytes)" if resumes else "none"
-        }
+        return flat(json.loads(self._parser(self.subcommand).dump(config, format="json")))
 
     def before_fit(self) -> None:
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         check_fit(self.model, self.datamodule, ranks=ranks, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._resume_from: Path | None = None
+        if not self.trainer.is_global_zero:
+            return  # rank zero decides, and tells the others once they can speak to each other
         prepare_folder(self.run_config)
-        resumes = self.run_config.resume and self.run_config.last.is_file()
-        self._resume_from: Path | None = self.run_config.last if resumes else None
-        if not resumes:  # killed before its first checkpoint: it starts over
-            if self.trainer.is_global_zero:
-                rewind(self.run_config.folder, {"rows": 0, "row": {}})
-            # Under Slurm, Lightning would look for an hpc_ckpt_N.ckpt in the run folder, whoever wrote it.
-            self.trainer._checkpoint_connector._user_managed = True
+        clear_leftovers(self.run_config.folder)
+        if self.run_config.resume:
+            self._resume_from = find_checkpoint(self.run_config.last)
+        if self._resume_from is None:  # killed before its first checkpoint: it starts over
+            rewind(self.run_config.folder, {"rows": 0, "row": {}})
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
         check_fit(self.model, self.datamodule, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
-        if not self.run_config.last.is_file():
+        self._resume_from = find_checkpoint(self.run_config.last)
+        if self._resume_from is None:
             raise ValueError(
                 f"{self.run_config.last} does not exist; expected the checkpoint of a run, whose blocks are measured. "
                 "Name a run that was fitted: --run.name, --run.root."
             )
-        self._resume_from = self.run_config.last
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         found = super()._prepare_subcommand_kwargs(subcommand)
+        if self._resume_from is None:
+            # Under Slurm, Lightning would look for an hpc_ckpt_N.ckpt in the run folder, whoever wrote it.
+            self.trainer._checkpoint_connector._user_managed = True
         return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
 
 

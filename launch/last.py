@@ -1,10 +1,18 @@
 """`last.ckpt`: when it is saved, so that a run goes on from it exactly."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+
+from launch.resume import set_aside
+from trainer.callbacks.ranks import together
+from trainer.checkpoint import CheckpointFiles
+from trainer.checkpoint_file import PREVIOUS
+
+log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
@@ -22,6 +30,9 @@ class LastCheckpoint(Checkpoint):
     So nothing is saved while a validation or a measurement runs, which may take long. The step before the one that
     they follow is always saved: a run that ends in one of them takes one step again.
 
+    Files are written while training goes on (`CheckpointFiles`); a fit that ends waits for them, and fails if the last
+    state is not on the disk.
+
     Args:
         path: the file.
         every: optimiser steps between two saves.
@@ -33,6 +44,11 @@ class LastCheckpoint(Checkpoint):
         #: The step whose state this fit saved last.
         self.saved: int | None = None
         self._stop = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: a refused resume must not change anything in the run folder.
+        if trainer.is_global_zero and trainer.ckpt_path and Path(trainer.ckpt_path).name == PREVIOUS:
+            set_aside(self.path)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -58,8 +74,20 @@ class LastCheckpoint(Checkpoint):
         if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self.save(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with together(trainer):
+            _files(trainer).wait()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        try:
+            _files(trainer).wait()
+        except Exception as error:  # the exception that ends the fit is the one to be raised
+            log.warning("%s", error)
+
     def save(self, trainer: Trainer) -> None:
         """Saves the state after this step; every rank calls it."""
+        with together(trainer):  # a rank zero that gives up alone would leave the others in the save's barrier
+            _files(trainer).check()
         trainer.save_checkpoint(self.path)
         self.saved = trainer.global_step
 
@@ -75,6 +103,12 @@ class LastCheckpoint(Checkpoint):
             return False
         stops = loop._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early)
         return stops or trainer.global_step % self.every == 0 or _pause_follows(trainer)
+
+
+def _files(trainer: Trainer) -> CheckpointFiles:
+    files = trainer.strategy.checkpoint_io
+    assert isinstance(files, CheckpointFiles)
+    return files
 
 
 def _validates_here(trainer: Trainer) -> bool:

@@ -90,8 +90,8 @@ def trial(shards, folder: Path, number: int) -> tuple[int, bool]:
         fit(shards, folder, accumulate=accumulate, steps=10**6, says=f"running {number}")
         raise AssertionError("the fit has ended by itself")
     except stop.Stopped as stopped:
-        where = stopped.where
-        assert stopped.code == 75, stopped.code
+        where, status = stopped.where, stopped.code
+    assert status == 75, status
     assert sys.stdin.readline() == f"sent {number}\n"  # both ranks have been signalled by now
     forget_signals()
     path = folder / "checkpoints" / "last.ckpt"
