@@ -49,11 +49,12 @@ class Watchdog(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ProbeCallback):
                 callback.after_batch.append(lambda: self._finished("a measured batch"))
+        self._arm()
         place = f"rank {trainer.global_rank} of {trainer.world_size}"
-        watch = threading.Thread(
+        self._thread = threading.Thread(
             target=self._watch, args=(trainer.global_rank, place), name="reblock-watchdog", daemon=True
         )
-        watch.start()
+        self._thread.start()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finished("loading the base")
@@ -77,6 +78,7 @@ class Watchdog(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not where a fit fails: one that hangs on its way out is ended too.
         self._over.set()
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _finished(self, what: str, *, stepped: bool | None = None) -> None:
@@ -85,15 +87,22 @@ class Watchdog(Callback):
 
     def _watch(self, rank: int, place: str) -> None:
         while not self._over.wait(min(self.deadline / 10, 10.0)):
-            allowed = self.deadline if self._stepped else FIRST * self.deadline
-            # Where this thread itself never runs again, since some call keeps the interpreter's lock.
-            faulthandler.dump_traceback_later(allowed + _GRACE, exit=True, file=_STDERR)
+            allowed = self._arm()
             since, what = self._last
             idle = time.monotonic() - since
             if idle > allowed:
                 self._end(
                     rank, f"{place} on {socket.gethostname()} has finished nothing for {idle:.1f} s; last: {what}"
                 )
+
+    def _arm(self) -> float:
+        """The seconds allowed now; past them the process ends even if the watching thread never runs again.
+
+        That is so where a call hangs and keeps the interpreter's lock.
+        """
+        allowed = self.deadline if self._stepped else FIRST * self.deadline
+        faulthandler.dump_traceback_later(allowed + _GRACE, exit=True, file=_STDERR)
+        return allowed
 
     def _end(self, rank: int, verdict: str) -> None:
         # Writing may hang as well: from here on this ends the process, whatever comes.
