@@ -1,9 +1,11 @@
 """`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,11 +17,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.datamodule import LatentSource, ShardDataModule
-from launch.forks import rest_before_forks
+from launch import requeue
 from launch.last import LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
 from launch.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
+from launch.same import SameEverywhere, flat
+from launch.stop import Stopped
+from launch.stopping import StopTogether, leave
+from launch.watchdog import Watchdog
 from trainer.callbacks.damage import Damage
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
@@ -41,6 +47,10 @@ class RunConfig:
         save_failures: writes of checkpoints that may fail in a row, on a full disk say; one more stops the run.
         keep_best: how many checkpoints of lowest validation loss are kept.
         wandb: also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
+        watchdog_s: seconds in which a rank must finish a step, a validation batch, a measured batch or a checkpoint
+            (the first step may take four times as long); past it all ranks leave their stacks and end. 0 turns it off.
+        collective_timeout_s: seconds that a rank waits for the others in a collective, through a broken network too;
+            None leaves it to the strategy (30 minutes).
     """
 
     name: str
@@ -50,6 +60,8 @@ class RunConfig:
     save_failures: int = 5
     keep_best: int = 2
     wandb: bool = True
+    watchdog_s: float = 1800.0
+    collective_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         faults = []
@@ -61,6 +73,11 @@ class RunConfig:
             faults.append(f"run.save_failures {self.save_failures}, expected a count")
         if self.keep_best < -1:
             faults.append(f"run.keep_best {self.keep_best}, expected a count, or -1 for every checkpoint")
+        if self.watchdog_s < 0 or (self.collective_timeout_s or 1) <= 0:
+            faults.append(
+                f"run.watchdog_s {self.watchdog_s}, run.collective_timeout_s {self.collective_timeout_s}, expected "
+                "seconds, 0 for no watchdog, null for the strategy's own timeout"
+            )
         if faults:
             raise ValueError(f"got {'; '.join(faults)}. Mend it in the recipe or on the command line.")
 
@@ -199,7 +216,10 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run = self.run_config
         retrains = isinstance(self.model, RetrainBlocks)
+        last = LastCheckpoint(run.last, run.save_every)
         callbacks: list[Callback] = [
+            *([Watchdog(run.folder, run.watchdog_s)] if run.watchdog_s else []),
+            SameEverywhere(self.facts),
             *(self._get(self.config_init, "trainer").get("callbacks") or []),
             RandomStates(),
             *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
@@ -212,7 +232,8 @@ class RecipeCLI(LightningCLI):
                 save_weights_only=False,
                 enable_version_counter=False,
             ),
-            LastCheckpoint(run.last, run.save_every),  # after ModelCheckpoint: it holds which files are the best
+            last,  # after ModelCheckpoint: it holds which files are the best
+            StopTogether(last),
             VersionsFile(),
             EpochLines(),
             RichProgressBar(leave=True),
@@ -228,7 +249,15 @@ class RecipeCLI(LightningCLI):
             **kwargs,
         )
         trainer._checkpoint_connector = SharedCheckpoint(trainer)
+        if run.collective_timeout_s is not None:
+            timeout = timedelta(seconds=run.collective_timeout_s)
+            trainer.strategy._timeout = timeout  # type: ignore[attr-defined]  # of every strategy with more than one rank
         return trainer
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks of a job must have in common: the recipe's values."""
+        config = self.config.get(self.subcommand, self.config)
+        return flat(json.loads(self._parser(self.subcommand).dump(config, format="json")))
 
     def before_fit(self) -> None:
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
@@ -256,6 +285,9 @@ class RecipeCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         found = super()._prepare_subcommand_kwargs(subcommand)
+        if self._resume_from is None:
+            # Under Slurm, Lightning would look for an hpc_ckpt_N.ckpt in the run folder, whoever wrote it.
+            self.trainer._checkpoint_connector._user_managed = True
         return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
 
 
@@ -290,11 +322,14 @@ def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
 def run(argv: list[str]) -> None:
     """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    rest_before_forks()
+    requeue.mode()  # a wrong word is refused now, not when the time is up
     try:
         recipe_cli(argv, run=True)
         if torch.distributed.is_initialized():
             # Its threads, alive when the interpreter ends, now and then abort a process that has done all its work.
             torch.distributed.destroy_process_group()
+    except Stopped as stopped:
+        leave(stopped)
+        raise
     except MisconfigurationException as error:  # Lightning's word for a Trainer that cannot be built as asked
         raise ValueError(str(error)) from error

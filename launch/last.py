@@ -27,6 +27,9 @@ class LastCheckpoint(Checkpoint):
     - before a validation in mid-epoch that is due: it would be left out. The state after it is saved instead;
     - between two batches of one optimiser step, whose gradients no checkpoint holds: a stop waits for the step.
 
+    So nothing is saved while a validation or a measurement runs, which may take long. The step before the one that
+    they follow is always saved: a run that ends in one of them takes one step again.
+
     Files are written while training goes on (`CheckpointFiles`); a fit that ends waits for them, and fails if the last
     state is not on the disk.
 
@@ -38,6 +41,8 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, path: Path, every: int) -> None:
         self.path = path
         self.every = every
+        #: The step whose state this fit saved last.
+        self.saved: int | None = None
         self._stop = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,7 +59,7 @@ class LastCheckpoint(Checkpoint):
             return
         trainer.should_stop |= self._stop
         if self._due(trainer) and not _validates_here(trainer):
-            self._save(trainer)
+            self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (
@@ -63,11 +68,11 @@ class LastCheckpoint(Checkpoint):
             and self._due(trainer)
             and _validates_here(trainer)
         ):
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with together(trainer):
@@ -79,10 +84,17 @@ class LastCheckpoint(Checkpoint):
         except Exception as error:  # the exception that ends the fit is the one to be raised
             log.warning("%s", error)
 
-    def _save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
+        """Saves the state after this step; every rank calls it."""
         with together(trainer):  # a rank zero that gives up alone would leave the others in the save's barrier
             _files(trainer).check()
         trainer.save_checkpoint(self.path)
+        self.saved = trainer.global_step
+
+    def exact(self, trainer: Trainer) -> bool:
+        """Whether Lightning would go on exactly from the state at the end of this training batch."""
+        loop = trainer.fit_loop.epoch_loop
+        return not (loop._should_accumulate() or loop._num_ready_batches_reached() or _validates_here(trainer))
 
     def _due(self, trainer: Trainer) -> bool:
         """Whether the state in mid-epoch is to be saved: it is the last one of this fit, or some steps have passed."""
@@ -90,7 +102,7 @@ class LastCheckpoint(Checkpoint):
         if loop._should_accumulate() or loop._num_ready_batches_reached():
             return False
         stops = loop._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early)
-        return stops or trainer.global_step % self.every == 0
+        return stops or trainer.global_step % self.every == 0 or _pause_follows(trainer)
 
 
 def _files(trainer: Trainer) -> CheckpointFiles:
@@ -109,3 +121,18 @@ def _validates_here(trainer: Trainer) -> bool:
         return loop._should_check_val_fx(fetcher)
     finally:
         trainer.should_stop = stops
+
+
+def _pause_follows(trainer: Trainer) -> bool:
+    """Whether the next optimiser step is followed by a validation or by the end of the epoch."""
+    loop = trainer.fit_loop.epoch_loop
+    done, batches = loop.batch_progress.current.ready, trainer.num_training_batches
+    last = done + trainer.accumulate_grad_batches
+    if last >= batches:
+        return True
+    every = trainer.val_check_batch
+    if every is None or every == float("inf") or not loop._should_check_val_epoch():
+        return False
+    # Counted over the whole fit where validations do not keep to epochs.
+    before = loop.total_batch_idx - loop.batch_idx if trainer.check_val_every_n_epoch is None else 0
+    return any((before + batch) % every == 0 for batch in range(done + 1, last + 1))
