@@ -20,6 +20,7 @@ BENCHES: dict[str, tuple[str, str]] = {
         "launch.bench_attention",
         "time, memory and error of the attention engine, against one dense forward",
     ),
+    "scaling": ("launch.bench_scaling", "seconds and bytes on the wire of a training step on 1, 2, 4 processes"),
     "full": ("launch.bench_full", "seconds per step and peak memory of a full-size model with random weights"),
 }
 
@@ -49,6 +50,7 @@ class Options:
     dtype: str | None = None
     backends: tuple[str, ...] | None = None
     all: bool = False
+    processes: tuple[int, ...] = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,14 @@ def bench(
     dtype: str | None = None,
     backends: list[str] | None = None,
     all: bool = False,
+    processes: list[int] = [1, 2, 4],  # noqa: B006 - likewise
 ) -> None:
     """Runs one benchmark and prints its figures with versions and hardware.
 
     Args:
-        name: `step`, `pack`, `encode`, `stream`, `attention` or `full`.
+        name: `step`, `pack`, `encode`, `stream`, `attention`, `scaling` or `full`.
         device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: step, encode, stream, attention: timed rounds of each variant, interleaved.
+        repeats: step, encode, stream, attention, scaling: timed rounds of each variant, interleaved.
         config_json: full: the transformer's config; weights are random.
         frames: full: clip lengths, each 6k + 1; encode on a GPU: the first of them.
         height: full, and encode on a GPU: of the clips, in pixels, a multiple of 16.
@@ -108,6 +111,7 @@ def bench(
         backends: attention: of `dense`, `chunked`, `triton`; None: chunked and dense on a CPU, triton and chunked on a
             GPU.
         all: attention: `dense` above 2,048 tokens too, and `chunked` on a GPU above the smallest length.
+        processes: scaling: how many ranks, one run each.
 
     Raises:
         ValueError: if there is no such benchmark, or an option that it cannot take.
@@ -124,6 +128,7 @@ def bench(
         text_tokens=text_tokens, steps=steps, last=last, clips=clips, samples=samples, workers=workers, base=Path(base),
         tokens=None if tokens is None else tuple(tokens), heads=heads, head_dim=head_dim, dtype=dtype,
         backends=None if backends is None else tuple(backends), all=all,
+        processes=tuple(processes),
     )  # fmt: skip
     show(importlib.import_module(BENCHES[name][0]).run(options), device)
 

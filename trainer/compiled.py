@@ -25,9 +25,9 @@ class _WhileTraining:
     def __init__(self, block: Any) -> None:
         self._block = block
         self._eager = type(block).forward
-        # Symbolic sizes from the start: kernels that were specialised to the first batch's sizes would make a resumed
-        # run compute with others than the run that it goes on with.
-        self._compiled = torch.compile(type(block).forward, dynamic=True)
+        # Sizes as torch has it: the first are compiled as they are, those that change become symbols. All of them
+        # symbols from the start took minutes a graph to trace.
+        self._compiled = torch.compile(type(block).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = self._block.training and self._block.attn1.processor.attend is dense_attention
