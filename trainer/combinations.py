@@ -56,16 +56,22 @@ def check_trainer(trainer: Trainer, surgery: SurgeryConfig, *, split_trunk: bool
             f"got trainer.strategy {type(strategy).__name__}, expected trainer.sharding.ShardedStrategy, FSDP2 with "
             "checkpoints of whole tensors: add --config recipes/cluster/fsdp2.yaml."
         )
-    if isinstance(strategy, ShardedStrategy | DeepSpeedStrategy):
-        name = type(strategy).__name__
+    if isinstance(strategy, DeepSpeedStrategy):
+        faults.append(
+            "got trainer.strategy DeepSpeedStrategy, expected DDP or trainer.sharding.ShardedStrategy: DeepSpeed takes "
+            "no model of two dtypes, hides gradients, so that a step that is not finite could not be skipped, and "
+            "writes folders that no other strategy resumes from. For the memory of ZeRO-1 and -2 add --config "
+            "recipes/cluster/fsdp2_head.yaml, for that of ZeRO-3 --config recipes/cluster/fsdp2.yaml."
+        )
+    if isinstance(strategy, ShardedStrategy):
         asked = {
             "surgery.train_outside": surgery.train_outside,
             "surgery.reserved_channels": bool(surgery.reserved_channels),
             "split_trunk: false": not split_trunk,
         }
         faults += [
-            f"got model.{what} with {name}, expected DDP or a single device: sharding takes retrained blocks behind a "
-            "frozen trunk. Take the strategy's overlay away."
+            f"got model.{what} with ShardedStrategy, expected DDP or a single device: sharding takes retrained blocks "
+            "behind a frozen trunk. Take the strategy's overlay away."
             for what, wanted in asked.items()
             if wanted
         ]

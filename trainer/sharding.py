@@ -34,6 +34,8 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         shard_over: `node`: the ranks of a node share one copy of the model, and nodes exchange gradients only. `all`:
             all ranks share one copy.
+        shard_trunk: whether the frozen trunk is spread too; without it only the retrained blocks are, with their
+            gradients, optimiser and averages, and the trunk is on every rank and never travels.
         process_group_backend: nccl, gloo, or None to choose by device.
         timeout: of a collective; ranks that wait longer fail.
     """
@@ -42,6 +44,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self,
         *,
         shard_over: Literal["node", "all"] = "node",
+        shard_trunk: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -51,6 +54,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if shard_over not in ("node", "all"):
             raise ValueError(f"got shard_over {shard_over!r}, expected 'node' or 'all'.")
         self.shard_over = shard_over
+        self.shard_trunk = shard_trunk
 
     def setup_environment(self) -> None:
         # The sizes of Lightning's two mesh dimensions: copies of the model, and ranks that share one.
@@ -118,18 +122,18 @@ def build_device(strategy: Strategy, base: str) -> torch.device:
 
     Random weights (`base` is a config.json) depend on where they are drawn: they are made where they will be used.
     """
-    if isinstance(strategy, ShardedStrategy) and resolve_base(base).is_dir():
+    if isinstance(strategy, ShardedStrategy) and strategy.shard_trunk and resolve_base(base).is_dir():
         return torch.device("cpu")
     return strategy.root_device
 
 
-def shard(room: MochiRoom, mesh: DeviceMesh) -> None:
-    """Spreads every block over the ranks of `mesh`; what lies outside the blocks is small, frozen, and on every rank.
+def shard(room: MochiRoom, mesh: DeviceMesh, first: int) -> None:
+    """Spreads the blocks from `first` on over the ranks of `mesh`; what else there is is frozen, and on every rank.
 
     A block is gathered when it runs and freed after it, also in the trunk. Weights travel in the dtype they are kept
     in, gradients in float32: the arithmetic is that of DDP.
     """
-    blocks = room.model.transformer_blocks
+    blocks = room.model.transformer_blocks[first:]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     inside = {id(p) for p in blocks.parameters()}
@@ -156,7 +160,7 @@ def spread(module: Any, strategy: Strategy) -> None:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
     if isinstance(strategy, ShardedStrategy):
         module._base_fingerprint = frozen_fingerprint(module.room.model)  # of what this rank loaded, not of all parts
-        shard(module.room, strategy.shard_mesh)
+        shard(module.room, strategy.shard_mesh, 0 if strategy.shard_trunk else module.first)
         module.ema = Ema(module.retrained_parameters(), decay=module.ema_decay)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         agree_on_base(module.base, module.base_fingerprint)

@@ -1,8 +1,9 @@
 """DDP and FSDP2 on real ranks over gloo, through whole commands: the run that one process makes.
 
-Batches are the same samples, sigma and noise on any number of ranks, so that losses and gradient norms differ by the order
-of float32 sums only: 2e-6 of the largest, a few times the rounding of one sum. A single weight may differ by more, since
-Adam takes a whole step of the rate where a gradient is nothing but rounding: a tensor is held to 1e-5 of its norm.
+Batches are the same samples, sigma and noise on any number of ranks, so that losses and gradient norms differ by the
+order of float32 sums only: 2e-6 of the largest, a few times the rounding of one sum. A single weight may differ by
+more, since Adam takes a whole step of the rate where a gradient is nothing but rounding: a tensor is held to 1e-5 of its
+norm.
 Attention statistics, shares and means of what these weights do, are held to 1e-4.
 """
 
@@ -236,9 +237,17 @@ def test_steps_that_are_not_finite_are_skipped_by_all_ranks_together(runs):
 
 
 @pytest.mark.slow
-def test_nodes_that_each_hold_a_sharded_copy_take_the_steps_of_one_process(runs):
+@pytest.mark.parametrize(
+    "name, overlay, more, devices, nodes",
+    [
+        ("copies", "fsdp2", (), 2, 2),  # each node holds a sharded copy
+        ("spread", "fsdp2", ("--trainer.strategy.init_args.shard_over=all",), 1, 2),
+        ("head", "fsdp2_head", (), 2, 1),
+    ],
+)
+def test_other_ways_to_shard_take_the_steps_of_one_process(runs, name, overlay, more, devices, nodes):
     options = ("--trainer.callbacks=[{class_path: tests.steps.Steps}]", f"--trainer.max_steps={STOP}")
-    run = runs("nodes", *options, overlays=("fsdp2",), devices=2, nodes=2)
+    run = runs(name, *options, *more, overlays=(overlay,), devices=devices, nodes=nodes)
     assert same_steps(run, runs("stopped", *options))
     same_content(content(run), content(runs("stopped", *options)))
 
