@@ -2,8 +2,8 @@
 
 Batches are the same samples, sigma and noise on any number of ranks, so that losses and gradient norms differ by the
 order of float32 sums only: 2e-6 of the largest, a few times the rounding of one sum. A single weight may differ by
-more, since Adam takes a whole step of the rate where a gradient is nothing but rounding: a tensor is held to 1e-5 of its
-norm.
+more, since Adam takes a whole step of the rate where a gradient is nothing but rounding: a tensor is held to 1e-5 of
+its norm.
 Attention statistics, shares and means of what these weights do, are held to 1e-4.
 """
 
