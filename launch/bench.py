@@ -28,6 +28,7 @@ BENCHES: dict[str, tuple[str, str]] = {
         "launch.bench_kills",
         "a run killed at random moments, against one that was not: what differs, what is lost",
     ),
+    "scaling": ("launch.bench_scaling", "seconds and bytes on the wire of a training step on 1, 2, 4 processes"),
     "full": ("launch.bench_full", "seconds per step and peak memory of a full-size model with random weights"),
 }
 
@@ -60,6 +61,7 @@ class Options:
     kills: int = 50
     ranks: int = 2
     seed: int = 0
+    processes: tuple[int, ...] = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,14 @@ def bench(
     kills: int = 50,
     ranks: int = 2,
     seed: int = 0,
+    processes: list[int] = [1, 2, 4],  # noqa: B006 - likewise
 ) -> None:
     """Runs one benchmark and prints its figures with versions and hardware.
 
     Args:
-        name: `step`, `pack`, `encode`, `stream`, `attention`, `checkpoint`, `kills` or `full`.
+        name: `step`, `pack`, `encode`, `stream`, `attention`, `checkpoint`, `kills`, `scaling` or `full`.
         device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: step, pack, encode, stream, attention, checkpoint: timed rounds of each variant, interleaved.
+        repeats: timed rounds of each variant, interleaved; not of kills, nor of full.
         config_json: full: the transformer's config; weights are random.
         frames: full: clip lengths, each 6k + 1; encode on a GPU: the first of them.
         height: full, and encode on a GPU: of the clips, in pixels, a multiple of 16.
@@ -125,6 +128,7 @@ def bench(
         kills: kills: how often the run is killed.
         ranks: kills: processes that train together.
         seed: kills: of the moments, and of who is killed.
+        processes: scaling: how many ranks, one run each.
 
     Raises:
         ValueError: if there is no such benchmark, or an option that it cannot take.
@@ -142,6 +146,7 @@ def bench(
         tokens=None if tokens is None else tuple(tokens), heads=heads, head_dim=head_dim, dtype=dtype,
         backends=None if backends is None else tuple(backends), all=all,
         kills=kills, ranks=ranks, seed=seed,
+        processes=tuple(processes),
     )  # fmt: skip
     show(importlib.import_module(BENCHES[name][0]).run(options), device)
 

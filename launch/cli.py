@@ -116,7 +116,12 @@ def prepare_folder(run: RunConfig) -> None:
 
 
 def check_fit(
-    model: LightningModule, data: LightningDataModule, *, ranks: int | None = None, callbacks: Sequence[Callback] = ()
+    model: LightningModule,
+    data: LightningDataModule,
+    *,
+    ranks: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    trainer: Trainer | None = None,
 ) -> None:
     """Everything about base, blocks, shards and probes that can be wrong, in one message, before anything is loaded.
 
@@ -125,6 +130,7 @@ def check_fit(
         data: that it is fitted on.
         ranks: processes that train together; None does not train.
         callbacks: of the run.
+        trainer: whose strategy, precision and clipping are checked.
 
     Raises:
         ValueError: naming every fault.
@@ -140,6 +146,8 @@ def check_fit(
 
     for part in (model, data):
         attempt(getattr(part, "check", lambda: None))
+    if trainer is not None and isinstance(model, RetrainBlocks):
+        attempt(partial(model.check_trainer, trainer))
     if not faults and isinstance(data, ShardDataModule) and ranks is not None:
         attempt(lambda: data.check_batches(ranks))
     if not faults and isinstance(data, LatentSource):
@@ -262,7 +270,8 @@ class RecipeCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
         ranks = self.trainer.num_devices * self.trainer.num_nodes
-        check_fit(self.model, self.datamodule, ranks=ranks, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_fit(self.model, self.datamodule, ranks=ranks, callbacks=callbacks, trainer=self.trainer)
         self._resume_from: Path | None = None
         if not self.trainer.is_global_zero:
             return  # rank zero decides, and tells the others once they can speak to each other
@@ -275,7 +284,8 @@ class RecipeCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
-        check_fit(self.model, self.datamodule, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_fit(self.model, self.datamodule, callbacks=callbacks, trainer=self.trainer)
         self._resume_from = find_checkpoint(self.run_config.last)
         if self._resume_from is None:
             raise ValueError(

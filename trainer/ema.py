@@ -5,13 +5,17 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from trainer.parts import local, part
 
 
 class Ema:
     """An average that follows the parameters it is given.
 
-    torch's `AveragedModel` copies the whole module, 20 GB here, so only its update rule is taken.
+    torch's `AveragedModel` copies the whole module, 20 GB here, so only its update rule is taken. Of parameters that
+    are sharded each rank averages its own part: an update communicates nothing.
 
     Args:
         parameters: name -> live parameter.
@@ -31,8 +35,8 @@ class Ema:
     def update(self) -> None:
         """One step of the average; call it once per optimiser step, not per micro-batch."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        live = [p.detach().float() for p in self._live.values()]
-        get_ema_multi_avg_fn(decay)(list(self.average.values()), live, None)
+        live = [local(p.detach()).float() for p in self._live.values()]
+        get_ema_multi_avg_fn(decay)([local(average) for average in self.average.values()], live, None)
         self.updates += 1
 
     def to(self, device: torch.device | str) -> None:
@@ -46,11 +50,11 @@ class Ema:
             yield
 
     def state_dict(self) -> dict:
-        """Averages and the count of updates."""
+        """Averages, sharded as the parameters are, and the count of updates."""
         return {"average": self.average, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Takes averages over in place.
+        """Takes full averages over in place.
 
         Raises:
             ValueError: if the names differ from the retrained parameters.
@@ -61,7 +65,7 @@ class Ema:
                 f"the EMA in the checkpoint holds other parameters (e.g. {odd}); expected this run's blocks."
             )
         for name, value in state["average"].items():
-            self.average[name].copy_(value)
+            local(self.average[name]).copy_(part(value, self.average[name]))
         self.updates = int(state["updates"])
 
 
@@ -69,13 +73,25 @@ class Ema:
 def holding(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, the tensors in `live` hold `values`; afterwards what they held before.
 
-    Storage is swapped, not copied, where dtype and device agree.
+    Storage is swapped, not copied, where dtype and device agree. Of a sharded parameter the content is: FSDP gathers
+    from memory of its own, which the parameter only looks into.
+
+    Args:
+        live: whole or sharded.
+        values: likewise, or whole where `live` is sharded.
     """
-    kept = {name: tensor.data for name, tensor in live.items()}
+    kept = {name: local(t.detach()).clone() if isinstance(t, DTensor) else t.data for name, t in live.items()}
     try:
         for name, tensor in live.items():
-            tensor.data = values[name].to(device=tensor.device, dtype=tensor.dtype)
+            _put(tensor, part(values[name], tensor))
         yield
     finally:
         for name, tensor in live.items():
-            tensor.data = kept[name]
+            _put(tensor, kept[name])
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    if isinstance(tensor, DTensor):
+        local(tensor.detach()).copy_(value)
+    else:
+        tensor.data = value.to(device=tensor.device, dtype=tensor.dtype)

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,10 +15,15 @@ from torch import Tensor
 
 from data.batch import Batch
 from trainer import surgery as operate
+from trainer.combinations import check_shards, check_trainer
+from trainer.compiled import CompiledPart, compile_blocks
 from trainer.ema import Ema, holding
 from trainer.flow import Flow, SigmaSampler
 from trainer.graft import base_block_weights
 from trainer.optimise import OptimConfig, adamw, clip_or_drop, linear_warmup
+from trainer.parts import gathered, whole
+from trainer.sharding import build_device, spread
+from trainer.surgery import SurgeryConfig as SurgeryConfig
 from trainer.vdit.load import check_base, load_transformer, read_config
 from trainer.vdit.mochi import MochiRoom, State
 from trainer.vdit.scratch import fresh_frequencies, reserve_channels
@@ -28,29 +32,6 @@ log = logging.getLogger(__name__)
 
 #: Edges of the sigma bands that the loss is reported in.
 SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(kw_only=True)
-class SurgeryConfig:
-    """Which blocks are retrained, and what they start from.
-
-    Args:
-        last: retrain the last so many blocks.
-        blocks: or an explicit list of block indices.
-        init: `dit` (Xavier, zero modulation: a new block starts as the identity), `torch` (each layer's default),
-            `normal` (std 0.02) or `keep` (fine-tuning without re-initialisation, the control).
-        seed: of the fresh weights.
-        train_outside: also train what lies outside the blocks; only for making a base from scratch. `pos_frequencies`
-            are then drawn from the seed (a fresh diffusers model has none) and stay as drawn.
-        reserved_channels: residual channels that no trained layer may write: kept zero for planted sinks.
-    """
-
-    last: int | None = None
-    blocks: list[int] | None = None
-    init: operate.Initialisation = "dit"
-    seed: int = 0
-    train_outside: bool = False
-    reserved_channels: tuple[int, ...] = ()
 
 
 class _LiveWeightsBack(Callback):
@@ -74,6 +55,7 @@ class RetrainBlocks(LightningModule):
         ema_decay: decay of the average used for validation and export.
         trunk_dtype: dtype of the frozen trunk's weights; `bfloat16` halves their memory.
         checkpoint_head: recompute activations of head blocks in the backward pass.
+        compile: blocks that training steps run through torch.compile: `none`, `trunk`, `head` or `both`.
         stock_attention: run diffusers' own attention processor (for comparisons only).
         split_trunk: run the trunk apart, under no_grad. Off only for the benchmark's comparison.
         val_sigmas: sigmas at which validation loss is measured.
@@ -91,6 +73,7 @@ class RetrainBlocks(LightningModule):
         ema_decay: float = 0.999,
         trunk_dtype: str = "float32",
         checkpoint_head: bool = False,
+        compile: CompiledPart = "none",
         stock_attention: bool = False,
         split_trunk: bool = True,
         val_sigmas: tuple[float, ...] = (0.125, 0.375, 0.625, 0.875),
@@ -100,6 +83,10 @@ class RetrainBlocks(LightningModule):
             raise ValueError(f"got trunk_dtype {trunk_dtype!r}, expected 'float32' or 'bfloat16'.")
         if surgery.train_outside and trunk_dtype != "float32":
             raise ValueError("got trunk_dtype 'bfloat16' with surgery.train_outside, expected 'float32': all trained.")
+        if compile != "none" and stock_attention:
+            raise ValueError(
+                f"got compile {compile!r} with stock_attention, which waits for the device; leave one out."
+            )
         self.base = base
         self.surgery = surgery
         self.optim = optim or OptimConfig()
@@ -107,6 +94,7 @@ class RetrainBlocks(LightningModule):
         self.ema_decay = ema_decay
         self.trunk_dtype = getattr(torch, trunk_dtype)
         self.checkpoint_head = checkpoint_head
+        self.compile_part = compile
         self.stock_attention = stock_attention
         self.split_trunk = split_trunk
         self.val_sigmas = val_sigmas
@@ -134,27 +122,27 @@ class RetrainBlocks(LightningModule):
         Raises:
             ValueError: if they do not.
         """
-        config = read_config(self.base)
-        channels, patch, width = config["in_channels"], config["patch_size"], config["text_embed_dim"]
-        if latent_shape[0] != channels or latent_shape[2] % patch or latent_shape[3] % patch:
-            raise ValueError(
-                f"the shards hold latents of shape {tuple(latent_shape)}, the base {self.base} takes "
-                f"({channels}, F, H, W) with H and W multiples of {patch}; encode the clips with this base's own VAE "
-                "(`reblock encode`)."
-            )
-        if text_width != width:
-            raise ValueError(
-                f"the shards hold captions {text_width} wide, the base {self.base} takes {width}; "
-                "encode them with this base's own text encoder (`reblock encode`)."
-            )
+        check_shards(self.base, latent_shape, text_width)
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Faults of the Trainer's strategy, precision and clipping with this model.
+
+        Raises:
+            ValueError: naming all of them.
+        """
+        check_trainer(trainer, self.surgery, split_trunk=self.split_trunk)
 
     def _choose(self, num_blocks: int) -> tuple[int, ...]:
         return operate.choose_blocks(num_blocks, last=self.surgery.last, blocks=self.surgery.blocks)
 
     def configure_model(self) -> None:
+        if self._trainer is None:
+            return self.build("cpu") if self.room is None else None
+        strategy = self.trainer.strategy
+        self.check_trainer(self.trainer)
         if self.room is None:
-            attached = self._trainer is not None
-            self.build(self.trainer.strategy.root_device if attached else "cpu")
+            self.build(build_device(strategy, self.base))
+        spread(self, strategy)
 
     def build(self, device: torch.device | str) -> None:
         """Loads the base onto `device` and operates on it: re-initialise, freeze, average."""
@@ -174,6 +162,13 @@ class RetrainBlocks(LightningModule):
             fresh_frequencies(model, self.surgery.seed)
         if self.surgery.reserved_channels:
             reserve_channels(model, self.surgery.reserved_channels)
+        wanted = {"trunk": range(self.first), "head": range(self.first, self.room.num_blocks)}
+        compile_blocks(
+            model.transformer_blocks[i]
+            for part, indices in wanted.items()
+            if self.compile_part in (part, "both")
+            for i in indices
+        )
         self.ema = Ema(self.retrained_parameters(), decay=self.ema_decay)
 
     @property
@@ -282,7 +277,7 @@ class RetrainBlocks(LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips, or drops every gradient of a non-finite step: AdamW leaves a parameter without gradient alone."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         self.log("train/grad_norm", norm, on_step=True)
         if clip_or_drop(parameters, norm, self.optim.clip_norm):
             self.skipped_in_row = 0
@@ -313,12 +308,16 @@ class RetrainBlocks(LightningModule):
         self.ema.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        trained = self.retrained_parameters()
-        checkpoint["state_dict"] = {f"room.model.{name}": p.detach() for name, p in trained.items()}
+        # Whole tensors on the CPU of the first rank, whatever the strategy: any other resumes from them.
+        keep = self._trainer is None or self.trainer.is_global_zero
+        trained = {f"room.model.{name}": p for name, p in self.retrained_parameters().items()}
+        checkpoint["state_dict"] = gathered(trained, keep=keep)
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = gathered(checkpoint["optimizer_states"], keep=keep)
         checkpoint["reblock"] = {
             "blocks": list(self.blocks),
             "base_fingerprint": self.base_fingerprint,
-            "ema": self.ema.state_dict(),
+            "ema": gathered(self.ema.state_dict(), keep=keep),
             "skipped": [self.skipped, self.skipped_in_row],
         }
 

@@ -2,12 +2,38 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from trainer.parts import whole
+
 Initialisation = Literal["dit", "torch", "normal", "keep"]
+
+
+@dataclass(kw_only=True)
+class SurgeryConfig:
+    """Which blocks are retrained, and what they start from.
+
+    Args:
+        last: retrain the last so many blocks.
+        blocks: or an explicit list of block indices.
+        init: `dit` (Xavier, zero modulation: a new block starts as the identity), `torch` (each layer's default),
+            `normal` (std 0.02) or `keep` (fine-tuning without re-initialisation, the control).
+        seed: of the fresh weights.
+        train_outside: also train what lies outside the blocks; only for making a base from scratch. `pos_frequencies`
+            are then drawn from the seed (a fresh diffusers model has none) and stay as drawn.
+        reserved_channels: residual channels that no trained layer may write: kept zero for planted sinks.
+    """
+
+    last: int | None = None
+    blocks: list[int] | None = None
+    init: Initialisation = "dit"
+    seed: int = 0
+    train_outside: bool = False
+    reserved_channels: tuple[int, ...] = ()
 
 
 def choose_blocks(num_blocks: int, *, last: int | None = None, blocks: Iterable[int] | None = None) -> tuple[int, ...]:
@@ -123,11 +149,15 @@ def freeze_all_but(model: nn.Module, trainable: Iterable[nn.Module]) -> None:
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in name order; one tensor is on the host at a time."""
+    """SHA-256 over names, dtypes, shapes and bytes, in name order; one tensor is whole and on the host at a time.
+
+    Of sharded tensors, too: every rank that holds a part calls it, and gets what the whole ones would give.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        tensor = whole(tensor.detach())
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

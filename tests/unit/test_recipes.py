@@ -1,21 +1,28 @@
 """Every recipe in the repository builds its model; faulty recipes and inputs are refused before anything is loaded."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from data.shards import LATENT_FORMAT, VIDEO_FORMAT
 from launch import main as command
 from launch.cli import recipe_cli
 from trainer.module import RetrainBlocks
+from trainer.sharding import ShardedStrategy
 from trainer.vae import TrainVae
 from trainer.vdit import load
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+OVERLAYS = sorted(path.stem for path in (ROOT / "recipes" / "cluster").glob("*.yaml"))
+ZERO = [name for name in OVERLAYS if name.startswith("zero")]
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +31,21 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def recipe(name: str, tmp_path: Path, *more: str):
-    """The recipe's objects on a CPU of one rank, with a stand-in for a base that is not here."""
+def recipe(name: str, tmp_path: Path, *more: str, overlay: str | None = None):
+    """The recipe's objects on a CPU of one rank, with a stand-in for a base that is not here.
+
+    An overlay's strategy is kept, and its precision; without one it is a single device's.
+    """
     config = yaml.safe_load((ROOT / "recipes" / name).read_text())
     base = config["model"]["init_args"].get("base")
     if base and not Path(base).exists():
         stand_in = "mochi1_transformer" if base.startswith("genmo/") else "demo_base_config"
         more = ("--model.init_args.base", f"recipes/{stand_in}.json", *more)
+    plain = [] if overlay else ["--trainer.strategy", "auto", "--trainer.precision", "32-true"]
+    configs = [f"recipes/{name}"] + ([f"recipes/cluster/{overlay}.yaml"] if overlay else [])
     return recipe_cli(
-        ["--config", f"recipes/{name}", "--run.root", str(tmp_path), "--run.wandb", "false", "--trainer.accelerator",
-         "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.precision", "32-true", *more],
+        [*(f"--config={config}" for config in configs), "--run.root", str(tmp_path), "--run.wandb", "false",
+         "--trainer.accelerator", "cpu", "--trainer.devices", "1", *plain, *more],
         run=False,
     )  # fmt: skip
 
@@ -60,6 +72,58 @@ def test_the_reference_job_retrains_792_8_million_of_10_billion(tmp_path):
     trunk = [p for n, p in model.room.model.named_parameters() if n not in model.retrained_parameters()]
     assert {p.dtype for p in trunk} == {torch.bfloat16, torch.float32} or {p.dtype for p in trunk} == {torch.bfloat16}
     assert {p.dtype for p in model.retrained_parameters().values()} == {torch.float32}
+
+
+# -- overlays --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mochi_last4.yaml", "demo.yaml"])
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name not in ZERO])
+def test_every_overlay_goes_over_a_recipe(name, overlay, tmp_path):
+    plain, cli = recipe(name, tmp_path), recipe(name, tmp_path, overlay=overlay)
+    cli.model.check_trainer(cli.trainer)
+    cli.model.build("meta")
+    strategy, model = cli.trainer.strategy, cli.model
+    ddp = {"find_unused_parameters": False, "gradient_as_bucket_view": True, "static_graph": False}
+    changed = {
+        "ddp": lambda: ddp.items() <= strategy._ddp_kwargs.items(),
+        "fsdp2": lambda: strategy.shard_trunk and strategy.shard_over == "node",
+        "fsdp2_head": lambda: not strategy.shard_trunk and strategy.shard_over == "node",
+        "checkpointing": lambda: model.checkpoint_head,
+        "bf16": lambda: (cli.trainer.precision, model.trunk_dtype) == ("bf16-mixed", torch.bfloat16),
+        "compile": lambda: model.compile_part == "both",
+    }
+    assert changed[overlay]()
+    assert isinstance(cli.trainer.strategy, ShardedStrategy) == overlay.startswith("fsdp2")
+    assert cli.model.surgery == plain.model.surgery and cli.model.optim == plain.model.optim  # the rest is the recipe's
+
+
+def test_overlays_go_over_each_other(tmp_path):
+    more = [f"--config=recipes/cluster/{name}.yaml" for name in ("checkpointing", "bf16", "compile")]
+    cli = recipe("demo.yaml", tmp_path, *more, overlay="fsdp2")
+    assert isinstance(cli.trainer.strategy, ShardedStrategy) and cli.trainer.precision == "bf16-mixed"
+    assert cli.model.checkpoint_head and cli.model.compile_part == "both"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+@pytest.mark.parametrize("overlay", ZERO)
+def test_without_deepspeed_its_overlays_say_so(overlay, tmp_path):
+    with pytest.raises(ValueError, match="you must have DeepSpeed installed"):
+        recipe("demo.yaml", tmp_path, overlay=overlay)
+
+
+@pytest.mark.parametrize("overlay", ZERO)
+def test_zero_overlays_configure_deepspeed(overlay, monkeypatch):
+    """Up to where DeepSpeed itself would start: on GPUs only, which no test here has."""
+    if importlib.util.find_spec("deepspeed") is None:  # what Lightning's constructor uses of it
+        utils = SimpleNamespace(logging=SimpleNamespace(logger=SimpleNamespace(setLevel=lambda level: None)))
+        monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(utils=utils))
+        for name in ("_DEEPSPEED_AVAILABLE", "_DEEPSPEED_GREATER_EQUAL_0_16"):
+            monkeypatch.setattr(f"lightning.pytorch.strategies.deepspeed.{name}", True)
+    given = yaml.safe_load((ROOT / f"recipes/cluster/{overlay}.yaml").read_text())["trainer"]["strategy"]
+    assert given["class_path"] == "lightning.pytorch.strategies.DeepSpeedStrategy"
+    zero = DeepSpeedStrategy(**given["init_args"]).config["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (int(overlay[-1]), True, True)
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from trainer import surgery
 from trainer.checkpoint import random_states, restore_random_states
 from trainer.graft import Graft, save_graft
 from trainer.module import RetrainBlocks
+from trainer.parts import gathered
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -74,14 +75,16 @@ class GraftWriter(Callback):
     """Leaves `graft.safetensors` in the run folder when training ends."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _retrains(pl_module)
+        weights = {"raw": module.retrained_parameters(), "ema": module.ema.average}
+        weights = gathered(weights, keep=trainer.is_global_zero)  # by all ranks: each may hold a part only
         if not trainer.is_global_zero:
             return
-        module = _retrains(pl_module)
         save_graft(
             Path(trainer.default_root_dir) / "graft.safetensors",
             Graft(
-                raw=module.retrained_parameters(),
-                ema=module.ema.average,
+                raw=weights["raw"],
+                ema=weights["ema"],
                 blocks=module.blocks,
                 base=module.base,
                 base_fingerprint=module.base_fingerprint,

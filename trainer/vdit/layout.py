@@ -59,7 +59,11 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """torch's fused attention; padded text keys are masked where captions differ in length."""
-    mask = call.layout.key_mask
+    return fused_attention(q, k, v, call.layout.key_mask)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`dense_attention` by a (B, N + L) key mask alone."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])

@@ -24,6 +24,7 @@ from trainer.vdit.layout import (
     AttentionFunction,
     TokenLayout,
     dense_attention,
+    fused_attention,
     text_lengths_of,
 )
 
@@ -109,7 +110,11 @@ class JointAttention:
         q, k, v = (
             torch.cat(pair, dim=1).transpose(1, 2) for pair in ((q, text_q), (k, text_k), (v, text_v))
         )  # (B, h, N + L, d)
-        out = self.attend(q, k, v, AttentionCall(self.layer, layout))
+        if self.attend is dense_attention:
+            # Without the layer's number: a constant that differs would have torch.compile make a graph of every block.
+            out = fused_attention(q, k, v, layout.key_mask)
+        else:
+            out = self.attend(q, k, v, AttentionCall(self.layer, layout))
         out = out.transpose(1, 2).flatten(2, 3)
 
         vision_out = attn.to_out[1](attn.to_out[0](out[:, : layout.num_vision]))
