@@ -301,13 +301,18 @@ class RecipeCLI(LightningCLI):
         return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
 
 
-def recipe_cli(args: list[str], *, run: bool) -> RecipeCLI:
+def recipe_cli(args: list[str], *, run: bool, kind: type[RecipeCLI] = RecipeCLI) -> RecipeCLI:
     """The recipe's objects; with `run`, the first of `args` is the verb, and it is carried out.
+
+    Args:
+        args: as on the command line.
+        run: whether there is a verb.
+        kind: what reads them; another one may take more options, or make fewer objects.
 
     Raises:
         ValueError: if the recipe or its inputs are at fault.
     """
-    return RecipeCLI(
+    return kind(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

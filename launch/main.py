@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("data.inspect.inspect:inspect", "counts, shapes, durations and faults of shards"),
     "plant": ("launch.plant:plant", "a base with attention sinks planted in its last blocks"),
     "pipeline": ("launch.pipeline:pipeline", "assemble a diffusers pipeline folder from trained parts"),
+    "plan": ("launch.plan.command:run", "memory, operations, bytes on the wire and time of a recipe, without a GPU"),
     "fit": ("launch.cli:run", "retrain the chosen blocks as a recipe says"),
     "validate": ("launch.cli:run", "all measurements, no training"),
     "export": ("launch.export:export", "graft -> a pipeline folder that diffusers loads"),
@@ -37,7 +38,7 @@ KNOWN_WARNINGS = (
 )
 
 #: Commands that read their own arguments (LightningCLI).
-RAW = ("fit", "validate")
+RAW = ("plan", "fit", "validate")
 
 
 def check_packages() -> None:
