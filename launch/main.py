@@ -20,6 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pipeline": ("launch.pipeline:pipeline", "assemble a diffusers pipeline folder from trained parts"),
     "fit": ("launch.cli:run", "retrain the chosen blocks as a recipe says"),
     "validate": ("launch.cli:run", "all measurements, no training"),
+    "submit": ("launch.cluster.submit:run", "a recipe as a Slurm job: checks, writes the script, queues it"),
+    "status": ("launch.cluster.status:status", "what a run's jobs do, since when, how fast, and its last errors"),
     "export": ("launch.export:export", "graft -> a pipeline folder that diffusers loads"),
     "sample": ("launch.sample:sample", "videos: base, retrained, retrained and masked, same seeds"),
     "report": ("launch.report:report", "one self-contained page about a run"),
@@ -36,7 +38,7 @@ KNOWN_WARNINGS = (
 )
 
 #: Commands that read their own arguments (LightningCLI).
-RAW = ("fit", "validate")
+RAW = ("fit", "validate", "submit")
 
 
 def check_packages() -> None:
