@@ -20,6 +20,14 @@ BENCHES: dict[str, tuple[str, str]] = {
         "launch.bench_attention",
         "time, memory and error of the attention engine, against one dense forward",
     ),
+    "checkpoint": (
+        "launch.bench_checkpoint",
+        "how long a checkpoint holds up training, written in the background and in the foreground",
+    ),
+    "kills": (
+        "launch.bench_kills",
+        "a run killed at random moments, against one that was not: what differs, what is lost",
+    ),
     "full": ("launch.bench_full", "seconds per step and peak memory of a full-size model with random weights"),
 }
 
@@ -49,6 +57,9 @@ class Options:
     dtype: str | None = None
     backends: tuple[str, ...] | None = None
     all: bool = False
+    kills: int = 50
+    ranks: int = 2
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,13 +94,16 @@ def bench(
     dtype: str | None = None,
     backends: list[str] | None = None,
     all: bool = False,
+    kills: int = 50,
+    ranks: int = 2,
+    seed: int = 0,
 ) -> None:
     """Runs one benchmark and prints its figures with versions and hardware.
 
     Args:
-        name: `step`, `pack`, `encode`, `stream`, `attention` or `full`.
+        name: `step`, `pack`, `encode`, `stream`, `attention`, `checkpoint`, `kills` or `full`.
         device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: step, encode, stream, attention: timed rounds of each variant, interleaved.
+        repeats: step, encode, stream, attention, checkpoint: timed rounds of each variant, interleaved.
         config_json: full: the transformer's config; weights are random.
         frames: full: clip lengths, each 6k + 1; encode on a GPU: the first of them.
         height: full, and encode on a GPU: of the clips, in pixels, a multiple of 16.
@@ -108,6 +122,9 @@ def bench(
         backends: attention: of `dense`, `chunked`, `triton`; None: chunked and dense on a CPU, triton and chunked on a
             GPU.
         all: attention: `dense` above 2,048 tokens too, and `chunked` on a GPU above the smallest length.
+        kills: kills: how often the run is killed.
+        ranks: kills: processes that train together.
+        seed: kills: of the moments, and of who is killed.
 
     Raises:
         ValueError: if there is no such benchmark, or an option that it cannot take.
@@ -124,6 +141,7 @@ def bench(
         text_tokens=text_tokens, steps=steps, last=last, clips=clips, samples=samples, workers=workers, base=Path(base),
         tokens=None if tokens is None else tuple(tokens), heads=heads, head_dim=head_dim, dtype=dtype,
         backends=None if backends is None else tuple(backends), all=all,
+        kills=kills, ranks=ranks, seed=seed,
     )  # fmt: skip
     show(importlib.import_module(BENCHES[name][0]).run(options), device)
 

@@ -1,9 +1,11 @@
 """`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -15,13 +17,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.datamodule import LatentSource, ShardDataModule
-from launch.logs import LastCheckpoint, MetricsPosition, loggers, rewind
+from launch import requeue
+from launch.last import LastCheckpoint
+from launch.logs import MetricsPosition, loggers, rewind
 from launch.record import EpochLines, VersionsFile
+from launch.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
+from launch.same import SameEverywhere, flat
+from launch.stop import Stopped
+from launch.stopping import StopTogether, leave
+from launch.watchdog import Watchdog
 from trainer.callbacks.damage import Damage
 from trainer.callbacks.guard import FrozenGuard, GraftWriter, RandomStates
 from trainer.callbacks.speed import Speed
 from trainer.callbacks.stages import ProbeCallback
 from trainer.checkpoint import CheckpointFiles
+from trainer.checkpoint_file import LAST
 from trainer.module import RetrainBlocks
 
 
@@ -34,16 +44,24 @@ class RunConfig:
         root: folder that holds the runs.
         resume: go on with a run of this name from its last checkpoint; without it, an existing name is refused.
         save_every: optimiser steps between two saves of `last.ckpt`.
+        save_failures: writes of checkpoints that may fail in a row, on a full disk say; one more stops the run.
         keep_best: how many checkpoints of lowest validation loss are kept.
         wandb: also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
+        watchdog_s: seconds in which a rank must finish a step, a validation batch, a measured batch or a checkpoint
+            (the first step may take four times as long); past it all ranks leave their stacks and end. 0 turns it off.
+        collective_timeout_s: seconds that a rank waits for the others in a collective, through a broken network too;
+            None leaves it to the strategy (30 minutes).
     """
 
     name: str
     root: str = "runs"
     resume: bool = False
     save_every: int = 200
+    save_failures: int = 5
     keep_best: int = 2
     wandb: bool = True
+    watchdog_s: float = 1800.0
+    collective_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         faults = []
@@ -51,8 +69,15 @@ class RunConfig:
             faults.append(f"run.name {self.name!r}, expected the name of a folder inside run.root")
         if self.save_every < 1:
             faults.append(f"run.save_every {self.save_every}, expected at least 1 step")
+        if self.save_failures < 0:
+            faults.append(f"run.save_failures {self.save_failures}, expected a count")
         if self.keep_best < -1:
             faults.append(f"run.keep_best {self.keep_best}, expected a count, or -1 for every checkpoint")
+        if self.watchdog_s < 0 or (self.collective_timeout_s or 1) <= 0:
+            faults.append(
+                f"run.watchdog_s {self.watchdog_s}, run.collective_timeout_s {self.collective_timeout_s}, expected "
+                "seconds, 0 for no watchdog, null for the strategy's own timeout"
+            )
         if faults:
             raise ValueError(f"got {'; '.join(faults)}. Mend it in the recipe or on the command line.")
 
@@ -64,7 +89,7 @@ class RunConfig:
     @property
     def last(self) -> Path:
         """The checkpoint that a resumed run goes on from."""
-        return self.folder / "checkpoints" / "last.ckpt"
+        return self.folder / "checkpoints" / LAST
 
 
 def refuse_taken(run: RunConfig) -> None:
@@ -196,12 +221,14 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run = self.run_config
         retrains = isinstance(self.model, RetrainBlocks)
+        last = LastCheckpoint(run.last, run.save_every)
         callbacks: list[Callback] = [
+            *([Watchdog(run.folder, run.watchdog_s)] if run.watchdog_s else []),
+            SameEverywhere(self.facts),
             *(self._get(self.config_init, "trainer").get("callbacks") or []),
             RandomStates(),
             *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
             MetricsPosition(),
-            LastCheckpoint(run.last, run.save_every),
             ModelCheckpoint(
                 dirpath=run.last.parent,
                 filename="best-{step}",
@@ -210,40 +237,62 @@ class RecipeCLI(LightningCLI):
                 save_weights_only=False,
                 enable_version_counter=False,
             ),
+            last,  # after ModelCheckpoint: it holds which files are the best
+            StopTogether(last),
             VersionsFile(),
             EpochLines(),
             RichProgressBar(leave=True),
         ]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             default_root_dir=str(run.folder),
             logger=loggers(run.folder, wandb=run.wandb) if self.subcommand == "fit" else False,
             callbacks=callbacks,
-            plugins=[*(self._get(self.config_init, "trainer").get("plugins") or []), CheckpointFiles()],
+            plugins=[
+                *(self._get(self.config_init, "trainer").get("plugins") or []),
+                CheckpointFiles(max_failures=run.save_failures),
+            ],
             **kwargs,
         )
+        trainer._checkpoint_connector = SharedCheckpoint(trainer)
+        if run.collective_timeout_s is not None:
+            timeout = timedelta(seconds=run.collective_timeout_s)
+            trainer.strategy._timeout = timeout  # type: ignore[attr-defined]  # of every strategy with more than one rank
+        return trainer
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks of a job must have in common: the recipe's values."""
+        config = self.config.get(self.subcommand, self.config)
+        return flat(json.loads(self._parser(self.subcommand).dump(config, format="json")))
 
     def before_fit(self) -> None:
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         check_fit(self.model, self.datamodule, ranks=ranks, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._resume_from: Path | None = None
+        if not self.trainer.is_global_zero:
+            return  # rank zero decides, and tells the others once they can speak to each other
         prepare_folder(self.run_config)
-        resumes = self.run_config.resume and self.run_config.last.is_file()
-        self._resume_from: Path | None = self.run_config.last if resumes else None
-        if not resumes:  # killed before its first checkpoint: it starts over
+        clear_leftovers(self.run_config.folder)
+        if self.run_config.resume:
+            self._resume_from = find_checkpoint(self.run_config.last)
+        if self._resume_from is None:  # killed before its first checkpoint: it starts over
             rewind(self.run_config.folder, {"rows": 0, "row": {}})
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
         check_fit(self.model, self.datamodule, callbacks=self.trainer.callbacks)  # type: ignore[attr-defined]
-        if not self.run_config.last.is_file():
+        self._resume_from = find_checkpoint(self.run_config.last)
+        if self._resume_from is None:
             raise ValueError(
                 f"{self.run_config.last} does not exist; expected the checkpoint of a run, whose blocks are measured. "
                 "Name a run that was fitted: --run.name, --run.root."
             )
-        self._resume_from = self.run_config.last
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         found = super()._prepare_subcommand_kwargs(subcommand)
+        if self._resume_from is None:
+            # Under Slurm, Lightning would look for an hpc_ckpt_N.ckpt in the run folder, whoever wrote it.
+            self.trainer._checkpoint_connector._user_managed = True
         return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
 
 
@@ -281,10 +330,14 @@ def recipe_cli(args: list[str], *, run: bool, kind: type[Cli] = RecipeCLI) -> Cl
 def run(argv: list[str]) -> None:
     """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    requeue.mode()  # a wrong word is refused now, not when the time is up
     try:
         recipe_cli(argv, run=True)
         if torch.distributed.is_initialized():
             # Its threads, alive when the interpreter ends, now and then abort a process that has done all its work.
             torch.distributed.destroy_process_group()
+    except Stopped as stopped:
+        leave(stopped)
+        raise
     except MisconfigurationException as error:  # Lightning's word for a Trainer that cannot be built as asked
         raise ValueError(str(error)) from error

@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -144,73 +143,6 @@ def forget_measurements(run: Path, epochs: int) -> None:
         number = path.stem.rpartition("-")[2]
         if number.isdigit() and int(number) > epochs:
             path.unlink()
-
-
-class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` every so many steps, after each whole epoch, and where a fit stops in mid-epoch.
-
-    Each state that it saves is one that Lightning goes on from exactly. These are not saved:
-
-    - between an epoch's last step and its end: it would go on with the next epoch, and this one's validation and
-      measurements would never be made;
-    - after an epoch that was cut short, by `max_steps`, `max_time` or a callback: Lightning counts it as a whole one,
-      and its rest would be lost. The state after its last step is kept instead;
-    - before a validation in mid-epoch that is due: it would be left out. The state after it is saved instead;
-    - between two batches of one optimiser step, whose gradients no checkpoint holds: a stop waits for the step.
-
-    Args:
-        path: the file.
-        every: optimiser steps between two saves.
-    """
-
-    def __init__(self, path: Path, every: int) -> None:
-        self.path = path
-        self.every = every
-        self._stop = False
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            self._stop |= trainer.should_stop
-            trainer.should_stop = False
-            return
-        trainer.should_stop |= self._stop
-        if self._due(trainer) and not _validates_here(trainer):
-            trainer.save_checkpoint(self.path)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            trainer.state.fn == "fit"
-            and not trainer.sanity_checking
-            and self._due(trainer)
-            and _validates_here(trainer)
-        ):
-            trainer.save_checkpoint(self.path)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            trainer.save_checkpoint(self.path)
-
-    def _due(self, trainer: Trainer) -> bool:
-        """Whether the state in mid-epoch is to be saved: it is the last one of this fit, or some steps have passed."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or loop._num_ready_batches_reached():
-            return False
-        stops = loop._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early)
-        return stops or trainer.global_step % self.every == 0
-
-
-def _validates_here(trainer: Trainer) -> bool:
-    """Whether the recipe asks for a validation after this batch; one that is made because the fit stops is another."""
-    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    if fetcher is None or trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
-        return False
-    stops, trainer.should_stop = trainer.should_stop, False
-    try:
-        return loop._should_check_val_fx(fetcher)
-    finally:
-        trainer.should_stop = stops
 
 
 def loggers(run: Path, *, wandb: bool) -> list[Logger]:

@@ -7,8 +7,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
+
+from launch import stop
 
 #: Command -> where its function is, and what it does in one line. Modules are imported only when asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -83,11 +84,17 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; bad input, paths and disks are the user's to mend and exit with 2; faults of ours propagate."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help", "--version"):
-        return print(f"reblock {version('reblock')}" if command == "--version" else usage())
-    for message in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    if command == "--version":
+        from importlib.metadata import version  # takes longer than everything else here
+
+        return print(f"reblock {version('reblock')}")
+    if command in ("-h", "--help"):
+        return print(usage())
     try:
+        if argv is None:  # the process is ours: first of all, since torch takes seconds to import
+            stop.listen(command)
+        for message in KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         check_packages()
         if command not in COMMANDS:
             raise ValueError(f"got command {command!r}, expected one of: {', '.join(COMMANDS)}.")
@@ -101,4 +108,4 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
-        sys.exit(130)  # as shells report it
+        sys.exit(stop.status_of_interrupt())

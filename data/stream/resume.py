@@ -235,14 +235,14 @@ class ShardDataModule(LightningDataModule, ABC):
                 f"the checkpoint was written {start} batches into an epoch with {saved} samples per global batch, this "
                 f"run has {size}; keep global_batch_size (or batch_size x ranks), or resume from the end of an epoch."
             )
-        if self._resume.get("order", self._order_hash()) != self._order_hash():
+        if self._resume.get("order", self.order_hash()) != self.order_hash():
             raise ValueError(
                 f"the checkpoint was written {start} batches into an epoch over other shards, or with another seed, "
                 "passes or val_samples: what it has seen is unknown. Keep them, or resume from the end of an epoch."
             )
 
-    def _order_hash(self) -> str:
-        """Changes with whatever the order of an epoch depends on, but for the global batch."""
+    def order_hash(self) -> str:
+        """Changes with whatever the order of an epoch depends on, but for the global batch: shards, seed, passes."""
         if self._order is not None:
             return self._order
         split = self.train_split
@@ -284,7 +284,7 @@ class ShardDataModule(LightningDataModule, ABC):
         if not self.trainer or self._epoch is None:
             return dict(self._resume)
         place = position(self.trainer, self._epoch)
-        return {**place, "global_batch_size": self._global_size(), "order": self._order_hash()}
+        return {**place, "global_batch_size": self._global_size(), "order": self.order_hash()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume = dict(state)

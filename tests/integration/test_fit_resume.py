@@ -132,11 +132,29 @@ def test_a_run_is_not_continued_as_another(
     assert contents(stopped) == before
 
 
-def test_a_damaged_checkpoint_is_named(stopped, write_recipe, capsys, monkeypatch):
-    last = stopped / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:1000])
+def test_damaged_checkpoints_are_named_and_left_alone(stopped, write_recipe, capsys, monkeypatch):
+    last, previous = (stopped / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    for path in (last, previous):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = contents(stopped)
     said = refusal(capsys, monkeypatch, write_recipe(stopped.parents[1]), "--run.resume", "true")
-    assert f"{last} cannot be read" in said and "copying it to last.ckpt" in said
+    assert f"{last} cannot be read" in said and f"{previous} cannot be read" in said
+    assert "copying it to last.ckpt" in said and contents(stopped) == before
+
+
+@pytest.mark.slow
+def test_a_truncated_last_checkpoint_costs_only_the_steps_since_the_one_before(
+    stopped, write_recipe, reblock, uninterrupted
+):
+    last, log = stopped / "checkpoints" / "last.ckpt", stopped.parents[1] / "log"
+    cut = last.read_bytes()[:-1000]
+    last.write_bytes(cut)
+    finish(reblock(log, "fit", "--config", write_recipe(stopped.parents[1], workers=2), "--run.resume", "true"), log)
+    said = log.read_text()
+    assert f"{last} cannot be read" in said and f"going on from the one before it, {last.parent}/previous.ckpt" in said
+    assert (last.parent / "last.ckpt.damaged").read_bytes() == cut
+    assert "after step" in said
+    same(stopped, uninterrupted)
 
 
 def same(run: Path, uninterrupted: Path) -> None:

@@ -226,7 +226,7 @@ def test_an_unwritable_run_folder_is_refused(tiny, tmp_path, refusal):
         ("--run.save_every", "0", "expected at least 1 step"),
         ("--run.keep_best", "-2", "expected a count"),
         ("--run.name", "", "expected the name of a folder"),
-        ("--run.bogus", "1", "accepted here: keep_best, name, resume, root, save_every, wandb"),
+        ("--run.bogus", "1", "accepted here: keep_best, name, resume, root, save_every, save_failures, wandb"),
         ("--trainer.devices", "0", "devices"),
     ],
 )

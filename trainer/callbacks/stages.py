@@ -85,6 +85,8 @@ class ProbeCallback(Callback, ABC):
         self._probes: ProbeSet | None = None
         self.store = self._own_store = TrunkStore()
         self._epoch_start: float | None = None
+        #: Called after each measured batch, by every rank as often; what they raise on all ranks ends the measurement.
+        self.after_batch: list[Callable[[], None]] = []
 
     # -- what a measurement is -----------------------------------------------------------------------------------
 
@@ -193,6 +195,8 @@ class ProbeCallback(Callback, ABC):
                     if counts:
                         table[list(batch.prompts), list(batch.strata)] = found.double()
                 agree()  # after every batch: nobody measures on for minutes after another rank has failed
+                for call in self.after_batch:
+                    call()
             # Each probe counts on one rank and is zero on the others.
             gathered = {name: trainer.strategy.reduce(table, reduce_op="sum") for name, table in tables.items()}
             if not trainer.is_global_zero:
