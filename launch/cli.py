@@ -302,6 +302,11 @@ Cli = TypeVar("Cli", bound=RecipeCLI)
 def recipe_cli(args: list[str], *, run: bool, kind: type[Cli] = RecipeCLI) -> Cli:  # type: ignore[assignment]
     """The recipe's objects; with `run`, the first of `args` is the verb, and it is carried out.
 
+    Args:
+        args: as on the command line.
+        run: whether there is a verb.
+        kind: what reads them; another one may take more options, or make fewer objects.
+
     Raises:
         ValueError: if the recipe or its inputs are at fault.
     """

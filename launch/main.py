@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("data.inspect.inspect:inspect", "counts, shapes, durations and faults of shards"),
     "plant": ("launch.plant:plant", "a base with attention sinks planted in its last blocks"),
     "pipeline": ("launch.pipeline:pipeline", "assemble a diffusers pipeline folder from trained parts"),
+    "plan": ("launch.plan.command:run", "memory, operations, bytes on the wire and time of a recipe, without a GPU"),
     "fit": ("launch.cli:run", "retrain the chosen blocks as a recipe says"),
     "validate": ("launch.cli:run", "all measurements, no training"),
     "submit": ("launch.cluster.submit:run", "a recipe as a Slurm job: checks, writes the script, queues it"),
@@ -39,7 +40,7 @@ KNOWN_WARNINGS = (
 )
 
 #: Commands that read their own arguments (LightningCLI).
-RAW = ("fit", "validate", "submit")
+RAW = ("plan", "fit", "validate", "submit")
 
 
 def check_packages() -> None:

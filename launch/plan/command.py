@@ -1,0 +1,28 @@
+"""`reblock plan`: what a recipe will take, in tables, and as JSON for machines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.plan.recipe import read_job
+from launch.plan.result import estimate_job
+from launch.plan.table import show
+from trainer.callbacks.record import write_whole
+
+
+def run(argv: list[str]) -> None:
+    """Prints the plan of a recipe, e.g. ["plan", "--config", "recipes/demo.yaml", "--nodes", "2"].
+
+    Raises:
+        ValueError: naming every fault of recipe, base, sizes and layout.
+    """
+    job = read_job(argv[1:])
+    plan = estimate_job(job)
+    show(plan)
+    if job.json is not None:
+        write_json(job.json, plan.as_json())
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Writes figures beside their place and renames the file."""
+    write_whole(path, (json.dumps(figures, indent=2) + "\n").encode())

@@ -1,0 +1,59 @@
+"""What a cluster is assumed to do. Assumptions, none of them measured by the plan: every figure can be given anew."""
+
+from dataclasses import dataclass, fields
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A GPU, its node and the network. Defaults: data sheets of eight H100 SXM in a node with eight 400 Gb/s adapters.
+
+    Args:
+        gpus_per_node: GPUs of a node, where the recipe does not say how many it uses.
+        memory_gib: of a GPU that the process can have.
+        tflops: peak of dense matrix products in 16 bits, in 10^12 operations a second.
+        tflops_float32: the same in float32.
+        share: of the peak that training steps reach. docs/benchmarks.md: 0.46 on an H200 at 163 frames.
+        memory_tb_s: bandwidth of the GPU's memory in 10^12 bytes a second, for the optimiser.
+        intra_gb_s: bandwidth between two GPUs of a node, each way, in 10^9 bytes a second.
+        inter_gb_s: bandwidth of a node to the network, each way, all its adapters together.
+        link_share: of these bandwidths that collectives reach.
+        latency_us: of one message, in 10^-6 seconds.
+    """
+
+    gpus_per_node: int = 8
+    memory_gib: float = 79.0
+    tflops: float = 989.0
+    tflops_float32: float = 67.0
+    share: float = 0.46
+    memory_tb_s: float = 3.35
+    intra_gb_s: float = 450.0
+    inter_gb_s: float = 400.0
+    link_share: float = 0.7
+    latency_us: float = 10.0
+
+    def __post_init__(self) -> None:
+        faults = [f"hardware.{f.name} {getattr(self, f.name)}" for f in fields(self) if not getattr(self, f.name) > 0]
+        faults += [
+            f"hardware.{name} {getattr(self, name)}" for name in ("share", "link_share") if getattr(self, name) > 1
+        ]
+        if faults:
+            raise ValueError(f"got {', '.join(faults)}; expected figures above 0, and shares of at most 1.")
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a GPU."""
+        return int(self.memory_gib * GIB)
+
+    def flops(self, narrow: bool) -> float:
+        """Operations a second that matrix products reach, in 16 bits or in float32."""
+        return (self.tflops if narrow else self.tflops_float32) * 1e12 * self.share
+
+    def bandwidth(self, nodes: int) -> float:
+        """Bytes a second that pass every point of a ring over the GPUs of so many nodes.
+
+        Collectives lay as many rings as a node has adapters, so the adapters of a node work together.
+        """
+        links = self.intra_gb_s if nodes == 1 else min(self.intra_gb_s, self.inter_gb_s)
+        return links * 1e9 * self.link_share

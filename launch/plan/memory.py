@@ -1,0 +1,150 @@
+"""Memory per GPU, part by part, under each strategy: the traced step with that strategy's share of every part.
+
+R ranks, S ranks that share one copy of the model, psi retrained numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from launch.plan.counts import Parameters, share_group
+from launch.plan.ledger import Moment
+from launch.plan.sharding import STRATEGIES, Sharding
+
+#: In the order in which they are shown.
+PARTS = ("weights", "gradients", "optimiser", "ema", "buffers", "activations", "measurement")
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU.
+
+    Args:
+        parts: bytes by name, all of `PARTS`. `activations` is what a step adds to the parts before it at its peak,
+            `measurement` what measurements and validation add to them; the two are never there together.
+    """
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Most bytes that are alive at a time."""
+        kept = sum(self.parts[name] for name in PARTS[:-2])
+        return kept + max(self.parts["activations"], self.parts["measurement"])
+
+
+def memory_of(
+    sharding: Sharding,
+    counted: Parameters,
+    parts: dict[str, int],
+    moments: Sequence[Moment],
+    measuring: int,
+    nodes: int,
+    per_node: int,
+    *,
+    narrow: bool,
+) -> Memory:
+    """What a GPU holds under a strategy.
+
+    Args:
+        sharding: how the model is spread.
+        counted: the model.
+        parts: bytes of weights, gradients, optimiser state and averages that are not spread.
+        moments: of the traced step.
+        measuring: most bytes of gradients and the rest in measurements.
+        nodes: of the cluster.
+        per_node: ranks of each.
+        narrow: ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
+    """
+    shared = share_group(sharding, nodes, per_node)
+    kept = _KEPT[sharding.name](sharding, counted, parts, shared, 2 if narrow else _FLOAT32)
+    share = kept["gradients"] / parts["gradients"]
+    step = max(int(share * moment.gradients) + moment.rest for moment in moments)
+    extra = measuring - parts["gradients"] if measuring else 0
+    return Memory(kept | {"activations": max(0, step - kept["gradients"]), "measurement": max(0, extra)})
+
+
+def memories(
+    sharding: Sharding,
+    counted: Parameters,
+    parts: dict[str, int],
+    moments: Sequence[Moment],
+    measuring: int,
+    nodes: int,
+    per_node: int,
+    *,
+    narrow: bool,
+) -> dict[str, Memory]:
+    """`memory_of` every strategy; the recipe's own with its settings, the others with their defaults."""
+    largest = _highest(moments)
+    return {
+        name: memory_of(
+            sharding if name == sharding.name else Sharding(name), counted, parts, largest, measuring, nodes, per_node,
+            narrow=narrow,
+        )
+        for name in STRATEGIES
+    }  # fmt: skip
+
+
+def _highest(moments: Sequence[Moment]) -> list[Moment]:
+    """Those moments that may be the peak of some strategy: for each sum of gradients, the one with most of the rest."""
+    best: dict[int, Moment] = {}
+    for moment in moments:
+        if moment.gradients not in best or moment.rest > best[moment.gradients].rest:
+            best[moment.gradients] = moment
+    return list(best.values())
+
+
+def _single(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared: int, width: int) -> dict[str, int]:
+    return {**parts, "buffers": 0}
+
+
+def _ddp(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared: int, width: int) -> dict[str, int]:
+    """Every gradient lies in a bucket too, unless it is a view of it."""
+    return {**parts, "buffers": 0 if sharding.bucket_views else counted.gradients}
+
+
+def _fsdp2(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared: int, width: int) -> dict[str, int]:
+    """Blocks, gradients, states and averages are spread; two blocks are whole at a time, one at work and the next one;
+    so are one block's gradients, once as they come and once in the order in which they are sent."""
+    blocks = counted.trunk + counted.head
+    whole = 2 * counted.largest + 2 * counted.largest_gradients
+    return {
+        "weights": counted.outside + -(-blocks // shared),
+        **{name: -(-parts[name] // shared) for name in ("gradients", "optimiser", "ema")},
+        "buffers": whole if shared > 1 else 0,
+    }
+
+
+def _zero(stage: int) -> Callable[..., dict[str, int]]:
+    """ZeRO of DeepSpeed: the engine keeps the model in `width` bytes a number; master weights, where that is 2, and the
+    two moments are in float32 and spread. Averages are ours, float32, whole but for stage 3."""
+
+    def kept(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared: int, width: int) -> dict[str, int]:
+        retrained = counted.retrained
+        head = counted.head * width // _FLOAT32
+        weights = counted.outside + counted.trunk + head
+        gradients = retrained * width
+        states = retrained * (8 + (_FLOAT32 if width == 2 else 0))
+        ema = parts["ema"]
+        buffers = min(gradients, 2 * sharding.reduce_elements * width)
+        if stage == 3:
+            live = min(weights, sharding.live_elements * width)
+            weights, ema, buffers = -(-weights // shared), -(-ema // shared), buffers + live
+        else:
+            buffers += min(gradients, sharding.gather_elements * width)
+        return {
+            "weights": weights,
+            "gradients": gradients if stage == 1 else -(-gradients // shared),
+            "optimiser": -(-states // shared),
+            "ema": ema,
+            "buffers": buffers if shared > 1 else 0,
+        }
+
+    return kept
+
+
+_KEPT: dict[str, Callable[..., dict[str, int]]] = {
+    "single": _single, "ddp": _ddp, "fsdp2": _fsdp2, "zero1": _zero(1), "zero2": _zero(2), "zero3": _zero(3),
+}  # fmt: skip

@@ -1,0 +1,79 @@
+"""How a strategy spreads the model over ranks, read from a recipe's `trainer.strategy`."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a strategy spreads the model.
+
+    Args:
+        name: one of `STRATEGIES`.
+        over_node: FSDP2: the ranks of a node share one copy, not all ranks.
+        bucket_views: DDP: gradients are views of its buckets, not copies.
+        bucket_bytes: DDP: a bucket is full at so many bytes.
+        reduce_elements: ZeRO: elements of a buffer of gradients on their way.
+        gather_elements: ZeRO: elements of a buffer of weights on their way.
+        live_elements: ZeRO-3: elements of weights that are whole at a time.
+    """
+
+    name: str
+    over_node: bool = True
+    bucket_views: bool = False
+    bucket_bytes: int = 25 * 2**20
+    reduce_elements: int = 200_000_000
+    gather_elements: int = 200_000_000
+    live_elements: int = 1_000_000_000
+
+
+def read_sharding(strategy: Any, ranks: int) -> Sharding:
+    """What `trainer.strategy` of a recipe means: one of Lightning's names, or a class with its arguments.
+
+    Raises:
+        ValueError: if it is none that is planned.
+    """
+    name = strategy if isinstance(strategy, str) else strategy["class_path"]
+    given: Mapping[str, Any] = {} if isinstance(strategy, str) else vars(strategy.get("init_args") or {})
+    if name == "auto":
+        return Sharding("single" if ranks == 1 else "ddp")
+    if name.startswith("ddp"):
+        return Sharding("ddp")
+    if name.startswith("deepspeed") and "offload" not in name:
+        return Sharding(f"zero{name[-1] if name[-1] in '123' else 2}")
+    kind = _class_of(name)
+    if issubclass(kind, SingleDeviceStrategy):
+        return Sharding("single")
+    if issubclass(kind, DDPStrategy):
+        cap = given.get("bucket_cap_mb") or 25
+        return Sharding("ddp", bucket_views=bool(given.get("gradient_as_bucket_view")), bucket_bytes=int(cap * 2**20))
+    if issubclass(kind, DeepSpeedStrategy) and not any(
+        given.get(f"offload_{part}") for part in ("optimizer", "parameters")
+    ):
+        default = Sharding("")
+        return Sharding(
+            f"zero{given.get('stage') or 2}",
+            reduce_elements=int(given.get("reduce_bucket_size") or default.reduce_elements),
+            gather_elements=int(given.get("allgather_bucket_size") or default.gather_elements),
+        )
+    if issubclass(kind, ModelParallelStrategy):
+        return Sharding("fsdp2", over_node=given.get("shard_over", "node") == "node")
+    raise ValueError(
+        f"got trainer.strategy {name!r}, expected auto, ddp, deepspeed_stage_1, _2 or _3, or a class of DDPStrategy, "
+        "ModelParallelStrategy (FSDP2) or DeepSpeedStrategy without offloading: others are not planned."
+    )
+
+
+def _class_of(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError):
+        found = None
+    return found if isinstance(found, type) else object

@@ -1,0 +1,124 @@
+"""Seconds of a step, and how they grow with the number of GPUs at an equal batch on each (weak scaling).
+
+R ranks on M nodes of g GPUs, b bytes, B bytes a second past every point of the ring, a seconds of latency.
+
+    ring all-reduce     2 (R - 1) (a + b / (R B))              Patarasuk and Yuan, 2009
+    tree all-reduce     2 (log2 M + g - 1) a + 2 b / B         double binary trees, Sanders, Speck and Traeff, 2009
+    all-gather, reduce-scatter, in a ring    (R - 1) (a + b / (R B))
+
+NCCL takes ring or tree, whichever it holds for faster; so does the plan.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from launch.plan.counts import Collective
+from launch.plan.hardware import Hardware
+from launch.plan.trace import BACKWARD, HEAD, TRUNK
+
+#: GPUs of the table of weak scaling.
+GPUS = tuple(2**power for power in range(13))
+
+#: Bytes that the optimiser and the averages read and write for each retrained number, all float32: AdamW reads weight,
+#: gradient and two moments and writes three of them; the average reads two and writes one.
+_UPDATE_BYTES = 4 * (7 + 3)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds that a GPU computes in one optimiser step.
+
+    Args:
+        trunk: forward.
+        head: forward.
+        backward: of the head, recomputed activations included.
+        update: clipping aside, of weights and averages.
+    """
+
+    trunk: float
+    head: float
+    backward: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """All of it, one after another."""
+        return self.trunk + self.head + self.backward + self.update
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on so many GPUs.
+
+    Args:
+        gpus: R.
+        wire: seconds that all collectives take.
+        bare: seconds of a step that hides none of them.
+        overlapped: seconds where they run during the computing that neither makes nor needs what they carry.
+        deferred: seconds where the head's gradients may also travel during the next step's trunk.
+    """
+
+    gpus: int
+    wire: float
+    bare: float
+    overlapped: float
+    deferred: float
+
+
+def work(flops: dict[str, int], retrained: int, accumulate: int, hardware: Hardware, *, narrow: bool) -> Work:
+    """Seconds of computing: operations over the assumed rate, the update's bytes over the memory's bandwidth."""
+    rate = hardware.flops(narrow)
+    trunk, head, backward = (accumulate * flops.get(stage, 0) / rate for stage in (TRUNK, HEAD, BACKWARD))
+    return Work(trunk, head, backward, retrained * _UPDATE_BYTES / (hardware.memory_tb_s * 1e12))
+
+
+def collective_seconds(kind: str, size: int, ranks: int, nodes: int, hardware: Hardware) -> float:
+    """Of one collective over `size` bytes, on so many ranks that lie on so many nodes."""
+    if ranks <= 1:
+        return 0.0
+    latency, bandwidth = hardware.latency_us * 1e-6, hardware.bandwidth(nodes)
+    ring = (ranks - 1) * (latency + size / (ranks * bandwidth))
+    if kind != "all-reduce":
+        return ring
+    depth = math.ceil(math.log2(nodes)) + math.ceil(ranks / nodes) - 1
+    return min(2 * ring, 2 * depth * latency + 2 * size / bandwidth)
+
+
+def step_time(work: Work, found: Sequence[Collective], gpus: int, per_node: int, hardware: Hardware) -> StepTime:
+    """Seconds of a step with these collectives.
+
+    Those that carry the trunk's weights hide behind the trunk, the others behind the head's forward and backward.
+    Gradients come evenly over the backward pass, so of n buckets the last can only leave at its end.
+    """
+    seconds = {"trunk": 0.0, "head": 0.0}
+    gradients, buckets = 0.0, 1
+    for one in found:
+        nodes = one.ranks if one.spread else math.ceil(one.ranks / per_node)
+        spent = one.times * sum(collective_seconds(one.kind, size, one.ranks, nodes, hardware) for size in one.sizes)
+        if one.kind == "all-reduce" and not one.spread:
+            gradients, buckets = spent, len(one.sizes)
+        else:
+            seconds[one.stage] += spent
+    wire = sum(seconds.values()) + gradients
+    seen = max(gradients - work.backward * (buckets - 1) / buckets, gradients / buckets)
+    left = max(0.0, seconds["trunk"] - work.trunk) + max(0.0, seconds["head"] - work.head - work.backward)
+    return StepTime(
+        gpus=gpus,
+        wire=wire,
+        bare=work.total + wire,
+        overlapped=work.total + left + seen,
+        deferred=work.total + left + max(0.0, seen - work.trunk),
+    )
+
+
+def weak_scaling(
+    work: Work, collectives: Callable[[int, int], Sequence[Collective]], per_node: int, hardware: Hardware
+) -> list[StepTime]:
+    """The step at 1 to 4,096 GPUs, `collectives` from nodes and ranks of a node; part of one node up to `per_node`."""
+    found = []
+    for gpus in GPUS:
+        on_node = min(gpus, per_node)
+        nodes = math.ceil(gpus / on_node)
+        found.append(step_time(work, collectives(nodes, on_node), gpus, per_node, hardware))
+    return found
