@@ -3,13 +3,13 @@
 Each function gives a line for each fault; nothing here raises for what a user can mend.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
+from data.bucket import Bucket
 from data.encode.base import read_base, resolve_base
 from data.shards import LATENT_FORMAT, VIDEO_FORMAT
 from data.storage.store import Store
@@ -20,6 +20,7 @@ from launch.cli import RunConfig, check_fit
 from launch.cluster import slurm
 from launch.cluster.options import control_faults, has_control, seconds
 from launch.cluster.stages import Plan, usual_command
+from launch.plan import estimate
 
 #: Names that Lightning takes for a shell someone types into: it then starts no ranks.
 _INTERACTIVE = ("bash", "interactive")
@@ -156,22 +157,36 @@ def _refusal(plan: Plan, partition: slurm.Partition) -> str | None:
 
 
 def memory_faults(plan: Plan, recipe: Path) -> tuple[list[str], str | None]:
-    """The plan's estimate against a GPU's memory: (faults, what it says). `recipe` is the resolved one, as a file."""
+    """The plan's estimate against a GPU's memory.
+
+    Args:
+        plan: of the submission.
+        recipe: the resolved recipe, as a file.
+
+    Returns:
+        Faults, and what the plan says where there is none.
+    """
     if not plan.gpus or "fit" not in plan.job.stage_list:
         return [], None
-    if importlib.util.find_spec("launch.plan") is None:
-        return [], None
-    from launch.plan import estimate
-
     try:
-        found = estimate(["--config", str(recipe)], plan.nodes)
+        found = estimate(["--config", str(recipe), *_clip_size(plan)], plan.nodes)
     except (ValueError, OSError) as error:
-        return [f"the plan: {line}" for line in str(error).splitlines()], None
+        return str(error).splitlines(), None
     need = found.bytes_per_gpu / 2**30
     said = f"{need:.1f} GiB of {plan.job.gpu_memory:g} GiB on each GPU with strategy {found.strategy}"
     if need <= plan.job.gpu_memory:
         return [], said
     return [
-        f"the plan needs {said}. See `reblock plan`; another strategy (recipes/cluster), checkpoint_head, a smaller "
-        "batch, or GPUs with more memory (--gpu_memory)."
+        f"the run would need {said}. See `reblock plan`; take another strategy (recipes/cluster), checkpoint_head, a "
+        "smaller batch, or GPUs with more memory (--gpu_memory)."
     ], said
+
+
+def _clip_size(plan: Plan) -> list[str]:
+    """The largest clip of the video shards, for a plan whose latents the stage encode has yet to make."""
+    if "encode" not in plan.job.stage_list:
+        return []
+    sources = find_shards([str(plan.job.encode.shards)], VIDEO_FORMAT, Store())
+    buckets = [Bucket.parse(entry["bucket"]) for source in sources for entry in source.index["shards"]]
+    largest = max(buckets, key=lambda b: b.frames * b.height * b.width)
+    return [f"--frames={largest.frames}", f"--height={largest.height}", f"--width={largest.width}"]

@@ -45,7 +45,7 @@ class Job:
         ranks: whether its tasks are ranks of one training.
         cpus_per_task: whether that many are asked for.
         signal: that announces the end of the time to the tasks.
-        shell_signal: that announces it to the script instead; empty if it does not.
+        stops: what they do then, in words; empty if they do not hear it.
         verb: what is run, for a heading.
         job_id: how the shell writes what `scontrol requeue` takes.
         max_requeues: by the script.
@@ -68,7 +68,7 @@ class Job:
     ranks: bool
     cpus_per_task: bool
     signal: str
-    shell_signal: str = ""
+    stops: str = ""
     verb: str
     job_id: str = "$SLURM_JOB_ID"
     max_requeues: int

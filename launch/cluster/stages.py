@@ -94,7 +94,7 @@ def _fit(plan: Plan) -> Job:
             "With other nodes: `sbatch --nodes=4 ...`. A global batch (data.global_batch_size) stays what it is.",
         ],
         size=size, ends=ends, slurm=[], ranks=True,
-        srun=["--kill-on-bad-exit=0", f"--wait={job.wait_seconds}"],
+        srun=["--kill-on-bad-exit=0", f"--wait={job.wait_seconds}"], stops="save at the end of this step",
         verb="the fit; it goes on from the last checkpoint, where there is one",
         command=[
             _line(*_reblock(plan), "fit", "--config", str(plan.config)),
@@ -122,10 +122,10 @@ def _encode(plan: Plan) -> Job:
             ("array", array), ("nodes", "1"), ("ntasks-per-node", "1"), *_options(("gpus-per-node", gpus)),
         ],
         ends=[
-            "The script is told a minute before the time limit, and queues its task again.",
-            ("signal", f"B:{job.signal}@60"), *_requeue(job),
+            f"{job.signal} goes to the task a minute before the time limit: it gives up the shard that it is at.",
+            ("signal", f"{job.signal}@60"), *_requeue(job),
         ],
-        slurm=stage.slurm, ranks=False, srun=[], verb="encode", shell_signal=job.signal,
+        slurm=stage.slurm, ranks=False, srun=[], verb="encode", stops="give up the shard under way",
         command=[
             _line(*_reblock(plan), "encode", str(stage.shards), plan.latents),
             _line("--base", str(plan.recipe["model"]["init_args"]["base"])),
@@ -153,7 +153,7 @@ def _export(plan: Plan) -> Job:
 
 def _job(
     plan: Plan, stage: str, *, title: str, by_hand: Sequence[str], size: Sequence[Line], ends: Sequence[Line],
-    slurm: Sequence[str], ranks: bool, srun: Sequence[str], verb: str, command: Sequence[str], shell_signal: str = "",
+    slurm: Sequence[str], ranks: bool, srun: Sequence[str], verb: str, command: Sequence[str], stops: str = "",
 ) -> Job:  # fmt: skip
     """What all stages have in common; raw options win over the others."""
     job, own = plan.job, raw_options([*plan.job.slurm, *slurm])
@@ -192,7 +192,7 @@ def _job(
         stage=stage, title=title, written=plan.written, versions=plan.versions, by_hand=by_hand,
         path=str(plan.script(stage)), logs=str(logs), groups=groups, modules=job.modules, setup=job.setup, env=job.env,
         ranks=ranks, cpus_per_task=bool(job.cpus_per_task) and stage != "export", signal=job.signal,
-        shell_signal=shell_signal, verb=verb,
+        stops=stops, verb=verb,
         job_id='"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if stage == "encode" else "$SLURM_JOB_ID",
         max_requeues=job.max_requeues, wait_seconds=job.wait_seconds,
         srun=[*srun, task_log, *_pyxis(plan)], command=command,

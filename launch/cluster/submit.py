@@ -79,20 +79,20 @@ def run(argv: list[str]) -> None:
         callbacks = cli._get(cli.config_init, "trainer").get("callbacks") or []
         faults += checks.layout_faults(plan)
         faults += checks.content_faults(plan, cli.model, cli.datamodule, callbacks)
+        if not faults:  # it would only name the same ones again
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "recipe.yaml"
+                path.write_text(_text(plan))
+                faults, memory = checks.memory_faults(plan, path)
         faults += checks.cluster_faults(plan)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "recipe.yaml"
-            path.write_text(_text(plan))
-            more, memory = checks.memory_faults(plan, path)
-        faults += more
     if job.dry_run:
         if not checks.name_faults(settings) and not job.faults():
-            _show(plan)
+            _show(plan, memory)
     elif not slurm.at_hand():
         faults.append("sbatch is not here; expected a log-in node of a Slurm cluster. --dry-run shows the script.")
     if faults:
         raise ValueError("\n".join(["this cannot run as it is:", *(f"  - {line}" for line in dict.fromkeys(faults))]))
-    if memory:
+    if memory and not job.dry_run:
         print(f"memory: {memory}")
     if not job.dry_run:
         _submit(plan, make_jobs(plan), found)
@@ -144,7 +144,7 @@ def _in_one_line(found: dict[str, Any]) -> str:
 
 def _commit(git: str | None) -> str:
     commit, changed, _ = (git or "of no commit").partition("+")
-    return commit[:12] + (" with changes (job/changes.diff)" if changed else "")
+    return commit[:12] + (" with changes" if changed else "")
 
 
 def _folder_faults(settings: RunConfig, plan: Plan) -> list[str]:
@@ -165,14 +165,14 @@ def _text(plan: Plan) -> str:
     return yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: Plan, memory: str | None) -> None:
     """Prints the scripts, and what would be called."""
     before, calls = list(plan.job.after_list), []
     for job in make_jobs(plan):
         print(render(job), end="\n")
         calls.append(f"# dry run: sbatch {_waits(before)}{job.path}")
         before = [f"<{job.stage}'s id>"]
-    print("\n".join(calls))
+    print("\n".join(calls if memory is None else [f"# memory: {memory}", *calls]))
 
 
 def _waits(jobs: Sequence[str]) -> str:

@@ -136,8 +136,8 @@ def test_stages_run_one_after_the_other(submit, recipe, monkeypatch, tmp_path):
     encode, fit, export = ("#!/usr/bin/env bash" + text for text in printed.split("#!/usr/bin/env bash")[1:])
     asked = directives(encode)
     assert asked["array"] == "0-5%3" and asked["partition"] == "small" and asked["time"] == "30"
-    assert asked["signal"] == "B:USR1@60" and asked["job-name"] == "tiny-encode"
-    assert "reblock encode clips made" in encode and "trap again USR1" in encode
+    assert asked["signal"] == "USR1@60" and asked["job-name"] == "tiny-encode"
+    assert "reblock encode clips made" in encode and "REBLOCK_REQUEUE=script" in encode
     assert "unset MASTER_ADDR" not in encode and 'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in encode
     assert directives(fit)["partition"] == "large" and "array" not in directives(fit)
     assert f"reblock export {tmp_path}/runs/tiny {tmp_path}/runs/tiny/pipeline" in export
@@ -268,11 +268,16 @@ def test_time_limits(text, expected):
     assert seconds(text) == expected
 
 
-def test_memory_above_a_gpus_is_refused(submit, recipe, monkeypatch):
-    pytest.importorskip("launch.plan", reason="there is no plan yet")
+def test_memory_above_a_gpus_is_refused(submit, recipe):
+    """Blocks 3,072 wide, on latents of the recipe's channels: more than a GPU of 2 GiB has, less than one of 80."""
+    config = json.loads(Path(recipe["model"]["init_args"]["base"]).read_text())
+    wide = config | {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 3}
+    Path("wide.json").write_text(json.dumps(wide))
+    recipe["model"]["init_args"]["base"] = "wide.json"
     recipe["trainer"] |= {"accelerator": "gpu", "devices": 1}
-    _, refused = submit(recipe, "--dry-run", "--gpu_memory", "1")
-    assert refused == ""
+    said = submit(recipe, "--dry-run", "--gpu_memory", "2")[1]
+    assert re.search(r"would need \d+\.\d GiB of 2 GiB on each GPU with strategy", said), said
+    assert submit(recipe, "--dry-run")[1] == ""
 
 
 def test_the_environment_is_not_changed(submit, recipe):
