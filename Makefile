@@ -15,14 +15,14 @@ demo: $(STAMP) ## the whole road on two cores in minutes: clips -> shards -> bas
 	$(BIN)/reblock demo
 
 test: $(STAMP) ## every test, on two cores in under eight minutes
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(STAMP) ## format, lint, types, import direction, the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/unit/test_imports.py
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
 
 bench: $(STAMP) ## step time and memory of trunk / head against the stock forward
 	$(BIN)/reblock bench step

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -92,18 +92,23 @@ class RunConfig:
         return self.folder / "checkpoints" / LAST
 
 
-def prepare_folder(run: RunConfig) -> None:
-    """Makes the run folder, or finds the one to resume.
-
-    Raises:
-        ValueError: if the name is taken and `resume` is off, or the folder cannot be written.
-    """
+def refuse_taken(run: RunConfig) -> None:
+    """Raises ValueError if the run's name is taken and `resume` is off."""
     taken = run.folder.exists() and any(run.folder.iterdir())
     if taken and not run.resume:
         raise ValueError(
             f"run {run.name!r} exists in {run.folder}; expected a new name, since nothing is overwritten. "
             "Give --run.name another name, or go on with it: --run.resume true."
         )
+
+
+def prepare_folder(run: RunConfig) -> None:
+    """Makes the run folder, or finds the one to resume.
+
+    Raises:
+        ValueError: if the name is taken and `resume` is off, or the folder cannot be written.
+    """
+    refuse_taken(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         probe = run.folder / ".writable"
@@ -301,7 +306,10 @@ class RecipeCLI(LightningCLI):
         return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
 
 
-def recipe_cli(args: list[str], *, run: bool, kind: type[RecipeCLI] = RecipeCLI) -> RecipeCLI:
+Cli = TypeVar("Cli", bound=RecipeCLI)
+
+
+def recipe_cli(args: list[str], *, run: bool, kind: type[Cli] = RecipeCLI) -> Cli:  # type: ignore[assignment]
     """The recipe's objects; with `run`, the first of `args` is the verb, and it is carried out.
 
     Args:

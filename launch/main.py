@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("launch.plan.command:run", "memory, operations, bytes on the wire and time of a recipe, without a GPU"),
     "fit": ("launch.cli:run", "retrain the chosen blocks as a recipe says"),
     "validate": ("launch.cli:run", "all measurements, no training"),
+    "submit": ("launch.cluster.submit:run", "a recipe as a Slurm job: checks, writes the script, queues it"),
+    "status": ("launch.cluster.status:status", "what a run's jobs do, since when, how fast, and its last errors"),
     "export": ("launch.export:export", "graft -> a pipeline folder that diffusers loads"),
     "sample": ("launch.sample:sample", "videos: base, retrained, retrained and masked, same seeds"),
     "report": ("launch.report:report", "one self-contained page about a run"),
@@ -38,7 +40,7 @@ KNOWN_WARNINGS = (
 )
 
 #: Commands that read their own arguments (LightningCLI).
-RAW = ("plan", "fit", "validate")
+RAW = ("plan", "fit", "validate", "submit")
 
 
 def check_packages() -> None:

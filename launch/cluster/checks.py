@@ -1,0 +1,192 @@
+"""Whether recipe, options and cluster go together, before anything is written or queued.
+
+Each function gives a line for each fault; nothing here raises for what a user can mend.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+
+from data.bucket import Bucket
+from data.encode.base import read_base, resolve_base
+from data.shards import LATENT_FORMAT, VIDEO_FORMAT
+from data.storage.store import Store
+from data.stream.order import rank_size
+from data.stream.places import find_shards
+from data.stream.resume import ShardDataModule
+from launch.cli import RunConfig, check_fit
+from launch.cluster import slurm
+from launch.cluster.options import control_faults, has_control, seconds
+from launch.cluster.stages import Plan, usual_command
+from launch.plan import estimate
+
+#: Names that Lightning takes for a shell someone types into: it then starts no ranks.
+_INTERACTIVE = ("bash", "interactive")
+_ONE_DEVICE = ("single_device", "single_xla")
+_ONE_NODE = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+
+
+def name_faults(run: RunConfig) -> list[str]:
+    """The run's name and folder, as a job's name and in a script."""
+    found = control_faults({"run.name": run.name, "run.root": run.root, "the current folder": str(Path.cwd())})
+    if run.name in _INTERACTIVE:
+        found.append(
+            f"got run.name {run.name!r}, expected another: Lightning takes a job of that name for an interactive one."
+        )
+    return found
+
+
+def layout_faults(plan: Plan) -> list[str]:
+    """Nodes and devices against the recipe's strategy."""
+    trainer, found = plan.recipe["trainer"], []
+    strategy = trainer.get("strategy", "auto")
+    name = strategy if isinstance(strategy, str) else strategy.get("class_path", "").rpartition(".")[2]
+    if plan.ranks > 1 and (name in _ONE_DEVICE or name.startswith("SingleDevice")):
+        found.append(f"got strategy {name} on {plan.ranks} ranks, expected one for several: ddp, or a cluster overlay.")
+    if name in _ONE_NODE:
+        found.append(f"got strategy {name}, expected one whose ranks Slurm starts: ddp, or a cluster overlay.")
+    sizes = {} if isinstance(strategy, str) else strategy.get("init_args", {})
+    parts = [sizes[key] for key in ("data_parallel_size", "tensor_parallel_size") if isinstance(sizes.get(key), int)]
+    if len(parts) == 2 and parts[0] * parts[1] != plan.ranks:
+        found.append(
+            f"got data_parallel_size {parts[0]} x tensor_parallel_size {parts[1]}, expected {plan.ranks} together, for "
+            f"{plan.nodes} nodes x {plan.devices} devices; change the strategy, --nodes or --gpus_per_node."
+        )
+    if trainer.get("accelerator") == "cpu" and plan.job.gpus_per_node:
+        found.append("got gpus_per_node for a recipe with trainer.accelerator cpu; leave one of them out.")
+    return found
+
+
+def content_faults(
+    plan: Plan, model: LightningModule, data: LightningDataModule, callbacks: Sequence[Callback]
+) -> list[str]:
+    """Base, shards, batches and probes, as `reblock fit` checks them; what the stage encode makes, by its sources."""
+    found, stages = [], plan.job.stage_list
+    if "encode" in stages:
+        found += _encode_faults(plan)
+    if "fit" in stages:
+        # The batch first: `check_fit` comes to it only where the shards are in order, and this is known without them.
+        if isinstance(data, ShardDataModule) and data.global_batch_size is not None:
+            size = data.global_batch_size
+            found += _lines(lambda: rank_size(size, plan.ranks))
+        if "encode" in stages:
+            found += _lines(getattr(model, "check", lambda: None))
+            apart = getattr(data, "val_shards", None)
+            if apart is not None:
+                found += _lines(lambda: find_shards(apart, LATENT_FORMAT, Store()))
+        else:
+            found += _lines(lambda: check_fit(model, data, ranks=plan.ranks, callbacks=callbacks))
+    return found
+
+
+def _encode_faults(plan: Plan) -> list[str]:
+    source, latents = plan.job.encode.shards, plan.recipe["data"]["init_args"].get("shards")
+    found = []
+    if source is None:
+        found.append("got no encode.shards for the stage encode, expected a folder of video shards (`reblock pack`).")
+    else:
+        found += _lines(lambda: find_shards([source], VIDEO_FORMAT, Store()))
+    several = isinstance(latents, list) and len(latents) != 1
+    if several or any(mark in plan.latents for mark in ("*", "?", "{", "://")) or plan.latents.endswith(".tar"):
+        found.append(f"got data.shards {latents!r}, expected the one local folder that the stage encode writes.")
+    if has_control(plan.latents):
+        found.append(f"got data.shards {plan.latents!r}, expected text without line breaks.")
+    base = plan.recipe["model"]["init_args"].get("base")
+    return found + _lines(lambda: read_base(resolve_base(str(base))))
+
+
+def _lines(check: Any) -> list[str]:
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()
+    return []
+
+
+def cluster_faults(plan: Plan) -> list[str]:
+    """The options against what Slurm says of its partitions; nothing where it does not answer."""
+    job, found = plan.job, []
+    if job.container_image and slurm.has_pyxis() is False:
+        found.append(
+            "got container_image, but this Slurm's srun has no --container-image (pyxis); try apptainer_image."
+        )
+    if not (job.command or job.container_image or job.apptainer_image) and not Path(usual_command()).is_file():
+        found.append(f"{usual_command()} does not exist; say with --command how the nodes call reblock.")
+    known = slurm.partitions()
+    if not known:
+        return found
+    if job.partition is None:
+        chosen = [partition for partition in known if partition.default]
+    else:
+        names = job.partition.split(",")
+        chosen = [partition for partition in known if partition.name in names]
+        absent = sorted(set(names) - {partition.name for partition in chosen})
+        if absent:
+            return [*found, f"got partition {', '.join(absent)}, expected one of: {', '.join(p.name for p in known)}."]
+    if not chosen:
+        return [
+            *found,
+            f"got no partition and the cluster has no default; name one of: {', '.join(p.name for p in known)}.",
+        ]
+    refusals = [_refusal(plan, partition) for partition in chosen]
+    return found if None in refusals else [*found, *(text for text in refusals if text)]
+
+
+def _refusal(plan: Plan, partition: slurm.Partition) -> str | None:
+    """Why a partition cannot take the fit, or None."""
+    job, against = plan.job, []
+    nodes = plan.nodes if "fit" in job.stage_list else 1
+    if nodes > partition.nodes:
+        against.append(f"{nodes} nodes of {partition.nodes}")
+    cpus = plan.devices * (job.cpus_per_task or 1)
+    if "fit" in job.stage_list and cpus > partition.cpus:
+        against.append(f"{plan.devices} tasks x {job.cpus_per_task or 1} CPUs on a node of {partition.cpus}")
+    if plan.gpus and partition.gpus is not None and plan.gpus > partition.gpus:
+        against.append(f"{plan.gpus} GPUs on a node of {partition.gpus}")
+    if plan.gpus and partition.gpus is None:
+        against.append("GPUs of nodes that list none")
+    limit = None if job.time is None else seconds(str(job.time))
+    most = seconds(partition.max_time)
+    if job.time is not None and most is not None and (limit is None or limit > most):
+        against.append(f"a time of {job.time} where {partition.max_time} is the most")
+    if not against:
+        return None
+    return f"partition {partition.name} cannot give what is asked: {'; '.join(against)}. Ask for less, or another one."
+
+
+def memory_faults(plan: Plan, recipe: Path) -> tuple[list[str], str | None]:
+    """The plan's estimate against a GPU's memory.
+
+    Args:
+        plan: of the submission.
+        recipe: the resolved recipe, as a file.
+
+    Returns:
+        Faults, and what the plan says where there is none.
+    """
+    if not plan.gpus or "fit" not in plan.job.stage_list:
+        return [], None
+    try:
+        found = estimate(["--config", str(recipe), *_clip_size(plan)], plan.nodes)
+    except (ValueError, OSError) as error:
+        return str(error).splitlines(), None
+    need = found.bytes_per_gpu / 2**30
+    said = f"{need:.1f} GiB of {plan.job.gpu_memory:g} GiB on each GPU with strategy {found.strategy}"
+    if need <= plan.job.gpu_memory:
+        return [], said
+    return [
+        f"the run would need {said}. See `reblock plan`; take another strategy (recipes/cluster), checkpoint_head, a "
+        "smaller batch, or GPUs with more memory (--gpu_memory)."
+    ], said
+
+
+def _clip_size(plan: Plan) -> list[str]:
+    """The largest clip of the video shards, for a plan whose latents the stage encode has yet to make."""
+    if "encode" not in plan.job.stage_list:
+        return []
+    sources = find_shards([str(plan.job.encode.shards)], VIDEO_FORMAT, Store())
+    buckets = [Bucket.parse(entry["bucket"]) for source in sources for entry in source.index["shards"]]
+    largest = max(buckets, key=lambda b: b.frames * b.height * b.width)
+    return [f"--frames={largest.frames}", f"--height={largest.height}", f"--width={largest.width}"]

@@ -1,0 +1,235 @@
+"""`reblock status RUN`: what a run's jobs do and what it has come to. Reads files and asks Slurm; changes nothing."""
+
+import csv
+import math
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.cluster import slurm
+from launch.cluster.folder import noted_jobs
+
+#: In this order; of the measurements, what the retraining is for.
+_FIGURES = (
+    "train/loss", "val/loss", "train/grad_norm", "train/lr", "train/skipped", "data/faults", "sinks/heads",
+    "sinks/max_frequency", "masking/retrained/critical_ratio", "masking/all/critical_ratio",
+)  # fmt: skip
+_TROUBLE = re.compile(r"Traceback \(most recent|\berror:|\bError\b|CANCELLED|DUE TO|oom.kill|Killed|Segmentation", re.I)
+_START = re.compile(r"job (\S+): start (\d+) \((\d+) requeued\)")
+#: Of a log's end, bytes: a Traceback fits, gigabytes of progress do not matter.
+_END = 1 << 16
+
+
+def status(run: Path, *, lines: int = 12) -> None:
+    """Prints what runs, since when, how often it was requeued, how fast it is, its last figures, checkpoint and errors.
+
+    Args:
+        run: the run folder.
+        lines: of each log with errors, at most.
+
+    Raises:
+        ValueError: if there is no such run.
+    """
+    if not run.is_dir():
+        raise ValueError(
+            f"{run} is no folder; expected a run folder, which `reblock submit` or `reblock fit` has made."
+        )
+    print(run)
+    for title, found in (
+        ("jobs", job_lines(run)), ("progress", progress_lines(run)), ("checkpoint", checkpoint_lines(run)),
+        ("errors", trouble_lines(run, lines)),
+    ):  # fmt: skip
+        print(f"{title}:")
+        print("\n".join(f"  {line}" for line in found))
+
+
+# -- jobs ----------------------------------------------------------------------------------------------------------
+
+
+def job_lines(run: Path) -> list[str]:
+    """A line for each job that was submitted; of an array, one for each state of its tasks."""
+    jobs = noted_jobs(run)
+    if not jobs:
+        return ["none was submitted by reblock submit"]
+    known = slurm.at_hand("scontrol")
+    found = [line for entry in jobs for line in (_job_lines(run, entry) if known else [_unknown(run, entry)])]
+    return found if known else [*found, "(Slurm's commands are not here: what runs now is not known)"]
+
+
+def _job_lines(run: Path, entry: dict[str, Any]) -> list[str]:
+    tasks = slurm.job(entry["job"])
+    if not tasks:
+        return [f"{_unknown(run, entry)} (Slurm knows nothing of it any more)"]
+    by_state: dict[str, list[dict[str, str]]] = {}
+    for facts in tasks:
+        by_state.setdefault(facts.get("JobState", "?").split()[0], []).append(facts)
+    return [_job_line(entry, state, own, len(tasks)) for state, own in by_state.items()]
+
+
+def _job_line(entry: dict[str, Any], state: str, tasks: list[dict[str, str]], total: int) -> str:
+    facts = tasks[0]
+    parts = [f"{entry['stage']} {entry['job']}", state + (f" {len(tasks)} of {total} tasks" if total > 1 else "")]
+    if state in ("RUNNING", "COMPLETING", "SUSPENDED"):
+        parts.append(f"since {_when(facts.get('StartTime'))} on {facts.get('NodeList')}")
+        if facts.get("EndTime", "Unknown") != "Unknown" and facts.get("TimeLimit") != "UNLIMITED":
+            parts.append(f"its time ends at {_when(facts['EndTime'])}")
+    elif state == "PENDING":
+        parts.append(f"waits for: {facts.get('Reason', '?')}")
+    else:
+        parts.append(f"from {_when(facts.get('StartTime'))} to {_when(facts.get('EndTime'))}")
+        if facts.get("ExitCode", "0:0") != "0:0":
+            parts.append(f"exit code {facts['ExitCode'].split(':')[0]}")
+    restarts = max(int(task.get("Restarts") or 0) for task in tasks)
+    return ", ".join([*parts, f"requeued {_times(restarts)}"])
+
+
+def _unknown(run: Path, entry: dict[str, Any]) -> str:
+    restarts = [int(found[3]) for found in _starts(run) if found[1].split("_")[0] == entry["job"]]
+    seen = f", started, requeued {_times(max(restarts))}" if restarts else ""
+    return f"{entry['stage']} {entry['job']}, submitted {entry.get('time')}{seen}"
+
+
+def _starts(run: Path) -> Iterator[re.Match[str]]:
+    for path in (run / "logs").glob("*.log"):
+        if not re.search(r"-r\d+-\d+\.log$", path.name):
+            yield from _START.finditer(_end_of(path))
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _when(stamp: str | None) -> str:
+    return (stamp or "?").replace("T", " ")
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+def progress_lines(run: Path) -> list[str]:
+    """Step, speed and the last value of each figure, from metrics.csv."""
+    path = run / "metrics.csv"
+    rows = _rows(path)
+    trained = [row for row in rows if row.get("train/loss")]
+    if not trained:
+        return ["no step was logged yet"]
+    last, recipe = trained[-1], _recipe(run)
+    epochs = recipe.get("trainer", {}).get("max_epochs")
+    # An epoch under way is named by its number from one, as in the log's own lines.
+    epoch = int(float(last["epoch"])) + 1 if last.get("epoch") else "?"
+    age = _ago(time.time() - path.stat().st_mtime)
+    found = [f"step {int(last['step']) + 1}, epoch {epoch}{f' of {epochs}' if epochs else ''}, written {age}"]
+    samples = next(
+        (float(row["train/samples_per_s"]) for row in reversed(rows) if row.get("train/samples_per_s")), None
+    )
+    if samples is not None:
+        size = _samples_per_step(recipe)
+        steps = f"{samples / size:.3g} steps/s ({size / samples:.3g} s a step), " if size and samples else ""
+        found.append(f"{steps}{samples:.3g} samples/s")
+    else:
+        found.append("speed: not measured yet, it takes some steps in a row")
+    values = {name: row[name] for row in rows for name in row if row.get(name)}
+    return [*found, *(f"{name} {float(values[name]):.5g}" for name in _FIGURES if name in values)]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        # A row that is being written may be cut short: without a step it is none.
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    for path in (run / "config.yaml", run / "job" / "config.yaml"):
+        try:
+            found = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _samples_per_step(recipe: dict[str, Any]) -> int | None:
+    """Samples that one optimiser step takes over all ranks; None where the recipe does not say it."""
+    data, trainer = recipe.get("data", {}).get("init_args", {}), recipe.get("trainer", {})
+    whole, own = data.get("global_batch_size"), data.get("batch_size")
+    ranks = [trainer.get("num_nodes", 1), trainer.get("devices", 1)]
+    if whole is None and own is not None and all(isinstance(count, int) for count in ranks):
+        whole = own * math.prod(ranks)
+    return None if whole is None else whole * (trainer.get("accumulate_grad_batches") or 1)
+
+
+# -- checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def checkpoint_lines(run: Path) -> list[str]:
+    """Age, step and size of `last.ckpt`, and whether the fit is over."""
+    path, found = run / "checkpoints" / "last.ckpt", []
+    if path.is_file():
+        facts = path.stat()
+        age = _ago(time.time() - facts.st_mtime)
+        found.append(f"last.ckpt: {_step(path)}, written {age}, {facts.st_size / 2**20:,.1f} MiB")
+    else:
+        found.append("none yet")
+    if (run / "graft.safetensors").is_file():
+        found.append("graft.safetensors is there: the fit has come to its end")
+    return found
+
+
+def _step(path: Path) -> str:
+    import torch
+
+    try:
+        # Mapped, so that only the numbers are read of what may be gigabytes.
+        return f"step {torch.load(path, map_location='cpu', mmap=True, weights_only=True)['global_step']}"
+    except Exception as error:  # torch raises whatever the damaged bytes lead to
+        return f"cannot be read ({type(error).__name__})"
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+def trouble_lines(run: Path, lines: int) -> list[str]:
+    """The ends of those logs of the newest start that speak of errors."""
+    found: list[str] = []
+    for path in _newest(run / "logs"):
+        said = [line.rstrip() for line in _end_of(path).splitlines() if line.strip()]
+        marks = [i for i, line in enumerate(said) if _TROUBLE.search(line)]
+        if marks:
+            # From the last Traceback on, which explains what follows, else from the first line of trouble.
+            traces = [i for i in marks if said[i].startswith("Traceback")]
+            shown = said[traces[-1] if traces else marks[0] :]
+            found += [f"{path}:", *(f"  {line}" for line in shown[-lines:])]
+    return found or ["none in the logs of the last start"]
+
+
+def _newest(logs: Path) -> list[Path]:
+    """The scripts' own logs that were written last, and the tasks' logs of that start."""
+    scripts = [path for path in logs.glob("*.log") if not re.search(r"-r\d+-\d+\.log$", path.name)]
+    if not scripts:
+        return []
+    newest = max(scripts, key=lambda path: path.stat().st_mtime)
+    tasks = [path for path in logs.glob("*.log") if path.name.startswith(f"{newest.stem}-r")]
+    starts = {path: int(m[1]) for path in tasks if (m := re.search(r"-r(\d+)-\d+\.log$", path.name))}
+    last = max(starts.values(), default=0)
+    return [newest, *sorted(path for path, start in starts.items() if start == last)]
+
+
+def _end_of(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - _END))
+        return file.read().decode(errors="replace")
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(0, seconds):.0f} s ago"

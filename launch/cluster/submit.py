@@ -1,0 +1,228 @@
+"""`reblock submit`: a recipe becomes Slurm jobs. Everything is checked before anything is written or queued."""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from launch.cli import RecipeCLI, RunConfig, recipe_cli, refuse_taken
+from launch.cluster import checks, slurm
+from launch.cluster.folder import note_job, noted_jobs, write_folder
+from launch.cluster.options import JobConfig
+from launch.cluster.script import Job, render
+from launch.cluster.stages import Plan, make_jobs
+from launch.record import versions
+
+_OPTIONS = tuple(option.name for option in fields(JobConfig))
+
+
+class SubmitCLI(RecipeCLI):
+    """The recipe's objects and the options of the job; the Trainer is built as far as a log-in node allows."""
+
+    trainer_fault: str | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(JobConfig)
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn here, and a seed in the environment would go on into the job."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # There is no GPU here, and no other rank: these are checked by other means.
+        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+        try:
+            return super().instantiate_trainer(**here, **kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            self.trainer_fault = str(error)
+            return None  # type: ignore[return-value]
+
+    @property
+    def job(self) -> JobConfig:
+        """The options of the job."""
+        return JobConfig(**{name: self._get(self.config_init, name) for name in _OPTIONS})
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe, as `reblock fit --config` takes it."""
+        self._dump_config()
+        return {key: value for key, value in self.config_dump.items() if key not in (*_OPTIONS, "config")}
+
+
+def run(argv: list[str]) -> None:
+    """Carries out `submit` with its options.
+
+    Raises:
+        ValueError: naming every fault; then nothing was written or queued.
+    """
+    if {"-h", "--help"} & set(argv):
+        return print(_help())
+    cli = _read(argv[1:])
+    job, recipe, settings = cli.job, cli.recipe, cli.run_config
+    found = versions()
+    plan, faults = _plan(job, recipe, settings, found)
+    faults += [*job.faults(), *checks.name_faults(settings), *_folder_faults(settings, plan)]
+    faults += [cli.trainer_fault] if cli.trainer_fault else []
+    memory = None
+    if not job.faults():
+        callbacks = cli._get(cli.config_init, "trainer").get("callbacks") or []
+        faults += checks.layout_faults(plan)
+        faults += checks.content_faults(plan, cli.model, cli.datamodule, callbacks)
+        if not faults:  # it would only name the same ones again
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "recipe.yaml"
+                path.write_text(_text(plan))
+                faults, memory = checks.memory_faults(plan, path)
+        faults += checks.cluster_faults(plan)
+    if job.dry_run:
+        if not checks.name_faults(settings) and not job.faults():
+            _show(plan, memory)
+    elif not slurm.at_hand():
+        faults.append("sbatch is not here; expected a log-in node of a Slurm cluster. --dry-run shows the script.")
+    if faults:
+        raise ValueError("\n".join(["this cannot run as it is:", *(f"  - {line}" for line in dict.fromkeys(faults))]))
+    if memory and not job.dry_run:
+        print(f"memory: {memory}")
+    if not job.dry_run:
+        _submit(plan, make_jobs(plan), found)
+
+
+def _read(argv: Sequence[str]) -> SubmitCLI:
+    """The recipe and the options, in silence: what Lightning says of this machine does not concern the nodes."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The `srun` command is available")
+            return recipe_cli(_spelled(argv), run=False, kind=SubmitCLI)
+    except MisconfigurationException as error:  # Lightning's word for a strategy that cannot be built as asked
+        raise ValueError(str(error)) from error
+    finally:
+        log.setLevel(level)
+
+
+def _plan(job: JobConfig, recipe: dict[str, Any], settings: RunConfig, found: dict[str, Any]) -> tuple[Plan, list[str]]:
+    """The layout of the fit, written into the recipe too; and what is wrong with it."""
+    trainer, faults = recipe["trainer"], []
+    devices, accelerator = trainer.get("devices"), trainer.get("accelerator")
+    if isinstance(devices, list):
+        devices = len(devices)
+    if job.gpus_per_node:
+        devices = job.gpus_per_node
+    elif not (isinstance(devices, int | str) and str(devices).isdigit() and int(devices) > 0):
+        faults.append(f"got trainer.devices {devices!r}, expected how many a node has; or say --gpus_per_node.")
+        devices = 1
+    if accelerator not in ("gpu", "cuda", "cpu") and not job.gpus_per_node:
+        faults.append(f"got trainer.accelerator {accelerator!r}, expected gpu or cpu; or say --gpus_per_node.")
+    nodes = job.nodes or trainer.get("num_nodes") or 1
+    trainer |= {"num_nodes": nodes, "devices": int(devices)}
+    plan = Plan(
+        job=job, recipe=recipe, run=Path(os.path.abspath(settings.folder)), here=Path.cwd(), nodes=nodes,
+        devices=int(devices), gpus=int(devices) if job.gpus_per_node or accelerator in ("gpu", "cuda") else None,
+        versions=_in_one_line(found), written=f"{datetime.now():%F %H:%M}",
+    )  # fmt: skip
+    return plan, faults
+
+
+def _in_one_line(found: dict[str, Any]) -> str:
+    packages = found["packages"]
+    names = ", ".join(f"{name} {packages[name]}" for name in ("torch", "lightning", "diffusers"))
+    return f"python {found['python']}, {names}, reblock {_commit(found['git'])}"
+
+
+def _commit(git: str | None) -> str:
+    commit, changed, _ = (git or "of no commit").partition("+")
+    return commit[:12] + (" with changes" if changed else "")
+
+
+def _folder_faults(settings: RunConfig, plan: Plan) -> list[str]:
+    """A run that exists, unless it is to go on; then a job of its that is still in the queue."""
+    try:
+        refuse_taken(settings)
+    except ValueError as error:
+        return [str(error)]
+    return [
+        f"job {entry['job']} ({entry['stage']}) of this run is {state}, expected none: both would write to one folder. "
+        f"Wait for it, or end it: scancel {entry['job']}."
+        for entry in noted_jobs(plan.run)
+        if (state := slurm.unfinished(entry["job"]))
+    ]
+
+
+def _text(plan: Plan) -> str:
+    return yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
+
+
+def _show(plan: Plan, memory: str | None) -> None:
+    """Prints the scripts, and what would be called."""
+    before, calls = list(plan.job.after_list), []
+    for job in make_jobs(plan):
+        print(render(job), end="\n")
+        calls.append(f"# dry run: sbatch {_waits(before)}{job.path}")
+        before = [f"<{job.stage}'s id>"]
+    print("\n".join(calls if memory is None else [f"# memory: {memory}", *calls]))
+
+
+def _waits(jobs: Sequence[str]) -> str:
+    return f"--dependency=afterok:{':'.join(jobs)} " if jobs else ""
+
+
+def _submit(plan: Plan, jobs: Sequence[Job], found: dict[str, Any]) -> None:
+    """Writes the folder and queues the scripts, each behind the one before; all of them or none."""
+    write_folder(plan, _text(plan), jobs, found)
+    after, queued = list(plan.job.after_list), list[str]()
+    for job in jobs:
+        try:
+            number = slurm.submit(Path(job.path), after)
+        except ValueError as error:
+            slurm.cancel(queued)
+            kept = f" The jobs before it were taken back: {', '.join(queued)}." if queued else ""
+            raise ValueError(f"{error}.{kept} {plan.run} stays as it is; go on with --run.resume true.") from error
+        note_job(plan.run, job.stage, number, after, plan.nodes if job.ranks else 1)
+        waits = f", waits for {', '.join(after)}" if after else ""
+        print(f"job {number}: {job.title}{waits}")
+        queued.append(number)
+        after = [number]
+    print(
+        f"run folder: {plan.run}\n"
+        f"look:       reblock status {plan.run}\n"
+        f"follow:     tail -F {plan.run}/logs/*\n"
+        f"end:        scancel {' '.join(queued)}; go on: sbatch {plan.script(plan.job.stage_list[-1])}"
+    )
+
+
+def _spelled(argv: Sequence[str]) -> list[str]:
+    """Options as the parser has them: `--dry-run` is `--dry_run true`, `--cpus-per-task` is `--cpus_per_task`."""
+    found: list[str] = []
+    for position, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        option = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and option in _OPTIONS:
+            word = f"--{option}{equals}{value}"
+            following = argv[position + 1] if position + 1 < len(argv) else "--"
+            if not equals and option in ("dry_run", "exclusive") and following.lower() not in ("true", "false"):
+                word += "=true"
+        found.append(word)
+    return found
+
+
+def _help() -> str:
+    parser = ArgumentParser(
+        prog="reblock submit",
+        description="A recipe as a Slurm job. Beside these options it takes all of `reblock fit`: --config (several "
+        "merge; they may hold these options too), --run.name, --model..., --data..., --trainer....",
+    )
+    parser.add_class_arguments(JobConfig)
+    return parser.format_help()

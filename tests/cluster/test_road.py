@@ -1,0 +1,130 @@
+"""The whole road on two nodes of a real Slurm, on the demo's recipe: encode as an array, then a fit that is told to stop
+and goes on in a new allocation, then the export; beside it the same fit undisturbed."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from diffusers import MochiTransformer3DModel
+
+from data.pack.pack import pack
+from data.synth.synth import synth
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parents[2]
+REBLOCK = Path(sys.executable).with_name("reblock")
+#: 28 clips, 4 held out, 6 global batches of 4, each seen 3 times.
+CLIPS, STEPS, EPOCHS = 28, 18, 2
+
+
+def _measurement(path: str, **more) -> dict:
+    return {"class_path": f"trainer.callbacks.{path}", "init_args": {"prompts": 2, "sigmas": [0.25, 0.75], **more}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Video shards, and what differs from the demo's recipe: two nodes, few samples, few probes."""
+    home = tmp_path_factory.mktemp("road")
+    synth(home / "clips", clips=CLIPS)
+    pack(str(home / "clips"), home / "video", shard_samples=7)
+    overlay = {
+        "run": {"name": "road", "root": "runs", "save_every": 2, "wandb": False},
+        "trainer": {
+            "strategy": "ddp", "max_epochs": EPOCHS,
+            "callbacks": [_measurement("sinks.SinkFrequency"),
+                          _measurement("masking.MaskingRobustness", ratios=[0.5], scopes=["retrained"])],
+        },
+        "model": {"init_args": {"base": str(ROOT / "recipes" / "demo_base")}},
+        "data": {
+            "init_args": {"shards": "latents", "val_samples": 4, "batch_size": None, "global_batch_size": 4,
+                          "passes": 3, "num_workers": 0},
+        },
+        "nodes": 2, "time": "0:30:00", "signal_seconds": 60,
+        "encode": {"shards": "video", "tasks": 2, "options": ["--batch_size=4", "--claim_timeout=20"]},
+    }  # fmt: skip
+    (home / "lab.yaml").write_text(yaml.safe_dump(overlay))
+    return home
+
+
+def submit(lab, folder: Path, *options: str) -> dict[str, str]:
+    recipes = ("--config", ROOT / "recipes" / "demo.yaml", "--config", "lab.yaml")
+    printed = lab.run(REBLOCK, "submit", *recipes, *options, cwd=folder, timeout=240).stdout
+    run = Path(next(line for line in printed.splitlines() if line.startswith("run folder:")).split(": ")[1].strip())
+    jobs = [json.loads(line) for line in (run / "job" / "jobs.jsonl").read_text().splitlines()]
+    return {entry["stage"]: entry["job"] for entry in jobs}
+
+
+def losses(run: Path) -> dict[int, str]:
+    """Step -> its loss as it was written; every step once."""
+    if not (run / "metrics.csv").is_file():
+        return {}
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+    assert len(dict(rows)) == len(rows), f"doubled: {rows}"
+    return dict(rows)
+
+
+def logs(run: Path) -> str:
+    return "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in sorted((run / "logs").iterdir()))
+
+
+def test_encoded_trained_signalled_requeued_resumed_and_exported(lab, folder):
+    run, twin = folder / "runs" / "road", folder / "runs" / "twin"
+    jobs = submit(lab, folder, "--stages", "encode,fit,export")
+    assert lab.job(jobs["fit"])["Reason"] in ("Dependency", "None"), lab.job(jobs["fit"])
+    fit = jobs["fit"]
+    lab.until(
+        lambda: lab.state(fit) in ("RUNNING", "CANCELLED"), "the fit's start", timeout=300, says=lambda: logs(run)
+    )
+    lab.wait(fit, "RUNNING")
+    assert len(json.loads((folder / "latents" / "index.json").read_text())["shards"]) == 4
+    encoders = {path.name for path in (run / "logs").glob(f"road-encode-{jobs['encode']}_?-r0-0.log")}
+    assert len(encoders) == 2
+
+    lab.until(lambda: len(losses(run)) >= 3, "some steps", timeout=240, says=lambda: logs(run))
+    during = lab.run(REBLOCK, "status", run, timeout=120).stdout
+    assert f"fit {fit}, RUNNING, since" in during and "on node[1-2]" in during and "its time ends" in during
+    lab.run("scancel", "--signal=USR1", fit)
+    lab.until(lambda: lab.job(fit)["Restarts"] == "1", "a requeue", timeout=240, says=lambda: logs(run))
+    before = losses(run)
+    assert 3 <= len(before) < STEPS * EPOCHS
+
+    other = submit(lab, folder, "--run.name", "twin")["fit"]
+    for job in (fit, jobs["export"], other):
+        lab.wait(job, "COMPLETED", timeout=400)
+    assert "asks Slurm to queue the job again" in lab.output(fit)
+    resumed = (run / "logs" / f"road-{fit}-r1-0.log").read_text()
+    assert "resuming" in resumed, resumed[-3000:]
+
+    assert list(losses(run)) == list(range(STEPS * EPOCHS))
+    assert losses(run) == losses(twin)
+    assert before.items() <= losses(run).items()
+    assert json.loads((run / "fingerprint.json").read_text())["equal"] is True
+    model = MochiTransformer3DModel.from_pretrained(run / "pipeline" / "transformer")
+    assert len(model.transformer_blocks) == 8
+    after = lab.run(REBLOCK, "status", run, timeout=120).stdout
+    assert f"fit {fit}, COMPLETED" in after and "requeued once" in after and "step 36, epoch 2 of 2" in after
+    assert "the fit has come to its end" in after and "none in the logs of the last start" in after, after
+
+
+def test_cancelled_and_submitted_again_by_hand_it_goes_on(lab, folder):
+    run = folder / "runs" / "hand"
+    if not (folder / "latents" / "index.json").is_file():
+        lab.run(
+            REBLOCK, "encode", "video", "latents", "--base", ROOT / "recipes" / "demo_base", cwd=folder, timeout=240
+        )
+    fit = submit(lab, folder, "--run.name", "hand")["fit"]
+    lab.wait(fit, "RUNNING")
+    lab.until(lambda: len(losses(run)) >= 3, "some steps", timeout=240, says=lambda: logs(run))
+    refused = lab.run(REBLOCK, "submit", "--config", ROOT / "recipes" / "demo.yaml", "--config", "lab.yaml", "--run.name",
+                      "hand", "--run.resume", "true", cwd=folder, check=False, timeout=240)  # fmt: skip
+    assert f"job {fit} (fit) of this run is RUNNING" in refused.stderr
+    lab.run("scancel", fit)
+    lab.wait(fit, "CANCELLED", timeout=240)
+    again = lab.submit(run / "job.sbatch", "--nodes=1", cwd=Path("/"))
+    lab.wait(again, "COMPLETED", timeout=400)
+    assert list(losses(run)) == list(range(STEPS * EPOCHS))
+    assert "resuming" in (run / "logs" / f"hand-{again}-r0-0.log").read_text()

@@ -1,0 +1,192 @@
+"""`reblock submit` on a real Slurm: what is refused, what a script asks for, requeues, chains of stages.
+
+The fits here are stand-ins of a few lines of shell (`--command`), so that only the script and Slurm are at work;
+`test_road.py` has the real ones.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launch.cluster.script import directive, file_pattern
+from tests.latents import write_latents
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+REBLOCK = Path(sys.executable).with_name("reblock")
+
+#: Notes its call; what it does then is the test's, in `act.sh`.
+STAND_IN = """#!/bin/bash
+here=$(dirname "$0")
+echo "$1 job=$SLURM_JOB_ID start=${SLURM_RESTART_COUNT:-0} rank=$SLURM_PROCID host=$(hostname)" >> "$here/calls"
+. "$here/act.sh"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config) -> Path:
+    """A recipe for two ranks, latents, a base, and the stand-in for reblock."""
+    (tmp_path / "base.json").write_text(json.dumps(tiny_config))
+    write_latents(tmp_path / "latents", [("7x32x32", 40)], channels=4, width=16)
+    recipe = {
+        "run": {"name": "tiny", "root": "runs", "wandb": False},
+        "trainer": {"accelerator": "cpu", "devices": 1, "strategy": "ddp", "max_epochs": 1},
+        "model": {
+            "class_path": "trainer.module.RetrainBlocks",
+            "init_args": {"base": "base.json", "surgery": {"last": 2}},
+        },
+        "data": {
+            "class_path": "data.datamodule.LatentDataModule",
+            "init_args": {"shards": "latents", "val_samples": 8, "global_batch_size": 4},
+        },
+        "nodes": 2,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "stand-in").write_text(STAND_IN)
+    (tmp_path / "stand-in").chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def submit(lab, folder):
+    """(what the stand-in does, *options) -> the jobs' ids, by stage."""
+
+    def run(act: str, *options: str, name: str = "tiny") -> dict[str, str]:
+        (folder / "act.sh").write_text(act)
+        lab.run(REBLOCK, "submit", "--config", "recipe.yaml", "--command", folder / "stand-in", *options, cwd=folder,
+                timeout=200)  # fmt: skip
+        lines = (folder / "runs" / name / "job" / "jobs.jsonl").read_text().splitlines()
+        return {entry["stage"]: entry["job"] for entry in map(json.loads, lines)}
+
+    return run
+
+
+def calls(folder: Path) -> list[str]:
+    return sorted((folder / "calls").read_text().splitlines())
+
+
+def refused(lab, folder, *options: str) -> str:
+    done = lab.run(REBLOCK, "submit", "--config", "recipe.yaml", *options, cwd=folder, check=False, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def test_what_the_cluster_cannot_give_is_refused_before_anything_is_written(lab, folder):
+    said = refused(lab, folder, "--partition", "fast", "--container_image", "x")
+    assert "got partition fast, expected one of: debug" in said and "has no --container-image (pyxis)" in said
+    said = refused(lab, folder, "--nodes", "3", "--cpus_per_task", "9", "--trainer.accelerator", "gpu",
+                   "--gpus_per_node", "3", "--data.global_batch_size", "9")  # fmt: skip
+    assert "partition debug cannot give what is asked: 3 nodes of 2; 3 tasks x 9 CPUs on a node of 4; 3 GPUs" in said
+    assert not (folder / "runs").exists() and not lab.run("squeue", "-h").stdout
+
+
+def test_a_job_that_slurm_refuses_takes_the_ones_before_it_along(lab, folder):
+    said = refused(lab, folder, "--stages", "fit,export", "--export.slurm", "[--constraint=none-such]")
+    assert "Slurm refused" in said and "export.sbatch" in said and "were taken back" in said
+    lab.until(lambda: not lab.run("squeue", "-h").stdout, "an empty queue")
+
+
+def test_what_a_job_asks_for_and_leaves(lab, folder, submit):
+    held = lab.submit("#!/bin/bash\n#SBATCH --hold\ntrue\n")
+    job = submit("exit 0", "--time", "0:30:00", "--cpus_per_task", "2", "--after", str(held))["fit"]
+    facts = lab.job(job)
+    assert facts["JobState"] == "PENDING" and facts["Reason"] == "Dependency"
+    assert facts["NumNodes"].startswith("2") and facts["CPUs/Task"] == "2" and facts["TimeLimit"] == "00:30:00"
+    assert facts["Requeue"] == "1" and facts["WorkDir"] == str(folder)
+    lab.run("scontrol", "release", str(held))
+    lab.wait(job, "COMPLETED")
+    assert calls(folder) == [f"fit job={job} start=0 rank={n} host=node{n + 1}" for n in range(2)]
+    run = folder / "runs" / "tiny"
+    assert {path.name for path in (run / "logs").iterdir()} == {
+        f"tiny-{job}.log", f"tiny-{job}-r0-0.log", f"tiny-{job}-r0-1.log",
+    }  # fmt: skip
+    assert "start 1 (0 requeued) on 2 node(s), 2 task(s): node[1-2]" in lab.output(job)
+    saved = yaml.safe_load((run / "job" / "config.yaml").read_text())
+    assert saved["trainer"]["num_nodes"] == 2 and saved["trainer"]["devices"] == 1 and "nodes" not in saved
+    assert json.loads((run / "job" / "versions.json").read_text())["packages"]["torch"]
+    # By hand, from anywhere, on one node instead of two.
+    again = lab.submit(run / "job.sbatch", "--nodes=1", cwd=Path("/"))
+    lab.wait(again, "COMPLETED")
+    assert calls(folder)[2:] == [f"fit job={again} start=0 rank=0 host=node1"]
+
+
+def test_status_75_is_a_requeue_and_whoever_waits_goes_on_waiting(lab, folder, submit):
+    """Rank 1 leaves seconds after rank 0: the status is 75 all the same, and its last words are kept."""
+    act = """
+    [ "$1" = export ] && exit 0
+    echo "words of start ${SLURM_RESTART_COUNT:-0}"
+    [ "${SLURM_RESTART_COUNT:-0}" -lt 2 ] || exit 0
+    [ "$SLURM_PROCID" = 0 ] || { sleep 3; echo "saved"; }
+    exit 75
+    """
+    jobs = submit(act, "--stages=fit,export")
+    lab.wait(jobs["export"], "COMPLETED", timeout=240)
+    assert lab.job(jobs["fit"])["Restarts"] == "2" and lab.state(jobs["fit"]) == "COMPLETED"
+    logs = folder / "runs" / "tiny" / "logs"
+    for start in (0, 1):
+        assert (logs / f"tiny-{jobs['fit']}-r{start}-1.log").read_text() == f"words of start {start}\nsaved\n"
+    assert lab.output(jobs["fit"]).count("asks Slurm to queue the job again") == 2
+    assert [line.split()[0] for line in (folder / "calls").read_text().splitlines()] == ["fit"] * 6 + ["export"]
+    shown = lab.run(REBLOCK, "status", folder / "runs" / "tiny").stdout
+    assert f"fit {jobs['fit']}, COMPLETED" in shown and "requeued 2 times" in shown
+    assert f"export {jobs['export']}, COMPLETED" in shown
+
+
+def test_a_failure_is_a_failure_and_what_waits_for_it_is_cancelled(lab, folder, submit):
+    jobs = submit('echo "error: no such thing" >&2; exit 3', "--stages=fit,export")
+    lab.wait(jobs["fit"], "FAILED")
+    assert lab.job(jobs["fit"])["ExitCode"] == "3:0"
+    lab.wait(jobs["export"], "CANCELLED")
+    shown = lab.run(REBLOCK, "status", folder / "runs" / "tiny").stdout
+    assert f"fit {jobs['fit']}, FAILED" in shown and "exit code 3" in shown and "error: no such thing" in shown
+
+
+def test_the_end_of_the_time_is_announced_and_the_job_comes_again(lab, folder, submit):
+    """A fit and an array of encode, at the same time, as runs of their own."""
+    act = """
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
+    trap 'echo told; exit 75' USR1
+    for i in $(seq 3000); do sleep 0.1; done
+    exit 1
+    """
+    clips = make_video_shards(folder)
+    base = Path(__file__).resolve().parents[2] / "recipes" / "demo_base"
+    times = ("--time=0:01:10", "--signal_seconds=60")
+    fit = submit(act, *times)["fit"]
+    encode = submit(act, "--stages=encode", f"--encode.shards={clips}", "--encode.tasks=2", "--data.shards=made",
+                    f"--model.base={base}", "--run.name=other", *times, name="other")["encode"]  # fmt: skip
+    lab.wait(fit, "COMPLETED", timeout=250)
+    assert "told" in (folder / "runs" / "tiny" / "logs" / f"tiny-{fit}-r0-0.log").read_text()
+    assert lab.job(fit)["Restarts"] == "1"
+    for task in range(2):
+        lab.wait(f"{encode}_{task}", "COMPLETED", timeout=250)
+        said = (folder / "runs" / "other" / "logs" / f"other-encode-{encode}_{task}.log").read_text()
+        assert "stopped by a signal, all is saved" in said and "start 2 (1 requeued)" in said, said
+
+
+def make_video_shards(folder: Path) -> Path:
+    from data.pack.pack import pack
+    from data.synth.synth import synth
+
+    synth(folder / "clips", clips=4)
+    pack(str(folder / "clips"), folder / "video", shard_samples=2)
+    return folder / "video"
+
+
+NAMES = st.text(st.characters(min_codepoint=32, blacklist_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=16)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=NAMES.filter(lambda name: name.strip() == name and "/" not in name))
+def test_sbatch_reads_a_directive_as_it_was_meant(lab, tmp_path, name):
+    path = f"{tmp_path}/{name}"
+    lines = [directive(("job-name", name)), directive(("output", file_pattern(path) + "/%x.log")),
+             directive(("comment", f"{name} {name}")), "#SBATCH --hold"]  # fmt: skip
+    job = lab.submit("\n".join(["#!/bin/bash", *lines, "true", ""]))
+    shown = lab.run("squeue", "-h", "-j", str(job), "-o", "%j%k").stdout
+    lab.run("scancel", str(job))
+    assert shown == f"{name}{name} {name}\n"
