@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 import warnings
@@ -81,7 +82,7 @@ def call(command: str, function: Callable, argv: list[str]) -> None:
 def spelled_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
     """Arguments as the parser takes them: `--allow-pipe` becomes `--allow_pipe=true` if it is one of `switches`."""
     words = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")

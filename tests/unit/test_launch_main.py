@@ -60,6 +60,7 @@ def test_required_arguments_are_positional_and_keyword_only_ones_options(echo, c
 @pytest.mark.parametrize(
     ("given", "taken"),
     [
+        ([], []),
         (["--allow-pipe"], ["--allow_pipe=true"]),
         (["--verify", "shards"], ["--verify=true", "shards"]),
         (["--verify", "--deadline", "3"], ["--verify=true", "--deadline", "3"]),
