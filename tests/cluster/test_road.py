@@ -1,5 +1,5 @@
-"""The whole road on two nodes of a real Slurm, on the demo's recipe: encode as an array, then a fit that is told to stop
-and goes on in a new allocation, then the export; beside it the same fit undisturbed."""
+"""The whole road on two nodes of a real Slurm, on the demo's recipe: encode as an array, then a fit that is told to
+stop and goes on in a new allocation, then the export; beside it the same fit undisturbed."""
 
 import csv
 import json
@@ -119,8 +119,8 @@ def test_cancelled_and_submitted_again_by_hand_it_goes_on(lab, folder):
     fit = submit(lab, folder, "--run.name", "hand")["fit"]
     lab.wait(fit, "RUNNING")
     lab.until(lambda: len(losses(run)) >= 3, "some steps", timeout=240, says=lambda: logs(run))
-    refused = lab.run(REBLOCK, "submit", "--config", ROOT / "recipes" / "demo.yaml", "--config", "lab.yaml", "--run.name",
-                      "hand", "--run.resume", "true", cwd=folder, check=False, timeout=240)  # fmt: skip
+    again = ("--config", ROOT / "recipes" / "demo.yaml", "--config", "lab.yaml", "--run.name", "hand")
+    refused = lab.run(REBLOCK, "submit", *again, "--run.resume", "true", cwd=folder, check=False, timeout=240)
     assert f"job {fit} (fit) of this run is RUNNING" in refused.stderr
     lab.run("scancel", fit)
     lab.wait(fit, "CANCELLED", timeout=240)
