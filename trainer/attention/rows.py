@@ -164,6 +164,14 @@ def weight_rows(
     Raises:
         ValueError: if shapes do not agree.
     """
+    for start, _, weights in logit_weight_rows(q, k, chunk=chunk, lengths=lengths):
+        yield start, weights
+
+
+def logit_weight_rows(
+    q: Tensor, k: Tensor, *, chunk: int | None = None, lengths: Lengths | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """As `weight_rows`, with the logits (B, h, c, M) between, as `logit_rows` yields them."""
     check_heads(q, k)
     valid = check_lengths(lengths, q, k)
     behind = None if valid is None else _behind(valid, q.shape[2])[:, None, :, None]
@@ -171,7 +179,7 @@ def weight_rows(
         weights = torch.softmax(logits, dim=-1)
         if behind is not None:
             weights.masked_fill_(behind[:, :, start : start + weights.shape[2]], 0.0)
-        yield start, weights
+        yield start, logits, weights
 
 
 def _behind(lengths: Tensor, tokens: int) -> Tensor:
