@@ -135,7 +135,9 @@ def chunked_pooled_quantiles(
         for start, logits, weights in logit_weight_rows(q, k, chunk=chunk, lengths=lengths):
             for see in seen:
                 see(start, logits, weights)
+            del logits
             yield weights[..., :num_keys]
+            del weights
 
     if rows_per_chunk(q, k, chunk) >= queries:
         return _sorted(next(chunks()).flatten(2)).gather(2, rank)
@@ -147,6 +149,7 @@ def chunked_pooled_quantiles(
     def bits() -> Iterator[Tensor]:
         for weights in chunks():
             yield weights.flatten(0, 1).flatten(1).view(torch.int32)  # (B * h, weights of the chunk)
+            del weights
 
     spare = torch.tensor([rank_error * total for total in totals], device=q.device).repeat_interleave(heads)
     return _radix_select(bits, rank.flatten(0, 1).clone(), spare[:, None]).view(batch, heads, len(ratios))
@@ -207,9 +210,10 @@ def _radix_select(bits: Callable[[], Iterator[Tensor]], rank: Tensor, spare: Ten
     heads, ratios = rank.shape
     counts = torch.zeros(heads, 1, 1 << _TOP, dtype=torch.int64, device=rank.device)
     for chunk in bits():
-        for head, own in enumerate(chunk):
-            found = torch.bincount(_leading(own, _REST))  # up to the largest: half of all bins where none is above 1
+        for head in range(heads):  # up to the largest: half of all bins where none is above 1
+            found = torch.bincount(_leading(chunk[head], _REST))
             counts[head, 0, : len(found)] += found
+        del chunk
     prefix, rank, held = _choose(counts, torch.zeros_like(rank), rank)
     left = _REST
     while left and bool((held > spare).any()):
@@ -219,9 +223,10 @@ def _radix_select(bits: Callable[[], Iterator[Tensor]], rank: Tensor, spare: Ten
         wanted = torch.zeros(heads, 1 << _TOP, dtype=torch.bool, device=rank.device)
         wanted.scatter_(1, prefix >> (_REST - left), True)
         for chunk in bits():
-            for head, own in enumerate(chunk):
-                near = own[wanted[head].index_select(0, _leading(own, _REST))]
+            for head in range(heads):
+                near = chunk[head][wanted[head].index_select(0, _leading(chunk[head], _REST))]
                 _count_digit(near, slots[head], left, digit, counts[head])
+            del chunk
         chosen, rank, held = _choose(counts, slot, rank)
         prefix, left = (prefix << digit) | chosen, left - digit
     return (prefix << left).to(torch.int32).view(torch.float32)

@@ -144,6 +144,7 @@ def logit_rows(
     for start in range(0, q.shape[2], rows):
         logits = float32_matmul(q[:, :, start : start + rows], k)
         yield start, logits if behind is None else logits.masked_fill_(behind, -torch.inf)
+        del logits
 
 
 def weight_rows(
@@ -164,8 +165,10 @@ def weight_rows(
     Raises:
         ValueError: if shapes do not agree.
     """
-    for start, _, weights in logit_weight_rows(q, k, chunk=chunk, lengths=lengths):
+    for start, logits, weights in logit_weight_rows(q, k, chunk=chunk, lengths=lengths):
+        del logits
         yield start, weights
+        del weights
 
 
 def logit_weight_rows(
@@ -180,6 +183,7 @@ def logit_weight_rows(
         if behind is not None:
             weights.masked_fill_(behind[:, :, start : start + weights.shape[2]], 0.0)
         yield start, logits, weights
+        del logits, weights  # before the next ones are made: memory that caches still hold is used again
 
 
 def _behind(lengths: Tensor, tokens: int) -> Tensor:
