@@ -26,12 +26,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from launch.bench import Options, Result, host_peak
 from trainer.attention import (
-    key_statistics,
     layer_statistics,
     masked_attention,
     pooled_quantiles,
     reference,
-    row_statistics,
 )
 from trainer.attention.rows import choose_backend
 from trainer.attention.statistics import EPS
@@ -94,9 +92,8 @@ def dense_forward(x: Inputs, name: str) -> list[Tensor]:
 
 def all_statistics(x: Inputs, backend: str) -> list[Tensor]:
     """Column sums and counts of five eps, and what is kept of every row."""
-    rows = row_statistics(x.q, x.k, backend=backend)
-    mass, counts = key_statistics(x.q, x.k, eps=EPS, lse=rows.lse, backend=backend)
-    return [mass, counts, rows.lse, rows.maximum, rows.entropy]
+    found = layer_statistics(x.q, x.k, eps=EPS, backend=backend)
+    return [found.mass, found.counts, found.rows.lse, found.rows.maximum, found.rows.entropy]
 
 
 def nine_quantiles(x: Inputs, backend: str) -> list[Tensor]:

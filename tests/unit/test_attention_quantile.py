@@ -158,8 +158,8 @@ def test_row_quantiles_are_each_rows_order_statistic(drawn, chunk, num_keys, pad
 @pytest.fixture
 def passes(monkeypatch):
     """One entry for every pass over the weights."""
-    found, counted = [], quantile.weight_rows
-    monkeypatch.setattr(quantile, "weight_rows", lambda *a, **o: found.append(1) or counted(*a, **o))
+    found, counted = [], quantile.logit_weight_rows
+    monkeypatch.setattr(quantile, "logit_weight_rows", lambda *a, **o: found.append(1) or counted(*a, **o))
     return found
 
 

@@ -9,9 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.attention.quantile import RANK_ERROR, pooled_quantiles, ranks
+from trainer.attention.quantile import RANK_ERROR, chunked_pooled_quantiles, pooled_quantiles, ranks
 from trainer.attention.rows import Lengths, check_heads, check_lengths, check_num_keys, choose_backend
-from trainer.attention.statistics import EPS, RowStatistics, key_statistics, row_statistics
+from trainer.attention.statistics import (
+    EPS,
+    RowStatistics,
+    add_keys,
+    clear_behind,
+    empty_keys,
+    empty_rows,
+    fill_rows,
+    key_statistics,
+    row_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ def layer_statistics(
     chunk: int | None = None,
     rank_error: float | None = None,
 ) -> LayerStatistics:
-    """Row statistics, key statistics and thresholds of one layer: with Triton, two passes as a rule.
+    """Row statistics, key statistics and thresholds of one layer, in two passes over its weights as a rule.
 
     Args:
         q: (B, h, N, d) queries as the softmax sees them.
@@ -63,12 +73,13 @@ def layer_statistics(
     check_heads(q, k)
     valid, pooled = check_lengths(lengths, q, k), check_num_keys(num_keys, k.shape[2])
     ranks(ratios, 1)
-    if choose_backend(backend, q, k) != "triton":
-        rows = row_statistics(q, k, lengths=valid, backend=backend, chunk=chunk)
-        mass, counts = key_statistics(q, k, eps=eps, lengths=valid, backend=backend, chunk=chunk)
-        limits = pooled_quantiles(
-            q, k, ratios, num_keys=num_keys, lengths=valid, backend=backend, chunk=chunk, rank_error=rank_error
-        )
+    chosen = choose_backend(backend, q, k)
+    if chosen == "chunked":
+        return _chunked_layer(q, k, eps, ratios, pooled, valid, chunk, rank_error or 0.0)
+    if chosen == "dense":
+        rows = row_statistics(q, k, lengths=valid, backend=backend)
+        mass, counts = key_statistics(q, k, eps=eps, lengths=valid, backend=backend)
+        limits = pooled_quantiles(q, k, ratios, num_keys=num_keys, lengths=valid, backend=backend)
         return LayerStatistics(rows, mass, counts, limits)
     from trainer.attention import triton_backend
 
@@ -78,3 +89,18 @@ def layer_statistics(
     )
     rows = RowStatistics(*triton_backend.row_results(lse, top, entropy, valid))
     return LayerStatistics(rows, mass, counts, limits)
+
+
+def _chunked_layer(
+    q: Tensor, k: Tensor, eps: Sequence[float], ratios: Sequence[float], num_keys: int, lengths: Tensor | None,
+    chunk: int | None, rank_error: float,
+) -> LayerStatistics:  # fmt: skip
+    """The first pass of the thresholds is the one that rows and keys are read in."""
+    rows, (mass, counts) = empty_rows(q), empty_keys(k, eps)
+
+    def look(start: int, logits: Tensor, weights: Tensor) -> None:
+        fill_rows(rows, start, logits, weights)
+        add_keys(mass, counts, weights, eps)
+
+    limits = chunked_pooled_quantiles(q, k, ratios, num_keys, lengths, chunk, rank_error, look)
+    return LayerStatistics(clear_behind(rows, lengths), mass, counts, limits)

@@ -32,10 +32,14 @@ from trainer.attention.rows import (
     check_num_keys,
     choose_backend,
     counted_weights,
+    logit_weight_rows,
     rows_per_chunk,
     shares,
     weight_rows,
 )
+
+#: What sees a chunk on its way: its first row, logits and weights, both (B, h, c, N).
+Look = Callable[[int, Tensor, Tensor], None]
 
 #: Leading bits of a float32 without its sign that the first pass tells apart, and those that are left.
 _TOP, _REST = 16, 15
@@ -105,10 +109,10 @@ def pooled_quantiles(
         error = RANK_ERROR if rank_error is None else rank_error
         lse, top, _ = triton_backend.rows(q, k, valid, entropy=False)
         return triton_backend.quantiles(q, k, ratios, pooled, valid, error, lse=lse, top=top)[0]
-    return _chunked_pooled_quantiles(q, k, ratios, pooled, valid, chunk, rank_error or 0.0)
+    return chunked_pooled_quantiles(q, k, ratios, pooled, valid, chunk, rank_error or 0.0)
 
 
-def _chunked_pooled_quantiles(
+def chunked_pooled_quantiles(
     q: Tensor,
     k: Tensor,
     ratios: Sequence[float],
@@ -116,19 +120,36 @@ def _chunked_pooled_quantiles(
     lengths: Tensor | None,
     chunk: int | None,
     rank_error: float,
+    look: Look | None = None,
 ) -> Tensor:
+    """As `pooled_quantiles`; `look` sees every chunk of the first pass, and may use up its logits."""
     batch, heads, queries = q.shape[:3]
     # Weights of invalid queries and keys are 0, none is smaller: they only move every rank up by their number.
     totals = counted_weights(q, k, num_keys, lengths)
     wanted = [[queries * num_keys - total + r for r in ranks(ratios, total)] for total in totals]
     rank = torch.tensor(wanted, dtype=torch.int64, device=q.device)[:, None].expand(-1, heads, -1)  # (B, h, R)
+    looks = [] if look is None else [look]
+
+    def chunks() -> Iterator[Tensor]:
+        seen = [looks.pop()] if looks else []
+        for start, logits, weights in logit_weight_rows(q, k, chunk=chunk, lengths=lengths):
+            for see in seen:
+                see(start, logits, weights)
+            del logits
+            yield weights[..., :num_keys]
+            del weights
+
     if rows_per_chunk(q, k, chunk) >= queries:
-        weights = next(weight_rows(q, k, chunk=chunk, lengths=lengths))[1][..., :num_keys]
-        return _sorted(weights.flatten(2)).gather(2, rank)
+        return _sorted(next(chunks()).flatten(2)).gather(2, rank)
+    if not ratios:
+        for _ in chunks():
+            pass
+        return torch.empty(batch, heads, 0, device=q.device)
 
     def bits() -> Iterator[Tensor]:
-        for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths):
-            yield rows[..., :num_keys].flatten(0, 1).flatten(1).view(torch.int32)  # (B * h, weights of the chunk)
+        for weights in chunks():
+            yield weights.flatten(0, 1).flatten(1).view(torch.int32)  # (B * h, weights of the chunk)
+            del weights
 
     spare = torch.tensor([rank_error * total for total in totals], device=q.device).repeat_interleave(heads)
     return _radix_select(bits, rank.flatten(0, 1).clone(), spare[:, None]).view(batch, heads, len(ratios))
@@ -189,9 +210,10 @@ def _radix_select(bits: Callable[[], Iterator[Tensor]], rank: Tensor, spare: Ten
     heads, ratios = rank.shape
     counts = torch.zeros(heads, 1, 1 << _TOP, dtype=torch.int64, device=rank.device)
     for chunk in bits():
-        for head, own in enumerate(chunk):
-            found = torch.bincount(_leading(own, _REST))  # up to the largest: half of all bins where none is above 1
+        for head in range(heads):  # up to the largest: half of all bins where none is above 1
+            found = torch.bincount(_leading(chunk[head], _REST))
             counts[head, 0, : len(found)] += found
+        del chunk
     prefix, rank, held = _choose(counts, torch.zeros_like(rank), rank)
     left = _REST
     while left and bool((held > spare).any()):
@@ -201,9 +223,10 @@ def _radix_select(bits: Callable[[], Iterator[Tensor]], rank: Tensor, spare: Ten
         wanted = torch.zeros(heads, 1 << _TOP, dtype=torch.bool, device=rank.device)
         wanted.scatter_(1, prefix >> (_REST - left), True)
         for chunk in bits():
-            for head, own in enumerate(chunk):
-                near = own[wanted[head].index_select(0, _leading(own, _REST))]
+            for head in range(heads):
+                near = chunk[head][wanted[head].index_select(0, _leading(chunk[head], _REST))]
                 _count_digit(near, slots[head], left, digit, counts[head])
+            del chunk
         chosen, rank, held = _choose(counts, slot, rank)
         prefix, left = (prefix << digit) | chosen, left - digit
     return (prefix << left).to(torch.int32).view(torch.float32)

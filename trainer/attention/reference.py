@@ -85,6 +85,8 @@ def pooled_quantiles(
     weights: Tensor, ratios: Sequence[float], *, num_keys: int | None = None, lengths: Lengths | None = None
 ) -> Tensor:
     """The order statistic of all weights of a head at each ratio, (B, h, R) float64."""
+    if not ratios:
+        return weights.new_zeros(*weights.shape[:2], 0)
     found = []
     for pool in _pools(weights, num_keys, lengths):
         ordered = pool.flatten(1).sort(dim=-1).values

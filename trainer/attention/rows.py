@@ -144,6 +144,7 @@ def logit_rows(
     for start in range(0, q.shape[2], rows):
         logits = float32_matmul(q[:, :, start : start + rows], k)
         yield start, logits if behind is None else logits.masked_fill_(behind, -torch.inf)
+        del logits
 
 
 def weight_rows(
@@ -164,6 +165,16 @@ def weight_rows(
     Raises:
         ValueError: if shapes do not agree.
     """
+    for start, logits, weights in logit_weight_rows(q, k, chunk=chunk, lengths=lengths):
+        del logits
+        yield start, weights
+        del weights
+
+
+def logit_weight_rows(
+    q: Tensor, k: Tensor, *, chunk: int | None = None, lengths: Lengths | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """As `weight_rows`, with the logits (B, h, c, M) between, as `logit_rows` yields them."""
     check_heads(q, k)
     valid = check_lengths(lengths, q, k)
     behind = None if valid is None else _behind(valid, q.shape[2])[:, None, :, None]
@@ -171,7 +182,8 @@ def weight_rows(
         weights = torch.softmax(logits, dim=-1)
         if behind is not None:
             weights.masked_fill_(behind[:, :, start : start + weights.shape[2]], 0.0)
-        yield start, weights
+        yield start, logits, weights
+        del logits, weights  # before the next ones are made: memory that caches still hold is used again
 
 
 def _behind(lengths: Tensor, tokens: int) -> Tensor:

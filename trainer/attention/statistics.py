@@ -17,7 +17,7 @@ from trainer.attention.rows import (
     check_lengths,
     choose_backend,
     float32_matmul,
-    logit_rows,
+    logit_weight_rows,
     weight_rows,
 )
 
@@ -138,22 +138,35 @@ def row_statistics(
 
 
 def _chunked_row_statistics(q: Tensor, k: Tensor, lengths: Tensor | None, chunk: int | None) -> RowStatistics:
-    lse, maximum, entropy = (torch.zeros(q.shape[:3], device=q.device) for _ in range(3))
-    for start, logits in logit_rows(q, k, chunk=chunk, lengths=lengths):
-        here = slice(start, start + logits.shape[2])
-        top = logits.amax(dim=-1, keepdim=True)
-        gap = logits.sub_(top).clamp_(min=-1e9)  # finite, so that a weight of 0 times its gap is 0
-        weights = gap.exp()
-        total = weights.sum(dim=-1)
-        lse[:, :, here] = top[..., 0] + total.log()
-        maximum[:, :, here] = 1 / total
-        # From gaps to the row's maximum, so that nothing large cancels.
-        entropy[:, :, here] = total.log() - weights.mul_(gap).sum(dim=-1) / total
+    found = empty_rows(q)
+    for start, logits, weights in logit_weight_rows(q, k, chunk=chunk, lengths=lengths):
+        fill_rows(found, start, logits, weights)
+    return clear_behind(found, lengths)
+
+
+def empty_rows(q: Tensor) -> RowStatistics:
+    """Room for the row statistics of q (B, h, N, d)."""
+    return RowStatistics(*(torch.zeros(q.shape[:3], device=q.device) for _ in range(3)))
+
+
+def fill_rows(found: RowStatistics, start: int, logits: Tensor, weights: Tensor) -> None:
+    """Puts a chunk's rows into `found`; the logits (B, h, c, M) are used up."""
+    here = slice(start, start + logits.shape[2])
+    top, largest = logits.amax(dim=-1, keepdim=True), weights.amax(dim=-1)
+    gap = logits.sub_(top).clamp_(min=-1e9)  # finite, so that a weight of 0 times its gap is 0
+    found.lse[:, :, here] = top[..., 0] - largest.log()  # the largest weight is one over the sum of exp(gap)
+    found.maximum[:, :, here] = largest
+    # From gaps to the row's maximum, so that nothing large cancels.
+    found.entropy[:, :, here] = -largest.log() - torch.linalg.vecdot(weights, gap)
+
+
+def clear_behind(found: RowStatistics, lengths: Tensor | None) -> RowStatistics:
+    """The same with 0 at queries behind a sample's length."""
     if lengths is not None:
-        behind = torch.arange(q.shape[2], device=q.device) >= lengths[:, None, None]
-        for found in (lse, maximum, entropy):
-            found.masked_fill_(behind, 0.0)
-    return RowStatistics(lse, maximum, entropy)
+        behind = torch.arange(found.lse.shape[2], device=found.lse.device) >= lengths[:, None, None]
+        for part in (found.lse, found.maximum, found.entropy):
+            part.masked_fill_(behind, 0.0)
+    return found
 
 
 @torch.no_grad()
@@ -206,18 +219,27 @@ def key_statistics(
 def _chunked_key_statistics(
     q: Tensor, k: Tensor, eps: Sequence[float], lengths: Tensor | None, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, keys = k.shape[:3]
-    mass = torch.zeros(batch, heads, keys, device=q.device)
-    counts = torch.zeros(batch, heads, len(eps), keys, dtype=torch.int32, device=q.device)
-    rare = bool(eps) and min(eps) >= _RARE and q.device.type == "cpu"
-    for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths):
-        mass += rows.sum(dim=-2)
-        if rare:
-            _count_rare(rows, eps, counts)
-        else:
-            for index, value in enumerate(eps):
-                counts[:, :, index] += (rows > value).sum(dim=-2, dtype=torch.int32)
+    mass, counts = empty_keys(k, eps)
+    for _, weights in weight_rows(q, k, chunk=chunk, lengths=lengths):
+        add_keys(mass, counts, weights, eps)
     return mass, counts
+
+
+def empty_keys(k: Tensor, eps: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Room for the column sums and counts of k (B, h, N, d)."""
+    batch, heads, keys = k.shape[:3]
+    mass = torch.zeros(batch, heads, keys, device=k.device)
+    return mass, torch.zeros(batch, heads, len(eps), keys, dtype=torch.int32, device=k.device)
+
+
+def add_keys(mass: Tensor, counts: Tensor, weights: Tensor, eps: Sequence[float]) -> None:
+    """Adds a chunk's weights (B, h, c, N) to column sums and counts."""
+    mass += weights.sum(dim=-2)
+    if eps and min(eps) >= _RARE and weights.device.type == "cpu":
+        _count_rare(weights, eps, counts)
+    else:
+        for index, value in enumerate(eps):
+            counts[:, :, index] += (weights > value).sum(dim=-2, dtype=torch.int32)
 
 
 def _count_rare(rows: Tensor, eps: Sequence[float], counts: Tensor) -> None:
