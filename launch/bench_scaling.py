@@ -87,7 +87,7 @@ def rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -> None
         base=config, surgery=SurgeryConfig(last=RETRAINED, init="torch"), optim=OptimConfig(warmup_steps=1)
     )
     clock, steps = Clock(repeats), _WARM + repeats + 1
-    batches = [make_batch(CONFIG, LATENT, CAPTIONS)] * steps
+    batches = [make_batch(json.loads(Path(config).read_text()), LATENT, CAPTIONS)] * steps
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy=_strategy(strategy), max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[clock],
@@ -104,8 +104,8 @@ def rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -> None
         torch.distributed.destroy_process_group()
 
 
-def measure(strategy: str, ranks: int, repeats: int) -> dict[str, Any]:
-    """What `ranks` processes measured.
+def measure(strategy: str, ranks: int, repeats: int, model: dict[str, Any] = CONFIG) -> dict[str, Any]:
+    """What `ranks` processes measured on a model of this config.
 
     Raises:
         RuntimeError: if one failed or they took too long.
@@ -116,7 +116,7 @@ def measure(strategy: str, ranks: int, repeats: int) -> dict[str, Any]:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     root = str(Path(__file__).resolve().parent.parent)
     shared["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with config_file(CONFIG) as config, tempfile.TemporaryDirectory() as folder:
+    with config_file(model) as config, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "told.json", Path(folder) / "log"
         code = (
             f"from launch.bench_scaling import rank; rank({strategy!r}, {ranks}, {repeats}, {config!r}, {str(out)!r})"

@@ -9,6 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
+FAILED = "an encoding process failed"
+
 
 def main(shards: str, base: Path) -> None:
     """Serves until its input ends."""
@@ -30,7 +32,8 @@ def main(shards: str, base: Path) -> None:
             try:
                 encode(shards, Path(line.strip()), base=base, batch_size=2, claim_timeout=5.0, max_fault_share=0.5)
             except BaseException:
-                traceback.print_exc()
+                # A word of its own: the fork server prints a traceback where a killed run had just asked for a process.
+                print(f"{FAILED}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
                 os._exit(1)
             sys.stdout.flush()
             os._exit(0)

@@ -161,7 +161,7 @@ class Claims:
         """
         path = self.folder / name
         for _ in range(100):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             part = beside(path)
             # Another process may clear the folder between any two steps.
             with contextlib.suppress(FileNotFoundError):
@@ -240,8 +240,16 @@ class Claims:
         except FileNotFoundError:
             return False
 
+    def _make_folder(self) -> None:
+        # Another process may clear the folder while `mkdir` looks whether what is in its way is a folder.
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise
+
     def _create(self, path: Path) -> bool:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         try:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except (FileExistsError, FileNotFoundError):  # the second: the folder was cleared between
@@ -274,10 +282,12 @@ class Claims:
 
     def _now(self) -> int:
         """The file system's own clock, ns: clocks of hosts may differ by more than a timeout."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".clock").open("a") as file:
-            os.utime(file.fileno())
-            return os.fstat(file.fileno()).st_mtime_ns
+        for _ in range(100):
+            self._make_folder()
+            with contextlib.suppress(FileNotFoundError), (self.folder / ".clock").open("a") as file:
+                os.utime(file.fileno())
+                return os.fstat(file.fileno()).st_mtime_ns
+        raise OSError(errno.EBUSY, "it is removed again and again", str(self.folder))
 
     def _bury(self, path: Path, seen: _Seen) -> bool:
         """Removes a dead claim; false if another process did, or it came to life."""

@@ -203,6 +203,28 @@ def test_a_first_word_is_said_again_when_the_folder_is_cleared(tmp_path):
         thread.join()
 
 
+def test_claims_are_taken_while_another_process_clears_the_folder(tmp_path):
+    owner, other = Claims(tmp_path / "claims"), elsewhere(tmp_path / "claims")
+    stop = threading.Event()
+
+    def clear():
+        while not stop.is_set():
+            other.clear([])
+
+    thread = threading.Thread(target=clear)
+    thread.start()
+    try:
+        taken = 0
+        for _ in range(2000):
+            if owner.take(NAME):
+                taken += owner.holds(NAME)
+                owner.release(NAME)
+    finally:
+        stop.set()
+        thread.join()
+    assert taken > 0
+
+
 def test_the_folder_is_left_to_who_holds_a_claim_in_it(tmp_path):
     folder = tmp_path / "claims"
     mine, other = Claims(folder), elsewhere(folder)
