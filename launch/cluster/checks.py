@@ -16,11 +16,12 @@ from data.storage.store import Store
 from data.stream.order import rank_size
 from data.stream.places import find_shards
 from data.stream.resume import ShardDataModule
-from launch.cli import RunConfig, check_fit
 from launch.cluster import slurm
 from launch.cluster.options import control_faults, has_control, seconds
 from launch.cluster.stages import Plan, usual_command
 from launch.plan import estimate
+from launch.recipe_checks import check_fit
+from launch.run_folder import RunConfig
 
 #: Names that Lightning takes for a shell someone types into: it then starts no ranks.
 _INTERACTIVE = ("bash", "interactive")
