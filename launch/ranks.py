@@ -39,7 +39,7 @@ class Ranks:
         ranks: how many; they meet over 127.0.0.1.
         logs: folder for their output, rank0.log and so on.
         environment: beside this process's own.
-        own: further arguments of single ranks.
+        homes: current directories of single ranks; `logs` is that of the others.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Ranks:
         ranks: int,
         logs: Path,
         environment: dict[str, str] | None = None,
-        own: Mapping[int, Sequence[str]] | None = None,
+        homes: Mapping[int, Path] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank{rank}.log" for rank in range(ranks)]
@@ -67,9 +67,8 @@ class Ranks:
                 program = [sys.executable, "-c", "from launch.main import main; main()"]
                 self.processes.append(
                     subprocess.Popen(
-                        [*program, *arguments, *(own or {}).get(rank, ())],
-                        env=inherited | {"LOCAL_RANK": str(rank)}, cwd=logs, stdout=out, stderr=subprocess.STDOUT,
-                        start_new_session=True,
+                        [*program, *arguments], env=inherited | {"LOCAL_RANK": str(rank)},
+                        cwd=(homes or {}).get(rank, logs), stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
                     )
                 )  # fmt: skip
         self._sessions = {process.pid for process in self.processes}

@@ -33,20 +33,43 @@ def job_id() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
+def preempted() -> bool:
+    """Whether Slurm makes this job end to give its nodes to another.
+
+    Where the partition leaves it time for that (GraceTime), Slurm does not queue a job again that ends by itself.
+    """
+    try:
+        return re.search(r" PreemptTime=\d", _scontrol("show", "job", "--oneliner")) is not None
+    except RuntimeError:
+        return False
+
+
 def requeue() -> str:
     """Queues this job again. Slurm ends the job's steps for that, so it comes after everything is on the disk.
 
     Returns:
         One line that says what came of it; a failure is no error, since the run's state is safe.
     """
+    try:
+        _scontrol("requeue")
+    except RuntimeError as error:
+        return f"not queued again: {error}; go on with --run.resume true"
+    return f"job {job_id()} is queued again"
+
+
+def _scontrol(*words: str) -> str:
+    """What `scontrol WORDS JOB` prints, of this job.
+
+    Raises:
+        RuntimeError: if there is no job, or it fails.
+    """
     job = job_id()
     if job is None or not re.fullmatch(r"[0-9_]+", job):
-        return f"not queued again: no Slurm job (SLURM_JOB_ID {job!r}); go on with --run.resume true"
+        raise RuntimeError(f"no Slurm job (SLURM_JOB_ID {job!r})")
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["scontrol", *words, job], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        return f"job {job} could not be queued again: {error}"
+        raise RuntimeError(str(error)) from error
     if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        return f"job {job} could not be queued again: scontrol exited with {done.returncode}: {said}"
-    return f"job {job} is queued again"
+        raise RuntimeError(f"scontrol exited with {done.returncode}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout

@@ -1,5 +1,6 @@
 """Where a run goes on: the checkpoint that is whole, the same one on every rank, with no half file left beside it."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 
 from trainer.callbacks.ranks import together
 from trainer.checkpoint_file import PREVIOUS, damage
+
+log = logging.getLogger(__name__)
 
 #: Seconds for which a rank waits to see what rank zero sees; NFS keeps what it knows of a folder for up to 60.
 _LAG = 120.0
@@ -87,8 +90,11 @@ def shared(trainer: Trainer, path: str | Path | None) -> str | None:
     with together(trainer):
         file = Path(path) if path and trainer.is_global_zero else None
         chosen, expected = trainer.strategy.broadcast((str(file) if file else None, _seen(file)))
-        deadline = time.monotonic() + _LAG
+        deadline, told = time.monotonic() + _LAG, False
         while (found := _seen(Path(chosen) if chosen else None)) != expected:
+            if not told:
+                log.warning("%s is not here yet as rank zero sees it: waits up to %.0f s", chosen, _LAG)
+                told = True
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"rank {trainer.global_rank} finds {found} (bytes, modified) at {chosen}, rank zero {expected}; "

@@ -116,7 +116,7 @@ def leave(stopped: Stopped) -> None:
         dist.barrier()
         dist.destroy_process_group()
     then = ""
-    if leads and stopped.request is Request.GO_ON_LATER and requeue.mode() == "self":
+    if leads and requeue.mode() == "self" and (stopped.request is Request.GO_ON_LATER or requeue.preempted()):
         then = "; " + requeue.requeue()
     by = {Request.GO_ON_LATER: "the stop signal", Request.END: "SIGTERM"}[stopped.request]
     rank_zero_info(f"stopped by {by} {stopped.where}, exit status {stopped.code}{then}")

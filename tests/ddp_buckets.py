@@ -1,9 +1,10 @@
 """One of two ranks of a step under DDP on gloo: writes the bytes of each bucket that it sends.
 
-Arguments: folder, rank, cap of a bucket in MiB.
+Arguments: folder, rank, cap of a bucket in MiB or null.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Losses(torch.nn.Module):
         return self.module.losses(batch, noise, sigma).mean()
 
 
-def main(folder: Path, rank: int, cap_mb: int) -> None:
+def main(folder: Path, rank: int, cap_mb: int | None) -> None:
     """Two steps; the buckets of the second one, which DDP has ordered by what it saw in the first, are written."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
@@ -49,8 +50,10 @@ def main(folder: Path, rank: int, cap_mb: int) -> None:
         wrapped(batch, noise, sigma).backward()
         module.zero_grad()
     (folder / f"sizes-{rank}.json").write_text(json.dumps(sizes))
-    dist.destroy_process_group()
+    dist.barrier()
+    # The hook's end needs the interpreter on a thread of gloo's, for which the interpreter would wait at its own end.
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -87,6 +87,7 @@ class Ranks:
 
 def reblock(folder: Path, *arguments: str | Path, ranks: int = 1, **how) -> Ranks:
     """The command, started on so many ranks."""
-    command = ["-c", "from launch.main import main; main()", *arguments]
+    # As a file: Lightning starts further ranks by the name of the program.
+    command = [Path(sys.executable).with_name("reblock"), *arguments]
     together = ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"] if ranks > 1 else []
     return Ranks(folder, *[[*command, *together]] * ranks, **how)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from data.clips.worker_process import Failure, Raised, answer, why_it_ended
+from data.forks import fork
 
 
 class _Child:
@@ -24,7 +25,7 @@ class _Child:
     def __init__(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         watched, self._alive = multiprocessing.Pipe(duplex=False)
-        self._pid = os.fork()
+        self._pid = fork()
         if self._pid == 0:
             try:
                 self.connection.close()

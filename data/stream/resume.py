@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from data.forks import loader_context
 from data.storage.files import settings_hash
 from data.storage.store import Store
 from data.stream.faultlog import FaultLog, check_cut, fault_file
@@ -266,6 +267,7 @@ class ShardDataModule(LightningDataModule, ABC):
             split,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            multiprocessing_context=loader_context() if self.num_workers else None,
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),

@@ -15,8 +15,6 @@ from torch import Tensor
 from launch.plan.sharding import Sharding
 from trainer.module import RetrainBlocks
 
-#: Of DDP's first bucket, which is to leave early (`torch.nn.parallel.distributed`).
-_FIRST_BUCKET = 2**20
 #: Bytes that `torch.save` adds for each tensor: headers, alignment, its name, its entry in the index. Measured.
 _PER_TENSOR = 420
 #: Bytes of a checkpoint besides: loops, callbacks, random states. Measured.
@@ -79,16 +77,16 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def ddp_buckets(sizes: Sequence[int], cap: int) -> list[int]:
+def ddp_buckets(sizes: Sequence[int], cap: int, *, first: int) -> list[int]:
     """Bytes of DDP's buckets, in the order in which they are sent: gradients from the last to the first.
 
-    A bucket closes once it holds `cap` bytes, the first one at 1 MiB. So it is after the first step, when DDP has seen
-    in which order gradients come; that they come in the parameters' reverse order is assumed.
+    A bucket closes once it holds `cap` bytes, the first one at `first`. So it is after the first step, when DDP has
+    seen in which order gradients come; that they come in the parameters' reverse order is assumed.
     """
     buckets, held = list[int](), 0
     for size in reversed(sizes):
         held += size
-        if held >= (cap if buckets else min(cap, _FIRST_BUCKET)):
+        if held >= (cap if buckets else first):
             buckets.append(held)
             held = 0
     return [*buckets, held] if held else buckets
@@ -152,7 +150,7 @@ def collectives(
     if sharding.name == "single" or ranks == 1:
         return []
     if sharding.name == "ddp":
-        buckets = tuple(ddp_buckets(counted.sizes, sharding.bucket_bytes))
+        buckets = tuple(ddp_buckets(counted.sizes, sharding.bucket_bytes, first=sharding.first_bucket_bytes))
         return [Collective("all-reduce", "gradients", buckets, ranks, "head")]
     first = counted.first
     if sharding.name == "fsdp2":

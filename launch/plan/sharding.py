@@ -1,5 +1,6 @@
 """How a strategy spreads the model over ranks, read from a recipe's `trainer.strategy`."""
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class Sharding:
         over_node: FSDP2: the ranks of a node share one copy, not all ranks.
         bucket_views: DDP: gradients are views of its buckets, not copies.
         bucket_bytes: DDP: a bucket is full at so many bytes.
+        first_bucket_bytes: DDP: so is the first, which is to leave early unless a size is given.
         reduce_elements: ZeRO: elements of a buffer of gradients on their way.
         gather_elements: ZeRO: elements of a buffer of weights on their way.
         live_elements: ZeRO-3: elements of weights that are whole at a time.
@@ -28,6 +30,7 @@ class Sharding:
     over_node: bool = True
     bucket_views: bool = False
     bucket_bytes: int = 25 * 2**20
+    first_bucket_bytes: int = 2**20
     reduce_elements: int = 200_000_000
     gather_elements: int = 200_000_000
     live_elements: int = 1_000_000_000
@@ -51,8 +54,10 @@ def read_sharding(strategy: Any, ranks: int) -> Sharding:
     if issubclass(kind, SingleDeviceStrategy):
         return Sharding("single")
     if issubclass(kind, DDPStrategy):
-        cap = given.get("bucket_cap_mb") or 25
-        return Sharding("ddp", bucket_views=bool(given.get("gradient_as_bucket_view")), bucket_bytes=int(cap * 2**20))
+        default = Sharding("ddp", bucket_views=bool(given.get("gradient_as_bucket_view")))
+        if (cap := given.get("bucket_cap_mb")) is None:
+            return default
+        return dataclasses.replace(default, bucket_bytes=int(cap * 2**20), first_bucket_bytes=int(cap * 2**20))
     if issubclass(kind, DeepSpeedStrategy) and not any(
         given.get(f"offload_{part}") for part in ("optimizer", "parameters")
     ):

@@ -204,6 +204,8 @@ SchedulerParameters=bf_interval=5,sched_interval=5,batch_sched_delay=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 JobRequeue=1
 KillWait=${SLURM_LAB_KILLWAIT:-10}
@@ -221,7 +223,10 @@ EOF
       echo "NodeName=$n NodeHostname=$n NodeAddr=$([ "$ISOLATION" = netns ] && addr_of $i || echo 127.0.0.1)" \
            "Port=$((PORT + i)) CPUs=$CPUS RealMemory=$mem $gres State=UNKNOWN"
     done
-    echo "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+    echo "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=2"
+    # Jobs of these two make room for those of the first: after a while to end by themselves, and at once.
+    echo "PartitionName=graceful Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60"
+    echo "PartitionName=graceless Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1"
   } >"$CONF.new" && mv "$CONF.new" "$CONF"
   { echo "127.0.0.1 localhost"; echo "::1 localhost ip6-localhost"
     [ "$ISOLATION" = netns ] && echo "$SUBNET.254 $(hostname -s)"
@@ -248,7 +253,7 @@ listens() { # index of a node: its slurmd has its port open (asked of the kernel
 }
 all_idle() { # every node's slurmd runs and listens, and slurmctld is ready to give it work
   local s i; for ((i = 1; i <= NODES; i++)); do live_pid "node-$PREFIX$i" >/dev/null && listens $i || return 1; done
-  s=$(T=5 slurm sinfo -h -N -o '%N %T' 2>/dev/null) || return 1
+  s=$(T=5 slurm sinfo -h -N -o '%N %T' 2>/dev/null | sort -u) || return 1 # a line for each partition
   [ "$(printf '%s\n' "$s" | grep -cE '^[^ ]+ (idle|mixed|allocated|completing)$')" -eq "$NODES" ]
 }
 cmd_up() {

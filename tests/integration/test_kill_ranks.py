@@ -30,11 +30,13 @@ def world(tmp_path_factory) -> Path:
     return path
 
 
-def start(recipe: Path, name: str, *, ranks: int = 2, kill: str = "never:-1:0", epochs: int = EPOCHS, **own) -> Ranks:
+def start(
+    recipe: Path, name: str, *more: str, ranks: int = 2, kill: str = "never:-1:0", epochs: int = EPOCHS, **how
+) -> Ranks:
     options = ["--trainer.devices", str(ranks), "--trainer.max_epochs", str(epochs)]
     return Ranks(
-        [*arguments(recipe, name), *options], ranks=ranks, logs=recipe.parent / "logs" / name,
-        environment={"REBLOCK_TEST_KILL": kill}, **own,
+        [*arguments(recipe, name), *options, *more], ranks=ranks, logs=recipe.parent / "logs" / name,
+        environment={"REBLOCK_TEST_KILL": kill}, **how,
     )  # fmt: skip
 
 
@@ -118,15 +120,24 @@ def test_on_another_number_of_ranks_the_batches_are_the_same(world, whole):
 
 
 def test_rank_zero_says_which_checkpoint_whatever_others_see(world, whole):
-    """A rank that finds an old checkpoint, as in a shared folder that lags behind, goes on from rank zero's."""
-    runs, elsewhere = world.parent / "runs", world.parent / "elsewhere"
-    shutil.copytree(whole, runs / "lagging", ignore=shutil.ignore_patterns("trace"))
-    (elsewhere / "lagging" / "checkpoints").mkdir(parents=True)
-    shutil.copy(whole / "checkpoints" / "previous.ckpt", elsewhere / "lagging" / "checkpoints" / "last.ckpt")
-    finish(start(world, "lagging", epochs=EPOCHS + 1, own={1: ["--run.root", str(elsewhere)]}))
+    """A rank that finds an old checkpoint, as in a shared folder that lags behind, waits for rank zero's."""
+    home, elsewhere = world.parent, world.parent / "elsewhere"
+    shutil.copytree(whole, home / "runs" / "lagging", ignore=shutil.ignore_patterns("trace"))  # keeps times
+    lagging = elsewhere / "runs" / "lagging" / "checkpoints"
+    lagging.mkdir(parents=True)
+    shutil.copy(whole / "checkpoints" / "previous.ckpt", lagging / "last.ckpt")
+    homes = {0: home, 1: elsewhere}
+    job = start(world, "lagging", "--run.root", "runs", epochs=EPOCHS + 1, homes=homes)
+    try:
+        wait_for(lambda: "is not here yet as rank zero sees it" in job.logs[1].read_text(), DEADLINE, "rank 1 to wait")
+        shutil.copy2(whole / "checkpoints" / "last.ckpt", lagging / "arrives")
+        (lagging / "arrives").rename(lagging / "last.ckpt")
+    finally:
+        finish(job)
     expected = list(range(EPOCHS * STEPS, (EPOCHS + 1) * STEPS))
-    assert [line["step"] for line in read_trace(runs / "lagging", 1)[0]] == expected
-    assert [line["step"] for line in read_trace(elsewhere / "lagging", 2)[1]] == expected
+    for rank, place in homes.items():
+        trace = read_trace(place / "runs" / "lagging", 2)[rank]
+        assert [line["step"] for line in trace] == expected
 
 
 def test_comparing_finds_a_difference(whole, tmp_path):

@@ -18,6 +18,7 @@ NOTE = """#!/bin/bash
 printf '%s\\0' "$(basename "$0")" "$@" >> "$NOTES"
 printf '\\n\\0' >> "$NOTES"
 [ "$(basename "$0")" != srun ] || exit "${SRUN_STATUS:-0}"
+[ "$1" != show ] || echo "JobId=7 PreemptEligibleTime=2026-11-26T01:14:17 PreemptTime=${PREEMPTED:-None} SuspendTime=None"
 """
 
 
@@ -120,14 +121,17 @@ def test_the_environment_reaches_the_tasks(shell, tmp_path):
     assert "MASTER_ADDR" not in said and "\nRANK=" not in said
 
 
+SHOW, REQUEUE = ["scontrol", "show", "job", "--oneliner", "7"], ["scontrol", "requeue", "7"]
+
+
 @pytest.mark.parametrize(
     ("status", "restarts", "requeues", "says"),
     [
         (0, 0, [], "done"),
         (1, 0, [], "failed with status 1"),
-        (143, 0, [], "failed with status 143"),
-        (75, 0, [["scontrol", "requeue", "7"]], "asks Slurm to queue the job again"),
-        (75, 99, [["scontrol", "requeue", "7"]], "start 100 (99 requeued)"),
+        (143, 0, [SHOW], "failed with status 143"),
+        (75, 0, [REQUEUE], "asks Slurm to queue the job again"),
+        (75, 99, [REQUEUE], "start 100 (99 requeued)"),
         (75, 100, [], "after 100 requeues, the limit"),
     ],
 )
@@ -135,6 +139,11 @@ def test_the_status_is_sruns_and_75_is_a_requeue(shell, status, restarts, requeu
     found, calls, said = shell(script(), SRUN_STATUS=str(status), SLURM_RESTART_COUNT=str(restarts))
     assert found == status and calls[1:] == requeues and says in said
     assert calls[0][3] == f"--output=/home/a/runs/tiny/logs/%x-%j-r{restarts}-%t.log"
+
+
+def test_a_preempted_job_that_ends_in_time_is_a_requeue(shell):
+    found, calls, said = shell(script(), SRUN_STATUS="143", PREEMPTED="2026-11-26T01:14:20")
+    assert found == 143 and calls[1:] == [SHOW, REQUEUE] and "asks Slurm to queue the job again" in said
 
 
 def test_a_failing_module_or_setup_line_starts_nothing(shell):

@@ -87,34 +87,36 @@ def test_stock_attention_is_not_compiled(make_module):
 
 
 class Losses(Callback):
-    def __init__(self):
-        self.steps = []
+    """Keeps each step's loss, and saves before the last one: at a fit's end the number of the epoch has moved on."""
+
+    def __init__(self, path):
+        self.path, self.steps = path, []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.steps.append(float(outputs["loss"]))
+        if trainer.global_step == 2 and not self.path.exists():
+            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_real_compiler_trains_as_eager_code_and_resumes_bit_for_bit(make_module, make_batch, tmp_path):
-    batches = [make_batch((4, 4), seed=seed, uids=(seed, 10 + seed)) for seed in range(4)]
+    batches = [make_batch((4, 4))] * 4  # the same one: a plain loader starts over when a run goes on
 
-    def fit(steps, resume=None, **options):
+    def fit(name, resume=None, **options):
         torch._dynamo.reset()  # a resumed run is a new process, which compiles anew
-        seen, module = Losses(), make_module(ema_decay=0.9, caption_dropout=0.0, **options)
+        seen, module = Losses(tmp_path / name), make_module(ema_decay=0.9, caption_dropout=0.0, **options)
         trainer = Trainer(
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=tmp_path, max_steps=steps, callbacks=[seen],
+            enable_model_summary=False, default_root_dir=tmp_path, max_steps=4, callbacks=[seen],
         )  # fmt: skip
         trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)
-        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return seen.steps, module.retrained_parameters()
 
-    eager, _ = fit(4)
-    whole, weights = fit(4, compile="both")
-    first, _ = fit(2, compile="both")
-    rest, resumed = fit(4, resume=tmp_path / "2.ckpt", compile="both")
+    eager, _ = fit("eager")
+    whole, weights = fit("whole", compile="both")
+    rest, resumed = fit("resumed", resume=tmp_path / "whole", compile="both")
     # Fused kernels round in other places than single ones: float32's 6e-8, a few times over in three blocks.
     torch.testing.assert_close(whole, eager, rtol=2e-6, atol=0)
-    assert first + rest == whole
+    assert rest == whole[2:] and len(set(whole)) == 4
     assert all(torch.equal(resumed[name], p) for name, p in weights.items())

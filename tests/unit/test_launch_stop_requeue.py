@@ -9,14 +9,14 @@ from launch import requeue
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """(status) -> inside a batch job whose `scontrol` notes its arguments and exits so; gives the notes' path."""
+    """(status, shows) -> inside a batch job whose `scontrol` notes its arguments, prints and exits so; the notes."""
     for name in ("REBLOCK_REQUEUE", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
 
-    def inside(status: int = 0) -> Path:
+    def inside(status: int = 0, shows: str = "") -> Path:
         notes, tool = tmp_path / "notes", tmp_path / "bin" / "scontrol"
         tool.parent.mkdir()
-        tool.write_text(f'#!/bin/sh\necho "$@" >> {notes}\necho "not today" >&2\nexit {status}\n')
+        tool.write_text(f'#!/bin/sh\necho "$@" >> {notes}\necho "not today" >&2\necho "{shows}"\nexit {status}\n')
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
         monkeypatch.setenv("SLURM_JOB_ID", "1234")
@@ -42,7 +42,8 @@ def test_of_an_array_only_the_own_task(slurm, monkeypatch):
 
 def test_a_refusal_is_told_and_no_error(slurm):
     slurm(status=1)
-    assert requeue.requeue() == "job 1234 could not be queued again: scontrol exited with 1: not today"
+    assert requeue.requeue() == ("not queued again: scontrol exited with 1: not today; go on with --run.resume true")
+    assert not requeue.preempted()
 
 
 def test_without_a_job_there_is_nothing_to_queue(slurm):
@@ -54,7 +55,14 @@ def test_a_missing_scontrol_is_told(slurm, monkeypatch, tmp_path):
     slurm()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert requeue.mode() == "never"
-    assert "could not be queued again" in requeue.requeue()
+    assert "not queued again: " in requeue.requeue() and "scontrol" in requeue.requeue()
+
+
+@pytest.mark.parametrize(("time", "found"), [("None", False), ("2026-11-26T01:14:20", True)])
+def test_a_preempted_job_has_a_time_of_its_preemption(slurm, time, found):
+    notes = slurm(shows=f"JobId=1234 PreemptEligibleTime=2026-11-26T01:14:17 PreemptTime={time} SuspendTime=None")
+    assert requeue.preempted() is found
+    assert notes.read_text() == "show job --oneliner 1234\n"
 
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])

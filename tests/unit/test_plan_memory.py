@@ -3,7 +3,7 @@
 import ctypes
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -21,14 +21,14 @@ from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 GIB = 2**30
 
 
-def added_by_a_step(base, config, latent, checkpoint_head, trunk_dtype, mixed):
+def added_by_a_step(base, config, latent, checkpoint_head):
     """Bytes that a second step adds to the memory of this process at its peak, above weights, states and averages."""
     with suppress(AttributeError):  # another C library; glibc gives buffers of 1 MiB and more back once they are freed
         ctypes.CDLL(None).mallopt(-3, 2**20)
     torch.set_num_threads(1)
     module = RetrainBlocks(
         base=base, surgery=SurgeryConfig(last=2, init="torch"), optim=OptimConfig(warmup_steps=1),
-        checkpoint_head=checkpoint_head, trunk_dtype=trunk_dtype,
+        checkpoint_head=checkpoint_head,
     )  # fmt: skip
     module.build("cpu")
     optimizer = module.configure_optimizers()["optimizer"]
@@ -36,8 +36,7 @@ def added_by_a_step(base, config, latent, checkpoint_head, trunk_dtype, mixed):
     noise, sigma = torch.randn_like(batch.latents), torch.full((1,), 0.5)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
-            loss = module.losses(batch, noise, sigma).mean()
+        loss = module.losses(batch, noise, sigma).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(module.retrained_parameters().values()), 1.0)
@@ -52,26 +51,18 @@ def added_by_a_step(base, config, latent, checkpoint_head, trunk_dtype, mixed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("heads", "clip", "checkpoint_head", "mixed"),
-    [
-        (8, (61, 160, 224), False, False),
-        (8, (121, 160, 224), True, False),
-        (4, (121, 224, 256), False, False),
-        (8, (61, 160, 224), False, True),
-    ],
+    ("heads", "clip", "checkpoint_head"),
+    [(8, (61, 160, 224), False), (8, (121, 160, 224), True), (4, (121, 224, 256), False)],
 )
-def test_a_step_adds_what_is_measured_within_a_tenth(tmp_path, heads, clip, checkpoint_head, mixed):
+def test_a_step_adds_what_is_measured_within_a_tenth(tmp_path, heads, clip, checkpoint_head):
+    """In float32: where bfloat16 is mixed in, a CPU's kernels work on float32 copies, as a GPU's (below) do not."""
     config = SMALL | {"num_attention_heads": heads, "num_layers": 3}
-    trunk_dtype = "bfloat16" if mixed else "float32"
-    model = {"surgery": {"last": 2, "init": "torch"}, "checkpoint_head": checkpoint_head, "trunk_dtype": trunk_dtype}
+    model = {"surgery": {"last": 2, "init": "torch"}, "checkpoint_head": checkpoint_head}
     sizes = [f"--{name}={value}" for name, value in zip(("frames", "height", "width"), clip, strict=True)]
-    trainer = {"precision": "bf16-mixed" if mixed else "32-true"}
-    plan = estimate([*recipe(tmp_path, config=config, model=model, trainer=trainer, data={"batch_size": 1}), *sizes])
+    plan = estimate([*recipe(tmp_path, config=config, model=model, data={"batch_size": 1}), *sizes])
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         base = str(tmp_path / "config.json")
-        measured = pool.submit(
-            added_by_a_step, base, config, plan.latent, checkpoint_head, trunk_dtype, mixed
-        ).result(timeout=250)  # fmt: skip
+        measured = pool.submit(added_by_a_step, base, config, plan.latent, checkpoint_head).result(timeout=250)
     # The batch itself, and the gradients of the step before, are there before and after.
     assert measured > 100e6
     assert plan.parts["activations"] == pytest.approx(measured, rel=0.1)

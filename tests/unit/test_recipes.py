@@ -290,7 +290,12 @@ def test_an_unwritable_run_folder_is_refused(tiny, tmp_path, refusal):
         ("--run.save_every", "0", "expected at least 1 step"),
         ("--run.keep_best", "-2", "expected a count"),
         ("--run.name", "", "expected the name of a folder"),
-        ("--run.bogus", "1", "accepted here: keep_best, name, resume, root, save_every, save_failures, wandb"),
+        (
+            "--run.bogus",
+            "1",
+            "accepted here: collective_timeout_s, keep_best, name, resume, root, save_every, save_failures, wandb, "
+            "watchdog_s",
+        ),
         ("--trainer.devices", "0", "devices"),
     ],
 )
