@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -63,6 +64,23 @@ class Killer(Callback):
             return observe(callback, module, probes)
 
         SinkFrequency.observe = killed
+
+
+class Gate(Callback):
+    """Holds every rank before the steps that are named, until the file `open-STEP` is in the folder.
+
+    A rank that waits has made `waits-STEP-RANK`: what is to happen to a run happens where it is meant to.
+    """
+
+    def __init__(self, folder: str, steps: list[int]) -> None:
+        self.folder, self.steps = Path(folder), steps
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        step, pause = trainer.global_step, threading.Event()
+        if step in self.steps:
+            (self.folder / f"waits-{step}-{trainer.global_rank}").touch()
+            while not (self.folder / f"open-{step}").exists():
+                pause.wait(0.01)
 
 
 class Filler(Callback):

@@ -35,6 +35,8 @@ def why_not() -> str | None:
 class Lab:
     """A cluster of `node1` and `node2`, 4 CPUs (advertised, not real) and 2 fake GPUs each, partition `debug`.
 
+    Its jobs preempt those of the partitions `graceful` (60 s to end in) and `graceless`.
+
     Args:
         settings: environment of `slurm-lab.sh`, see there; e.g. SLURM_LAB_NODE_TIMEOUT="20".
     """
@@ -174,13 +176,26 @@ class Lab:
         return sorted(found)
 
     def kill_slurmd(self, node: str) -> None:
-        """SIGKILL to the node's slurmd alone; its job steps live on. `heal` starts it again."""
+        """SIGKILL to the node's slurmd alone; its job steps live on. `start_slurmd` or `heal` start it again."""
         for pid in self.processes(node, "slurmd", "-N", node):
             os.kill(pid, signal.SIGKILL)
+
+    def start_slurmd(self, node: str) -> None:
+        """Starts the node's slurmd if it does not run."""
+        if not self.processes(node, "slurmd", "-N", node):
+            self.on(node, "setsid", "slurmd", "-f", self.folder / "conf" / "slurm.conf", "-N", node)
 
     def kill_node(self, node: str) -> None:
         """As if the power failed: every process of the node ends. `heal` starts it again."""
         os.kill(self.init_pid(node), signal.SIGKILL)
+
+    def start_nodes(self) -> None:
+        """Starts nodes that are dead."""
+        self._script("up")
+
+    def sends_again(self, node: str) -> int:
+        """How often in a row the kernel has sent a packet of the node anew, in vain, each time after twice the wait."""
+        return max(map(int, re.findall(r"\bbackoff:(\d+)", self.on(node, "ss", "-tni").stdout)), default=0)
 
     def cut(self, *nodes: str) -> None:
         """Cuts nodes off: of one, the cable is pulled; of several, no packet passes between them, while each still
@@ -219,11 +234,9 @@ class Lab:
         if self.parameters["ISOLATION"] == "netns":
             self.mend(*self.nodes)
         for node in self.nodes:
-            with contextlib.suppress(OSError, IndexError):  # the whole node is dead: `up` starts it
-                if not self.processes(node, "slurmd", "-N", node):
-                    conf = self.folder / "conf" / "slurm.conf"
-                    self.on(node, "setsid", "slurmd", "-f", conf, "-N", node)
-        self._script("up")
+            with contextlib.suppress(OSError, IndexError):  # the whole node is dead: started below
+                self.start_slurmd(node)
+        self.start_nodes()
         self.cancel_all()
         for node in self.nodes:
             self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)

@@ -77,7 +77,10 @@ def refused(lab, folder, *options: str) -> str:
 
 def test_what_the_cluster_cannot_give_is_refused_before_anything_is_written(lab, folder):
     said = refused(lab, folder, "--partition", "fast", "--container_image", "x")
-    assert "got partition fast, expected one of: debug" in said and "has no --container-image (pyxis)" in said
+    assert (
+        "got partition fast, expected one of: debug, graceful, graceless" in said
+        and "has no --container-image (pyxis)" in said
+    )
     said = refused(lab, folder, "--nodes", "3", "--cpus_per_task", "9", "--trainer.accelerator", "gpu",
                    "--gpus_per_node", "3", "--data.global_batch_size", "9")  # fmt: skip
     assert "partition debug cannot give what is asked: 3 nodes of 2; 3 tasks x 9 CPUs on a node of 4; 3 GPUs" in said
@@ -166,6 +169,32 @@ def test_the_end_of_the_time_is_announced_and_the_job_comes_again(lab, folder, s
         lab.wait(f"{encode}_{task}", "COMPLETED", timeout=250)
         said = (folder / "runs" / "other" / "logs" / f"other-encode-{encode}_{task}.log").read_text()
         assert "stopped by a signal, all is saved" in said and "start 2 (1 requeued)" in said, said
+
+
+@pytest.mark.parametrize("partition", ["graceful", "graceless"])
+def test_a_preempted_job_comes_again_and_a_cancelled_one_does_not(lab, folder, submit, partition):
+    """Where Slurm gives it time to end, it does not queue it again by itself once it has ended in time."""
+    act = """
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
+    trap 'exit 143' TERM
+    echo ready
+    for i in $(seq 3000); do sleep 0.1; done
+    """
+
+    def ready() -> bool:
+        return sum("ready" in path.read_text() for path in (folder / "runs" / "tiny" / "logs").glob("*-r0-?.log")) == 2
+
+    fit = submit(act, "--partition", partition)["fit"]
+    lab.until(ready, "both tasks", says=lambda: lab.output(fit))
+    urgent = lab.submit("#!/bin/bash\n#SBATCH --nodes=2 --exclusive --partition=debug\ntrue\n")
+    lab.wait(urgent, "COMPLETED")
+    lab.wait(fit, "COMPLETED")
+    assert lab.job(fit)["Restarts"] == "1"
+    cancelled = submit(act, "--partition", partition, "--run.name", "other", name="other")["fit"]
+    lab.wait(cancelled, "RUNNING")
+    lab.run("scancel", cancelled)
+    lab.wait(cancelled, "CANCELLED")
+    assert lab.job(cancelled)["Restarts"] == "0"
 
 
 def make_video_shards(folder: Path) -> Path:

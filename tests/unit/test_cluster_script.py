@@ -18,7 +18,7 @@ NOTE = """#!/bin/bash
 printf '%s\\0' "$(basename "$0")" "$@" >> "$NOTES"
 printf '\\n\\0' >> "$NOTES"
 [ "$(basename "$0")" != srun ] || exit "${SRUN_STATUS:-0}"
-[ "$1" != show ] || echo "JobId=7 PreemptEligibleTime=2026-11-26T01:14:17 PreemptTime=${PREEMPTED:-None} SuspendTime=None"
+[ "$1" != show ] || echo "JobId=7 PreemptEligibleTime=2026-11-26 PreemptTime=${PREEMPTED:-None} SuspendTime=None"
 """
 
 
