@@ -1,0 +1,67 @@
+"""Ranks that are not the same program on the same job are refused before anything is loaded, and told what differs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.bucket import Bucket
+from launch.bench_kills import SAMPLES, arguments, make_world
+from launch.bench_stream import write_shards
+from launch.ranks import Ranks
+from launch.same import source_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """A node's folder, in which all paths of the recipe are relative."""
+    path = make_world(tmp_path / "node0", epochs=1, ranks=2)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["run"]["root"] = "runs"
+    recipe["model"]["init_args"]["base"] = "config.json"
+    recipe["data"]["init_args"]["shards"] = "latents"
+    path.write_text(yaml.safe_dump(recipe))
+    return path.parent
+
+
+@pytest.mark.slow
+def test_other_packages_recipes_and_data_on_a_rank_are_refused(home):
+    other = home.with_name("node1")
+    shutil.copytree(home, other)
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    recipe["model"]["init_args"]["optim"]["lr"] = 0.004
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.rmtree(other / "latents")
+    write_shards(other / "latents", SAMPLES + 4, Bucket(7, 32, 32), 18, None)
+    package = other / "packages" / "webdataset-9.9.9.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 9.9.9\n")
+    job = Ranks(
+        arguments(Path("recipe.yaml"), "tiny"), ranks=2, logs=home.parent / "logs", homes={0: home, 1: other},
+        environment={"PYTHONPATH": f"packages:{ROOT}"},
+    )  # fmt: skip
+    with job:
+        assert job.wait(240) == [2, 2], job.output()
+    for log in job.logs:
+        said = log.read_text()
+        assert "error: the ranks differ, expected the same program, recipe, data and checkpoint on all" in said
+        assert "model.init_args.optim.lr: 0.003 on rank 0 (" in said and "0.004 on rank 1 (" in said
+        assert "webdataset: " in said and "9.9.9 on rank 1 (" in said
+        assert "order of the training data: " in said
+        assert "Traceback" not in said
+    assert not (home / "runs" / "tiny" / "config.yaml").exists()
+
+
+def test_the_digest_of_the_source_changes_with_a_file(tmp_path, monkeypatch):
+    for package in ("trainer", "data", "launch"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("launch.same.__file__", str(tmp_path / "launch" / "same.py"))
+    before = source_digest()
+    (tmp_path / "data" / "notes.txt").write_text("not source")
+    assert source_digest() == before
+    with (tmp_path / "data" / "bucket.py").open("a") as file:
+        file.write("\n")
+    assert source_digest() != before
