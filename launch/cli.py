@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from launch import requeue
 from launch.last import LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
-from launch.recipe_checks import check_fit
+from launch.recipe_checks import check_combination, check_fit
 from launch.recipe_parser import RecipeParser
 from launch.record import EpochLines, VersionsFile
 from launch.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
@@ -53,6 +53,10 @@ class RecipeCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
             "validate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "verbose"},
         }
+
+    def instantiate_classes(self) -> None:
+        check_combination(self.config.get(self.subcommand, self.config) if self.subcommand else self.config)
+        super().instantiate_classes()
 
     @property
     def run_config(self) -> RunConfig:

@@ -1,14 +1,58 @@
 """What can be wrong with a recipe's objects together, before anything is loaded."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from lightning.fabric.connector import _convert_precision_to_unified_args
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from data.datamodule import LatentSource, ShardDataModule
 from trainer.callbacks.stages import ProbeCallback
-from trainer.module import RetrainBlocks
+from trainer.combinations import check_trainer
+from trainer.module import RetrainBlocks, SurgeryConfig
+
+
+def check_combination(config: Any) -> None:
+    """Whether the recipe's strategy, precision and clipping go with what it retrains.
+
+    Of the recipe alone, before any of its objects is made: a strategy may need packages or devices that are not here.
+
+    Args:
+        config: the resolved recipe, a namespace with `trainer` and `model`.
+
+    Raises:
+        ValueError: naming every fault.
+    """
+    kind, model, trainer = class_at(config.model.class_path), config.model.init_args, config.trainer
+    if not issubclass(kind, RetrainBlocks):
+        return
+    strategy = trainer.get("strategy") or "auto"
+    if not isinstance(strategy, str):
+        chosen = class_at(strategy.class_path)
+    elif strategy in StrategyRegistry:
+        chosen = StrategyRegistry[strategy]["strategy"]
+    elif strategy == "auto":
+        chosen = Strategy
+    else:
+        names = ", ".join(["auto", *StrategyRegistry.available_strategies()])
+        raise ValueError(
+            f"got trainer.strategy {strategy!r}, expected one of: {names}; or a class, as the overlays in "
+            "recipes/cluster name it: {class_path: ..., init_args: {...}}."
+        )
+    precision = str(_convert_precision_to_unified_args(trainer.get("precision")) or "32-true")
+    check_trainer(
+        chosen, precision, trainer.get("gradient_clip_val"), SurgeryConfig(**model.surgery.as_dict()),
+        split_trunk=model.split_trunk,
+    )  # fmt: skip
+
+
+def class_at(path: str) -> type:
+    """The class of a recipe's `class_path`, which the parser has found to exist."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def check_fit(

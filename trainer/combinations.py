@@ -1,7 +1,6 @@
 """What does not go together, found before anything is loaded."""
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from trainer.sharding import ShardedStrategy
 from trainer.surgery import SurgeryConfig
@@ -32,38 +31,44 @@ def check_shards(base: str, latent_shape: tuple[int, ...], text_width: int) -> N
         )
 
 
-def check_trainer(trainer: Trainer, surgery: SurgeryConfig, *, split_trunk: bool = True) -> None:
+def check_trainer(
+    strategy: type[Strategy],
+    precision: str,
+    gradient_clip_val: float | None,
+    surgery: SurgeryConfig,
+    *,
+    split_trunk: bool = True,
+) -> None:
     """Whether the Trainer's strategy, precision and clipping go with what is retrained.
 
     Raises:
         ValueError: naming every fault.
     """
     faults = []
-    strategy, precision = trainer.strategy, str(trainer.precision)
     if precision not in PRECISIONS:
         faults.append(
             f"got trainer.precision {precision!r}, expected {' or '.join(map(repr, PRECISIONS))}: the retrained blocks "
             "are kept in float32, whatever they are computed in, and their gradients are not scaled."
         )
-    if trainer.gradient_clip_val is not None:
+    if gradient_clip_val is not None:
         faults.append(
-            f"got trainer.gradient_clip_val {trainer.gradient_clip_val}, expected none: gradients are clipped by "
+            f"got trainer.gradient_clip_val {gradient_clip_val}, expected none: gradients are clipped by "
             "model.optim.clip_norm, which also drops the step of a gradient that is not finite. Set that instead."
         )
-    foreign = isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy)
-    if foreign or isinstance(strategy, FSDPStrategy):
+    foreign = issubclass(strategy, ModelParallelStrategy) and not issubclass(strategy, ShardedStrategy)
+    if foreign or issubclass(strategy, FSDPStrategy):
         faults.append(
-            f"got trainer.strategy {type(strategy).__name__}, expected trainer.sharding.ShardedStrategy, FSDP2 with "
+            f"got trainer.strategy {strategy.__name__}, expected trainer.sharding.ShardedStrategy, FSDP2 with "
             "checkpoints of whole tensors: add --config recipes/cluster/fsdp2.yaml."
         )
-    if isinstance(strategy, DeepSpeedStrategy):
+    if issubclass(strategy, DeepSpeedStrategy):
         faults.append(
             "got trainer.strategy DeepSpeedStrategy, expected DDP or trainer.sharding.ShardedStrategy: DeepSpeed takes "
             "no model of two dtypes, hides gradients, so that a step that is not finite could not be skipped, and "
             "writes folders that no other strategy resumes from. For the memory of ZeRO-1 and -2 add --config "
             "recipes/cluster/fsdp2_head.yaml, for that of ZeRO-3 --config recipes/cluster/fsdp2.yaml."
         )
-    if isinstance(strategy, ShardedStrategy):
+    if issubclass(strategy, ShardedStrategy):
         asked = {
             "surgery.train_outside": surgery.train_outside,
             "surgery.reserved_channels": bool(surgery.reserved_channels),

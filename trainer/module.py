@@ -130,7 +130,8 @@ class RetrainBlocks(LightningModule):
         Raises:
             ValueError: naming all of them.
         """
-        check_trainer(trainer, self.surgery, split_trunk=self.split_trunk)
+        clip, precision = trainer.gradient_clip_val, str(trainer.precision)
+        check_trainer(type(trainer.strategy), precision, clip, self.surgery, split_trunk=self.split_trunk)
 
     def _choose(self, num_blocks: int) -> tuple[int, ...]:
         return operate.choose_blocks(num_blocks, last=self.surgery.last, blocks=self.surgery.blocks)

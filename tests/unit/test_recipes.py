@@ -296,6 +296,10 @@ def test_an_unwritable_run_folder_is_refused(tiny, tmp_path, refusal):
             "accepted here: collective_timeout_s, keep_best, name, resume, root, save_every, save_failures, wandb, "
             "watchdog_s",
         ),
+        ("--trainer.strategy", "trainer.sharding.ShardedStrategy", "expected one of: auto, ddp"),
+        ("--trainer.strategy", "deepspeed_stage_2", "got trainer.strategy DeepSpeedStrategy, expected DDP"),
+        ("--trainer.precision", "64-true", "got trainer.precision '64-true'"),
+        ("--trainer.gradient_clip_val", "1.0", "model.optim.clip_norm"),
         ("--trainer.devices", "0", "devices"),
     ],
 )
