@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from launch import requeue
-from launch.last import LastCheckpoint
+from launch.last import BestCheckpoints, LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
 from launch.recipe_checks import check_combination, check_fit
 from launch.recipe_parser import RecipeParser
@@ -74,7 +74,7 @@ class RecipeCLI(LightningCLI):
             RandomStates(),
             *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
             MetricsPosition(),
-            ModelCheckpoint(
+            BestCheckpoints(
                 dirpath=run.last.parent,
                 filename="best-{step}",
                 monitor="val/loss",

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from launch.resume import set_aside
+from launch.stop import UNSAVED, Stopped
 from trainer.callbacks.ranks import together
 from trainer.checkpoint import CheckpointFiles
 from trainer.checkpoint_file import PREVIOUS
@@ -83,11 +84,12 @@ class LastCheckpoint(Checkpoint):
             _files(trainer).wait()
         except Exception as error:  # the exception that ends the fit is the one to be raised
             log.warning("%s", error)
+            if isinstance(exception, Stopped):
+                exception.code = UNSAVED
 
     def save(self, trainer: Trainer) -> None:
         """Saves the state after this step; every rank calls it."""
-        with together(trainer):  # a rank zero that gives up alone would leave the others in the save's barrier
-            _files(trainer).check()
+        make_ready(trainer)
         trainer.save_checkpoint(self.path)
         self.saved = trainer.global_step
 
@@ -103,6 +105,23 @@ class LastCheckpoint(Checkpoint):
             return False
         stops = loop._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early)
         return stops or trainer.global_step % self.every == 0 or _pause_follows(trainer)
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """`ModelCheckpoint`, each of whose saves all ranks give up together."""
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        make_ready(trainer)
+        super()._save_checkpoint(trainer, filepath)
+
+
+def make_ready(trainer: Trainer) -> None:
+    """Waits until a checkpoint may be saved; where rank zero has to give up, all do.
+
+    Alone it would leave the others in the save's barrier.
+    """
+    with together(trainer):
+        _files(trainer).make_ready()
 
 
 def _files(trainer: Trainer) -> CheckpointFiles:

@@ -31,8 +31,14 @@ class Request(IntEnum):
         return {Request.NOTHING: 0, Request.GO_ON_LATER: 75, Request.END: 128 + signal.SIGTERM}[self]
 
 
+#: Exit status of a rank that could not write the state that it was stopped at; above 75, for srun gives the highest.
+UNSAVED = 76
+
+
 class Stopped(SystemExit):
     """Raised on every rank at the same place, once all have agreed to end; leaves with the request's status.
+
+    A rank that then fails to write the state leaves with `UNSAVED`.
 
     Args:
         request: that all ranks follow.

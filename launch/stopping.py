@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from launch import requeue
 from launch.agree import Agreement
 from launch.last import LastCheckpoint
-from launch.stop import Request, Stopped
+from launch.stop import UNSAVED, Request, Stopped
 from trainer.callbacks.stages import ProbeCallback
 
 
@@ -116,7 +116,8 @@ def leave(stopped: Stopped) -> None:
         dist.barrier()
         dist.destroy_process_group()
     then = ""
-    if leads and requeue.mode() == "self" and (stopped.request is Request.GO_ON_LATER or requeue.preempted()):
+    saved = stopped.code != UNSAVED
+    if leads and saved and requeue.mode() == "self" and (stopped.request is Request.GO_ON_LATER or requeue.preempted()):
         then = "; " + requeue.requeue()
     by = {Request.GO_ON_LATER: "the stop signal", Request.END: "SIGTERM"}[stopped.request]
     rank_zero_info(f"stopped by {by} {stopped.where}, exit status {stopped.code}{then}")

@@ -49,6 +49,7 @@ class CheckpointFiles(TorchCheckpointIO):
         self._jobs: deque[Future] = deque()
         self._writes: deque[Future] = deque()
         self._saved_last: Path | None = None
+        self._ready = False
         #: Files whose last write failed, until another write succeeds; `last.ckpt` until it is written itself.
         self._unsaved: dict[Path, OSError] = {}
         self._failures = 0
@@ -63,13 +64,25 @@ class CheckpointFiles(TorchCheckpointIO):
         Raises:
             OSError: if more writes than `max_failures` have failed in a row.
         """
+        self.make_ready()
+        self._ready = False
+        self._saved_last = Path(path)
+        job = self._do(self._write, self._memory.take(checkpoint), Path(path))
+        self._writes.extend([job] if job else [])
+
+    def make_ready(self) -> None:
+        """Waits until a save need not wait; the next one then does not raise.
+
+        Raises:
+            OSError: as `save_checkpoint`.
+        """
+        if self._ready:
+            return
         self.check()
         while len(self._writes) > 1:
             self._writes.popleft().result()
         self.check()
-        self._saved_last = Path(path)
-        job = self._do(self._write, self._memory.take(checkpoint), Path(path))
-        self._writes.extend([job] if job else [])
+        self._ready = True
 
     def remove_checkpoint(self, path: str | Path) -> None:
         self._do(self._remove, Path(path), self._saved_last)

@@ -309,7 +309,7 @@ class RetrainBlocks(LightningModule):
         self.ema.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # Whole tensors on the CPU of the first rank, whatever the strategy: any other resumes from them.
+        # Whole tensors on the first rank, whatever the strategy: any other resumes from them.
         keep = self._trainer is None or self.trainer.is_global_zero
         trained = {f"room.model.{name}": p for name, p in self.retrained_parameters().items()}
         checkpoint["state_dict"] = gathered(trained, keep=keep)

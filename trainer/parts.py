@@ -30,9 +30,10 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gathered(tree: Any, *, keep: bool) -> Any:
-    """Nested dicts and lists with every tensor whole, plain and on the CPU, in memory of its own.
+    """Nested dicts and lists with every tensor whole and plain. All ranks call this together.
 
-    One tensor is whole on a device at a time. All ranks call this together.
+    What was spread comes back on the CPU, one tensor at a time whole on a device. Plain tensors are the given ones:
+    whoever keeps them copies them.
 
     Args:
         tree: what is gathered.
@@ -41,6 +42,8 @@ def gathered(tree: Any, *, keep: bool) -> Any:
 
     def fetch(tensor: Tensor) -> Tensor:
         full = whole(tensor.detach())
-        return full.to("cpu", copy=True) if keep else torch.empty(0, dtype=full.dtype)
+        if not keep:
+            return torch.empty(0, dtype=full.dtype)
+        return full.cpu() if isinstance(tensor, DTensor) else full
 
     return apply_to_collection(tree, Tensor, fetch)

@@ -3,7 +3,9 @@
 Each function gives a line for each fault; nothing here raises for what a user can mend.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from data.stream.order import rank_size
 from data.stream.places import find_shards
 from data.stream.resume import ShardDataModule
 from launch.cluster import slurm
-from launch.cluster.options import control_faults, has_control, seconds
+from launch.cluster.options import control_faults, has_control, raw_options, seconds
 from launch.cluster.stages import Plan, usual_command
 from launch.plan import estimate
 from launch.recipe_checks import check_fit
@@ -48,13 +50,6 @@ def layout_faults(plan: Plan) -> list[str]:
         found.append(f"got strategy {name} on {plan.ranks} ranks, expected one for several: ddp, or a cluster overlay.")
     if name in _ONE_NODE:
         found.append(f"got strategy {name}, expected one whose ranks Slurm starts: ddp, or a cluster overlay.")
-    sizes = {} if isinstance(strategy, str) else strategy.get("init_args", {})
-    parts = [sizes[key] for key in ("data_parallel_size", "tensor_parallel_size") if isinstance(sizes.get(key), int)]
-    if len(parts) == 2 and parts[0] * parts[1] != plan.ranks:
-        found.append(
-            f"got data_parallel_size {parts[0]} x tensor_parallel_size {parts[1]}, expected {plan.ranks} together, for "
-            f"{plan.nodes} nodes x {plan.devices} devices; change the strategy, --nodes or --gpus_per_node."
-        )
     if trainer.get("accelerator") == "cpu" and plan.job.gpus_per_node:
         found.append("got gpus_per_node for a recipe with trainer.accelerator cpu; leave one of them out.")
     return found
@@ -116,42 +111,64 @@ def cluster_faults(plan: Plan) -> list[str]:
     if not (job.command or job.container_image or job.apptainer_image) and not Path(usual_command()).is_file():
         found.append(f"{usual_command()} does not exist; say with --command how the nodes call reblock.")
     known = slurm.partitions()
-    if not known:
-        return found
-    if job.partition is None:
+    for stage in job.stage_list if known else []:
+        found += [line for line in _partition_faults(plan, stage, known or []) if line not in found]
+    return found
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What a stage asks of a partition; GPUs of each node, or none."""
+
+    nodes: int
+    tasks: int
+    cpus_per_task: int
+    gpus: int | None
+    time: str | int | None
+
+
+def _need(plan: Plan, stage: str, own: Mapping[str, str | None]) -> _Need:
+    cpus, time = plan.job.cpus_per_task or 1, own.get("time", plan.job.time)
+    if stage == "fit":
+        return _Need(plan.nodes, plan.devices, cpus, plan.gpus, time)
+    return _Need(1, 1, cpus, 1, time) if stage == "encode" and plan.gpus else _Need(1, 1, 1, None, time)
+
+
+def _partition_faults(plan: Plan, stage: str, known: Sequence[slurm.Partition]) -> list[str]:
+    """Of the partitions that a stage may run in, none can take it."""
+    own = raw_options([*plan.job.slurm, *(getattr(plan.job, stage).slurm if stage != "fit" else [])])
+    # sbatch takes the environment's before the script's.
+    named = os.environ.get("SBATCH_PARTITION") or own.get("partition") or plan.job.partition
+    every = ", ".join(partition.name for partition in known)
+    if named is None:
         chosen = [partition for partition in known if partition.default]
+        if not chosen:
+            return [f"got no partition and the cluster has no default; name one of: {every}."]
     else:
-        names = job.partition.split(",")
+        names = named.split(",")
         chosen = [partition for partition in known if partition.name in names]
         absent = sorted(set(names) - {partition.name for partition in chosen})
         if absent:
-            return [*found, f"got partition {', '.join(absent)}, expected one of: {', '.join(p.name for p in known)}."]
-    if not chosen:
-        return [
-            *found,
-            f"got no partition and the cluster has no default; name one of: {', '.join(p.name for p in known)}.",
-        ]
-    refusals = [_refusal(plan, partition) for partition in chosen]
-    return found if None in refusals else [*found, *(text for text in refusals if text)]
+            return [f"got partition {', '.join(absent)}, expected one of: {every}."]
+    refusals = [_refusal(_need(plan, stage, own), partition) for partition in chosen]
+    return [] if None in refusals else [text for text in refusals if text]
 
 
-def _refusal(plan: Plan, partition: slurm.Partition) -> str | None:
-    """Why a partition cannot take the fit, or None."""
-    job, against = plan.job, []
-    nodes = plan.nodes if "fit" in job.stage_list else 1
-    if nodes > partition.nodes:
-        against.append(f"{nodes} nodes of {partition.nodes}")
-    cpus = plan.devices * (job.cpus_per_task or 1)
-    if "fit" in job.stage_list and cpus > partition.cpus:
-        against.append(f"{plan.devices} tasks x {job.cpus_per_task or 1} CPUs on a node of {partition.cpus}")
-    if plan.gpus and partition.gpus is not None and plan.gpus > partition.gpus:
-        against.append(f"{plan.gpus} GPUs on a node of {partition.gpus}")
-    if plan.gpus and partition.gpus is None:
+def _refusal(need: _Need, partition: slurm.Partition) -> str | None:
+    """Why a partition cannot take what is asked, or None."""
+    against = []
+    if need.nodes > partition.nodes:
+        against.append(f"{need.nodes} nodes of {partition.nodes}")
+    if need.tasks * need.cpus_per_task > partition.cpus:
+        against.append(f"{need.tasks} tasks x {need.cpus_per_task} CPUs on a node of {partition.cpus}")
+    if need.gpus and partition.gpus is not None and need.gpus > partition.gpus:
+        against.append(f"{need.gpus} GPUs on a node of {partition.gpus}")
+    if need.gpus and partition.gpus is None:
         against.append("GPUs of nodes that list none")
-    limit = None if job.time is None else seconds(str(job.time))
+    limit = None if need.time is None else seconds(str(need.time))
     most = seconds(partition.max_time)
-    if job.time is not None and most is not None and (limit is None or limit > most):
-        against.append(f"a time of {job.time} where {partition.max_time} is the most")
+    if need.time is not None and most is not None and (limit is None or limit > most):
+        against.append(f"a time of {need.time} where {partition.max_time} is the most")
     if not against:
         return None
     return f"partition {partition.name} cannot give what is asked: {'; '.join(against)}. Ask for less, or another one."

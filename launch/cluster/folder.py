@@ -74,8 +74,11 @@ def note_job(run: Path, stage: str, number: str, after: Sequence[str], nodes: in
 
 
 def noted_jobs(run: Path) -> list[dict[str, Any]]:
-    """The jobs of a run, the first one first; lines that are cut short are left out."""
-    found: list[dict[str, Any]] = []
+    """The jobs of a run, the first one first; lines that are cut short are left out.
+
+    A job is noted by who submits it, and by its script where that was done by hand: whichever comes first counts.
+    """
+    found: dict[str, dict[str, Any]] = {}
     path = run / JOBS
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -83,5 +86,5 @@ def noted_jobs(run: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("job"), str):
-            found.append(entry)
-    return found
+            found.setdefault(entry["job"], entry)
+    return list(found.values())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 #: In the order in which they depend on each other.
 STAGES = ("encode", "fit", "export")
-SIGNALS = ("USR1", "USR2", "HUP", "INT", "CONT", "URG", "WINCH")
+SIGNALS = ("USR1", "USR2", "HUP", "CONT", "URG", "WINCH")
 
 _RAW = re.compile(r"--([a-z][a-z0-9-]*)(?:=([^\x00-\x1f\x7f]*))?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -92,13 +92,15 @@ class JobConfig:
         signal: which signal announces the end of the time; another one where NCCL or a container claims it.
         signal_seconds: how long before the end. The longest step or measurement, and a checkpoint, must fit in.
         max_requeues: how often the script queues its job again; 0: never, and neither does Slurm.
-        wait_seconds: how long the other tasks may go on when one has ended, before Slurm ends them.
+        wait_seconds: how long the other tasks may go on when one has ended, before Slurm ends them; None: until Slurm
+            has given up a node that has died and queued the job again, twice its SlurmdTimeout and a minute.
         modules: to load.
         setup: lines of shell that prepare the environment, put into the script as they are.
         env: environment of the tasks, NCCL's settings above all: {NCCL_SOCKET_IFNAME: ib0}.
         container_image: image or URI for pyxis (`srun --container-image`).
         apptainer_image: image for `apptainer exec --nv`.
-        container_mounts: FROM:TO, by commas, for either; None: the current folder, under its own name.
+        container_mounts: FROM:TO, by commas, for either; None: the current folder, the run's, and those of base
+            and shards, each under its own name.
         command: how `reblock` is called on the nodes; None: the one that is running now, in a container `reblock`.
         gpu_memory: of one GPU, in GiB, which the plan's estimate must fit.
         encode: the stage encode.
@@ -114,7 +116,7 @@ class JobConfig:
     time: str | int | None = None
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
-    mem: str | None = None
+    mem: str | int | None = None
     constraint: str | None = None
     exclude: str | None = None
     reservation: str | None = None
@@ -124,7 +126,7 @@ class JobConfig:
     signal: str = "USR1"
     signal_seconds: int = 600
     max_requeues: int = 100
-    wait_seconds: int = 300
+    wait_seconds: int | None = None
     modules: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)
     env: dict[str, str | int] = field(default_factory=lambda: {"NCCL_DEBUG": "WARN"})
@@ -186,7 +188,7 @@ class JobConfig:
                 f"got signal {self.signal!r}, expected one of {', '.join(SIGNALS)}. TERM is what Slurm itself sends "
                 "when it takes a job's nodes away."
             )
-        if self.mem is not None and not _MEMORY.fullmatch(self.mem):
+        if self.mem is not None and not _MEMORY.fullmatch(str(self.mem)):
             found.append(f"got mem {self.mem!r}, expected a number with K, M, G or T, e.g. 512G, or 0 for all.")
         odd = [name for name in self.env if not _NAME.fullmatch(name)]
         if odd:

@@ -43,13 +43,13 @@ class Job:
         setup: lines of shell, as they are.
         env: of the tasks.
         ranks: whether its tasks are ranks of one training.
-        cpus_per_task: whether that many are asked for.
+        run: the run folder.
         signal: that announces the end of the time to the tasks.
         stops: what they do then, in words; empty if they do not hear it.
         verb: what is run, for a heading.
         job_id: how the shell writes what `scontrol requeue` takes.
         max_requeues: by the script.
-        wait_seconds: as `JobConfig.wait_seconds`.
+        wait_seconds: as `Plan.wait_seconds`.
         srun: srun's options, in the shell's own spelling.
         command: likewise, what srun runs: a line of words each.
     """
@@ -66,7 +66,7 @@ class Job:
     setup: Sequence[str]
     env: Mapping[str, str | int]
     ranks: bool
-    cpus_per_task: bool
+    run: str
     signal: str
     stops: str = ""
     verb: str

@@ -82,13 +82,29 @@ def has_pyxis() -> bool | None:
     return None if said is None else "--container-image" in said
 
 
-def submit(script: Path, after: Sequence[str]) -> str:
+def node_timeout() -> int:
+    """SlurmdTimeout, seconds; Slurm's default where it does not answer."""
+    found = re.search(r"^SlurmdTimeout\s*=\s*(\d+)", ask("scontrol", "show", "config") or "", re.MULTILINE)
+    return int(found[1]) if found else 300
+
+
+def dependency(after: Sequence[str], *, alone: bool) -> str:
+    """The option of sbatch that `submit` gives."""
+    return f"--dependency=afterok:{':'.join(after)}" + (",singleton" if alone else "")
+
+
+def submit(script: Path, after: Sequence[str], *, alone: bool = False) -> str:
     """Queues a script, to start when the jobs `after` have succeeded; the new job's id.
+
+    Args:
+        script: the file.
+        after: ids of jobs.
+        alone: also when no other job of its name runs, as its script says too; a dependency given here replaces that.
 
     Raises:
         ValueError: if Slurm refuses it, with what it said.
     """
-    waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    waits = [dependency(after, alone=alone), "--kill-on-invalid-dep=yes"] if after else []
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", *waits, str(script)], capture_output=True, text=True, timeout=_PATIENCE

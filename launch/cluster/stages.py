@@ -25,6 +25,7 @@ class Plan:
         gpus: of a node that are asked of Slurm; None: none.
         versions: of what is submitted, in one line.
         written: when.
+        node_timeout: seconds after which Slurm gives up a node that does not answer.
     """
 
     job: JobConfig
@@ -36,6 +37,16 @@ class Plan:
     gpus: int | None
     versions: str
     written: str
+    node_timeout: int = 300
+
+    @property
+    def wait_seconds(self) -> int:
+        """How long other tasks may go on when one has ended.
+
+        Ranks of a node that has died leave the others with an error soon. Ended at once, the job would have failed
+        before Slurm gives the node up, and not be queued again.
+        """
+        return self.job.wait_seconds or 2 * self.node_timeout + 60
 
     @property
     def ranks(self) -> int:
@@ -83,6 +94,8 @@ def _fit(plan: Plan) -> Job:
         " earlier).",
         ("signal", f"{job.signal}@{job.signal_seconds}"),
         *_requeue(job),
+        "Never two fits in one run folder: a job waits for the others of its name.",
+        ("dependency", "singleton"),
     ]
     return _job(
         plan,
@@ -94,7 +107,7 @@ def _fit(plan: Plan) -> Job:
             "With other nodes: `sbatch --nodes=4 ...`. A global batch (data.global_batch_size) stays what it is.",
         ],
         size=size, ends=ends, slurm=[], ranks=True,
-        srun=["--kill-on-bad-exit=0", f"--wait={job.wait_seconds}"], stops="save at the end of this step",
+        srun=["--kill-on-bad-exit=0", f"--wait={plan.wait_seconds}"], stops="save at the end of this step",
         verb="the fit; it goes on from the last checkpoint, where there is one",
         command=[
             _line(*_reblock(plan), "fit", "--config", str(plan.config)),
@@ -191,10 +204,10 @@ def _job(
     return Job(
         stage=stage, title=title, written=plan.written, versions=plan.versions, by_hand=by_hand,
         path=str(plan.script(stage)), logs=str(logs), groups=groups, modules=job.modules, setup=job.setup, env=job.env,
-        ranks=ranks, cpus_per_task=bool(job.cpus_per_task) and stage != "export", signal=job.signal,
+        ranks=ranks, signal=job.signal,
         stops=stops, verb=verb,
         job_id='"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if stage == "encode" else "$SLURM_JOB_ID",
-        max_requeues=job.max_requeues, wait_seconds=job.wait_seconds,
+        max_requeues=job.max_requeues, wait_seconds=plan.wait_seconds, run=str(plan.run),
         srun=[*srun, task_log, *_pyxis(plan)], command=command,
     )  # fmt: skip
 
@@ -245,7 +258,17 @@ def _pyxis(plan: Plan) -> list[str]:
 
 
 def _mounts(plan: Plan) -> str:
-    return plan.job.container_mounts or f"{plan.here}:{plan.here}"
+    if plan.job.container_mounts:
+        return plan.job.container_mounts
+    data, model = plan.recipe["data"]["init_args"], plan.recipe["model"]["init_args"]
+    listed = [data.get("shards"), data.get("val_shards"), plan.job.encode.shards, model.get("base")]
+    named = [name for value in listed for name in (value if isinstance(value, list) else [value]) if name]
+    # What is no path, such as a hub id or a URL, does not exist; one with a colon or comma cannot be mounted so.
+    paths = [plan.run, *(path.absolute() for name in named if (path := Path(str(name))).exists())]
+    folders = [plan.here, *(path if path.is_dir() or path == plan.run else path.parent for path in paths)]
+    apart = [folder for folder in dict.fromkeys(folders) if not any(o in folder.parents for o in folders)]
+    apart = [folder for folder in apart if folder == plan.here or not {":", ","} & set(str(folder))]
+    return ",".join(f"{folder}:{folder}" for folder in apart)
 
 
 def _line(*words: str) -> str:

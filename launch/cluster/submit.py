@@ -132,7 +132,7 @@ def _plan(job: JobConfig, recipe: dict[str, Any], settings: RunConfig, found: di
     plan = Plan(
         job=job, recipe=recipe, run=Path(os.path.abspath(settings.folder)), here=Path.cwd(), nodes=nodes,
         devices=int(devices), gpus=int(devices) if job.gpus_per_node or accelerator in ("gpu", "cuda") else None,
-        versions=_in_one_line(found), written=f"{datetime.now():%F %H:%M}",
+        versions=_in_one_line(found), written=f"{datetime.now():%F %H:%M}", node_timeout=slurm.node_timeout(),
     )  # fmt: skip
     return plan, faults
 
@@ -171,13 +171,10 @@ def _show(plan: Plan, memory: str | None) -> None:
     before, calls = list(plan.job.after_list), []
     for job in make_jobs(plan):
         print(render(job), end="\n")
-        calls.append(f"# dry run: sbatch {_waits(before)}{job.path}")
+        waits = f"{slurm.dependency(before, alone=job.ranks)} " if before else ""
+        calls.append(f"# dry run: sbatch {waits}{job.path}")
         before = [f"<{job.stage}'s id>"]
     print("\n".join(calls if memory is None else [f"# memory: {memory}", *calls]))
-
-
-def _waits(jobs: Sequence[str]) -> str:
-    return f"--dependency=afterok:{':'.join(jobs)} " if jobs else ""
 
 
 def _submit(plan: Plan, jobs: Sequence[Job], found: dict[str, Any]) -> None:
@@ -186,7 +183,7 @@ def _submit(plan: Plan, jobs: Sequence[Job], found: dict[str, Any]) -> None:
     after, queued = list(plan.job.after_list), list[str]()
     for job in jobs:
         try:
-            number = slurm.submit(Path(job.path), after)
+            number = slurm.submit(Path(job.path), after, alone=job.ranks)
         except ValueError as error:
             slurm.cancel(queued)
             kept = f" The jobs before it were taken back: {', '.join(queued)}." if queued else ""
@@ -196,11 +193,12 @@ def _submit(plan: Plan, jobs: Sequence[Job], found: dict[str, Any]) -> None:
         print(f"job {number}: {job.title}{waits}")
         queued.append(number)
         after = [number]
+    again = "fit" if "fit" in plan.job.stage_list else plan.job.stage_list[-1]
     print(
         f"run folder: {plan.run}\n"
         f"look:       reblock status {plan.run}\n"
         f"follow:     tail -F {plan.run}/logs/*\n"
-        f"end:        scancel {' '.join(queued)}; go on: sbatch {plan.script(plan.job.stage_list[-1])}"
+        f"end:        scancel {' '.join(queued)}; go on: sbatch {plan.script(again)}"
     )
 
 

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+from launch.last import LastCheckpoint
+from launch.stop import UNSAVED, Request, Stopped
 from trainer.checkpoint import CheckpointFiles
 from trainer.checkpoint_file import LAST, PREVIOUS
 
@@ -214,3 +217,45 @@ def test_what_cannot_be_saved_at_all_is_raised(tmp_path, told):
     with pytest.raises(Exception, match="pickle"):
         getattr(files, told)()
     assert names(tmp_path) == set()
+
+
+def test_once_ready_a_save_neither_waits_nor_raises(tmp_path, disk):
+    """Ranks get ready together, and rank zero alone saves: by then it must not give up alone."""
+    files = CheckpointFiles(max_failures=0)
+    files.save_checkpoint(content(1), tmp_path / LAST)
+    files.save_checkpoint(content(2), tmp_path / LAST)
+    disk.wait()
+    ready = threading.Thread(target=files.make_ready)
+    ready.start()
+    ready.join(0.3)
+    assert ready.is_alive()
+    disk.let(2)
+    ready.join(LIMIT)
+    assert not ready.is_alive()
+    disk.let(100)
+    files.settle()
+    with no_room():
+        files._do(files._write, files._memory.take(content(3)), tmp_path / "best-step=3.ckpt")
+        files.settle()
+    files.save_checkpoint(content(4), tmp_path / LAST)
+    files.settle()
+    assert value_of(tmp_path / LAST) == 4
+    with no_room():
+        files.save_checkpoint(content(5), tmp_path / LAST)
+        files.settle()
+    with pytest.raises(OSError, match="1 writes of checkpoints in a row have failed, 0 are allowed"):
+        files.make_ready()
+
+
+def test_a_rank_that_cannot_save_where_it_stopped_says_so_by_its_status(tmp_path):
+    trainer = Trainer(plugins=[CheckpointFiles()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    files, last = trainer.strategy.checkpoint_io, LastCheckpoint(tmp_path / LAST, 10)
+    saved, unsaved = (Stopped(Request.GO_ON_LATER, "after step 3") for _ in range(2))
+    files.save_checkpoint(content(1), tmp_path / LAST)
+    last.on_exception(trainer, None, saved)
+    with no_room():
+        files.save_checkpoint(content(2), tmp_path / LAST)
+        last.on_exception(trainer, None, unsaved)
+    assert (saved.code, unsaved.code) == (75, UNSAVED)
+    assert UNSAVED > 75  # srun gives the highest of all tasks
+    assert value_of(tmp_path / LAST) == 1

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from launch.cluster.folder import note_job, noted_jobs
 from launch.cluster.options import EncodeStage, ExportStage, JobConfig, has_control
 from launch.cluster.script import directive, quote_directive, render
 from launch.cluster.stages import Plan, make_jobs
@@ -90,7 +91,7 @@ def test_a_users_words_stay_words(shell, name, here, value, module, image, parti
     run = f"/h/{here}/runs/{name}"
     escaped = run.replace("%", "%%")
     assert started == [
-        "srun", "--kill-on-bad-exit=0", "--wait=300", f"--output={escaped}/logs/%x-%j-r0-%t.log",
+        "srun", "--kill-on-bad-exit=0", "--wait=660", f"--output={escaped}/logs/%x-%j-r0-%t.log",
         f"--container-image={image}", f"--container-mounts=/h/{here}:/h/{here}", f"--container-workdir=/h/{here}",
         "reblock", "fit", "--config", f"{run}/job/config.yaml", "--run.resume", "true", "--trainer.num_nodes", "2",
         "--trainer.devices", "1",
@@ -100,7 +101,7 @@ def test_a_users_words_stay_words(shell, name, here, value, module, image, parti
 @EXAMPLES
 @given(base=WORD, shards=WORD, source=WORD, out=WORD, image=WORD)
 def test_words_of_the_other_stages_stay_words(shell, base, shards, source, out, image):
-    assume(not source.startswith("--"))
+    assume(not source.startswith("--") and not any(Path(word).exists() for word in (base, shards, source)))
     job = JobConfig(
         stages="encode,export", apptainer_image=image, encode=EncodeStage(shards=source), export=ExportStage(out=out)
     )
@@ -109,6 +110,19 @@ def test_words_of_the_other_stages_stay_words(shell, base, shards, source, out, 
     assert status == 0, said
     assert calls[0][2:] == [*prefix, "encode", source, shards, "--base", base, "--dtype=bfloat16"]
     assert shell(script(job, "export"))[1][0][2:] == [*prefix, "export", "/home/a/runs/tiny", out]
+
+
+def test_a_container_sees_the_run_the_base_and_the_shards(shell, tmp_path):
+    for name in ("base", "here/latents", "clips", "odd,name"):
+        (tmp_path / name).mkdir(parents=True)
+    job = JobConfig(container_image="x", encode=EncodeStage(shards=str(tmp_path / "clips" / "missing")))
+    found = script(job, here=tmp_path / "here", base=tmp_path / "base", shards=str(tmp_path / "here" / "latents"))
+    here = f"{tmp_path}/here"
+    assert f"--container-mounts={here}:{here},{tmp_path}/base:{tmp_path}/base " in shell(found)[1][-1][5] + " "
+    other = script(job, here=tmp_path / "here", base=tmp_path / "odd,name", shards="hub/id")
+    assert f"--container-mounts={here}:{here}" == shell(other)[1][-1][5]
+    job.container_mounts = "/a:/b"
+    assert "--container-mounts=/a:/b" in shell(script(job))[1][-1]
 
 
 def test_the_environment_reaches_the_tasks(shell, tmp_path):
@@ -144,6 +158,34 @@ def test_the_status_is_sruns_and_75_is_a_requeue(shell, status, restarts, requeu
 def test_a_preempted_job_that_ends_in_time_is_a_requeue(shell):
     found, calls, said = shell(script(), SRUN_STATUS="143", PREEMPTED="2026-11-26T01:14:20")
     assert found == 143 and calls[1:] == [SHOW, REQUEUE] and "asks Slurm to queue the job again" in said
+
+
+def test_starts_without_a_new_checkpoint_are_not_queued_again_for_ever(shell, tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    (run / "job").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    text = script(here=tmp_path)
+
+    def start() -> bool:
+        _, calls, said = shell(text, SRUN_STATUS="75")
+        assert ("for the third time without a new checkpoint" in said) == (REQUEUE not in calls)
+        return REQUEUE in calls
+
+    assert [start() for _ in range(4)] == [True, True, False, True]  # by hand it may go on
+    saves = text.replace("srun --kill", f"echo x >> {run}/checkpoints/last.ckpt; srun --kill")
+    for _ in range(4):
+        assert REQUEUE in shell(saves, SRUN_STATUS="75")[1]
+    assert [start() for _ in range(3)] == [True, True, False]
+
+
+def test_a_job_that_was_submitted_by_hand_is_noted_once(shell, tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    (run / "job").mkdir(parents=True)
+    note_job(run, "fit", "6", [], 2)
+    for _ in range(2):
+        assert shell(script(here=tmp_path))[0] == 0
+    assert [entry["job"] for entry in noted_jobs(run)] == ["6", "7"]
+    assert noted_jobs(run)[1].keys() == noted_jobs(run)[0].keys() and noted_jobs(run)[1]["stage"] == "fit"
 
 
 def test_a_failing_module_or_setup_line_starts_nothing(shell):

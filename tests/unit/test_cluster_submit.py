@@ -104,7 +104,7 @@ def test_options_may_come_from_an_overlay(submit, recipe, tmp_path):
     order = [lines.index(text) for text in ("module load cuda/12.4 nccl", "source /opt/site/env.sh",
                                             "export NCCL_IB_TIMEOUT=22", "export NCCL_SOCKET_IFNAME=ib0")]  # fmt: skip
     assert order == sorted(order)
-    assert "# dry run: sbatch --dependency=afterok:12:13_1 " in script
+    assert "# dry run: sbatch --dependency=afterok:12:13_1,singleton " in script
 
 
 def test_the_reference_job_on_eight_nodes(submit, monkeypatch, capsys):
@@ -143,7 +143,7 @@ def test_stages_run_one_after_the_other(submit, recipe, monkeypatch, tmp_path):
     assert f"reblock export {tmp_path}/runs/tiny {tmp_path}/runs/tiny/pipeline" in export
     assert export.rstrip().endswith(
         f"# dry run: sbatch {tmp_path}/runs/tiny/encode.sbatch\n"
-        f"# dry run: sbatch --dependency=afterok:<encode's id> {tmp_path}/runs/tiny/job.sbatch\n"
+        f"# dry run: sbatch --dependency=afterok:<encode's id>,singleton {tmp_path}/runs/tiny/job.sbatch\n"
         f"# dry run: sbatch --dependency=afterok:<fit's id> {tmp_path}/runs/tiny/export.sbatch"
     )
     for script in (encode, fit, export):
@@ -184,12 +184,6 @@ def test_what_the_trainer_refuses_is_refused_here(submit, recipe):
         ({"accelerator": "auto"}, [], "got trainer.accelerator 'auto', expected gpu or cpu"),
         ({}, ["--gpus_per_node=2"], "got gpus_per_node for a recipe with trainer.accelerator cpu"),
         ({"strategy": "single_device"}, ["--nodes=2"], "got strategy single_device on 2 ranks"),
-        (
-            {"strategy": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-                          "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 2}}},
-            ["--nodes=2"],
-            "got data_parallel_size 2 x tensor_parallel_size 2, expected 2 together",
-        ),
     ],
 )  # fmt: skip
 def test_layouts_that_cannot_be(submit, recipe, change, options, message):
@@ -284,3 +278,39 @@ def test_the_environment_is_not_changed(submit, recipe):
     before = dict(os.environ)
     submit(recipe, "--dry-run")
     assert {k: v for k, v in os.environ.items() if before.get(k) != v} == {}
+
+
+def test_each_stage_is_held_against_the_partition_that_it_runs_in(submit, recipe, monkeypatch):
+    """An export needs no GPU, a task of encode one; a raw option names the partition too."""
+    known = {
+        "scontrol": "PartitionName=cpu Default=YES TotalNodes=9 MaxTime=1-00:00:00\n"
+        "PartitionName=gpu Default=NO TotalNodes=2 MaxTime=2:00:00\n",
+        "sinfo": "cpu|8|(null)\ngpu|64|gpu:4\n",
+    }
+    monkeypatch.setattr("launch.cluster.slurm.ask", lambda *words: known.get(words[0]))
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    recipe["trainer"] |= {"accelerator": "gpu", "devices": 4}
+    refused = "cannot give what is asked"
+    assert "partition cpu cannot give what is asked: GPUs of nodes that list none" in submit(recipe, "--dry-run")[1]
+    for more in (["--partition=gpu"], ["--slurm=[--partition=gpu]"]):
+        assert refused not in submit(recipe, "--dry-run", *more)[1], more
+    assert refused not in submit(recipe, "--dry-run", "--stages=export", "--partition=cpu")[1]
+    eight = ["--gpus_per_node=8", "--partition=gpu", "--dry-run"]
+    assert "8 GPUs on a node of 4" in submit(recipe, *eight)[1]
+    assert refused not in submit(recipe, *eight, "--stages=encode")[1]
+    said = submit(recipe, "--dry-run", "--partition=gpu", "--slurm=[--time=3:00:00]")[1]
+    assert "a time of 3:00:00 where 2:00:00 is the most" in said
+    assert (
+        "got partition gone, expected one of: cpu, gpu"
+        in submit(recipe, "--dry-run", "--partition=gpu", "--stages=fit,export", "--export.slurm=[--partition=gone]")[1]
+    )
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+    assert refused not in submit(recipe, "--dry-run")[1]
+
+
+def test_ranks_wait_longer_than_slurm_takes_to_give_a_node_up(submit, recipe, monkeypatch):
+    assert "--wait=660 " in submit(recipe, "--nodes=2", "--dry-run")[0]
+    config = "SlurmctldTimeout        = 120 sec\nSlurmdTimeout           = 900 sec\n"
+    monkeypatch.setattr("launch.cluster.slurm.ask", lambda *words: config if "config" in words else None)
+    assert "--wait=1860 " in submit(recipe, "--nodes=2", "--dry-run")[0]
+    assert "--wait=20 " in submit(recipe, "--nodes=2", "--wait_seconds=20", "--dry-run")[0]
