@@ -39,7 +39,7 @@ class Run:
         (world / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         lab.run(
             REBLOCK, "submit", "--config", world / f"{name}.yaml", "--nodes", "2", "--time", "0:30:00",
-            "--env", f"{{PYTHONPATH: {ROOT}}}", *options, cwd=world, timeout=START,
+            "--env", f"{{PYTHONPATH: {ROOT}}}", *options, cwd=world, timeout=START, PYTHONPATH=str(ROOT),
         )  # fmt: skip
         lines = (self.folder / "job" / "jobs.jsonl").read_text().splitlines()
         self.job = yaml.safe_load(lines[-1])["job"]

@@ -105,10 +105,10 @@ def test_overlays_go_over_each_other(tmp_path):
     assert cli.model.checkpoint_head and cli.model.compile_part == "both"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 @pytest.mark.parametrize("overlay", ZERO)
-def test_without_deepspeed_its_overlays_say_so(overlay, tmp_path):
-    with pytest.raises(ValueError, match="you must have DeepSpeed installed"):
+def test_retraining_under_zero_is_refused_with_what_to_take_instead(overlay, tmp_path):
+    """Before its strategy is made: whether or not DeepSpeed is installed."""
+    with pytest.raises(ValueError, match=r"got trainer.strategy DeepSpeedStrategy, .*fsdp2_head.yaml"):
         recipe("demo.yaml", tmp_path, overlay=overlay)
 
 
