@@ -186,11 +186,16 @@ class Lab:
             self.on(node, "setsid", "slurmd", "-f", self.folder / "conf" / "slurm.conf", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As if the power failed: every process of the node ends. `heal` starts it again."""
+        """As if the power failed: every process of the node ends, and none has a last word. `start_nodes` or `heal`
+        start it again."""
+        if self._has_networks:
+            self.cut(node)
         os.kill(self.init_pid(node), signal.SIGKILL)
 
     def start_nodes(self) -> None:
-        """Starts nodes that are dead."""
+        """Starts nodes that are dead, and connects all."""
+        if self._has_networks:
+            self.mend(*self.nodes)
         self._script("up")
 
     def sends_again(self, node: str) -> int:
@@ -209,12 +214,16 @@ class Lab:
         self._link(*nodes, change=("type", "bridge_slave", "isolated", "off"))
 
     def _link(self, *nodes: str, change: Sequence[str]) -> None:
-        if self.parameters["ISOLATION"] != "netns":
+        if not self._has_networks:
             import pytest
 
             pytest.skip("nodes have no network of their own here: network namespaces are not allowed")
         for node in nodes:
             self.run("ip", "link", "set", f"sl{self._tag}v{self.nodes.index(node) + 1}", *change)
+
+    @property
+    def _has_networks(self) -> bool:
+        return self.parameters["ISOLATION"] == "netns"
 
     @property
     def _tag(self) -> str:
@@ -231,8 +240,6 @@ class Lab:
     def heal(self) -> None:
         """Everything runs and is connected again: networks mended, dead nodes and slurmds started, all jobs cancelled,
         nodes idle. What a test that breaks something does last (the fixture `lab_to_break` does it)."""
-        if self.parameters["ISOLATION"] == "netns":
-            self.mend(*self.nodes)
         for node in self.nodes:
             with contextlib.suppress(OSError, IndexError):  # the whole node is dead: started below
                 self.start_slurmd(node)

@@ -51,7 +51,7 @@ def folder(tmp_path_factory) -> Path:
 
 def submit(lab, folder: Path, *options: str) -> dict[str, str]:
     recipes = ("--config", ROOT / "recipes" / "demo.yaml", "--config", "lab.yaml")
-    printed = lab.run(REBLOCK, "submit", *recipes, *options, cwd=folder, timeout=240).stdout
+    printed = lab.run(REBLOCK, "submit", *recipes, *options, cwd=folder, timeout=240, PYTHONPATH=str(ROOT)).stdout
     run = Path(next(line for line in printed.splitlines() if line.startswith("run folder:")).split(": ")[1].strip())
     jobs = [json.loads(line) for line in (run / "job" / "jobs.jsonl").read_text().splitlines()]
     return {entry["stage"]: entry["job"] for entry in jobs}
@@ -116,14 +116,23 @@ def test_cancelled_and_submitted_again_by_hand_it_goes_on(lab, folder):
         lab.run(
             REBLOCK, "encode", "video", "latents", "--base", ROOT / "recipes" / "demo_base", cwd=folder, timeout=240
         )
-    fit = submit(lab, folder, "--run.name", "hand")["fit"]
-    lab.wait(fit, "RUNNING")
-    lab.until(lambda: len(losses(run)) >= 3, "some steps", timeout=240, says=lambda: logs(run))
-    again = ("--config", ROOT / "recipes" / "demo.yaml", "--config", "lab.yaml", "--run.name", "hand")
-    refused = lab.run(REBLOCK, "submit", *again, "--run.resume", "true", cwd=folder, check=False, timeout=240)
+    gates = folder / "gates"
+    gates.mkdir()
+    held = yaml.safe_load((folder / "lab.yaml").read_text())
+    gate = {"class_path": "tests.faults.Gate", "init_args": {"folder": str(gates), "steps": [5]}}
+    held["trainer"]["callbacks"].append(gate)
+    held["env"] = {"PYTHONPATH": str(ROOT)}
+    (folder / "hand.yaml").write_text(yaml.safe_dump(held))
+    again = ("--config", "hand.yaml", "--run.name", "hand")
+    fit = submit(lab, folder, *again)["fit"]
+    lab.until(lambda: (gates / "waits-5-1").exists(), "some steps", timeout=240, says=lambda: logs(run))
+    again = ("--config", ROOT / "recipes" / "demo.yaml", *again)
+    refused = lab.run(REBLOCK, "submit", *again, "--run.resume", "true", cwd=folder, check=False, timeout=240,
+                      PYTHONPATH=str(ROOT))  # fmt: skip
     assert f"job {fit} (fit) of this run is RUNNING" in refused.stderr
     lab.run("scancel", fit)
     lab.wait(fit, "CANCELLED", timeout=240)
+    (gates / "open-5").touch()
     again = lab.submit(run / "job.sbatch", "--nodes=1", cwd=Path("/"))
     lab.wait(again, "COMPLETED", timeout=400)
     assert list(losses(run)) == list(range(STEPS * EPOCHS))
