@@ -18,6 +18,7 @@ class Sharding:
     Args:
         name: one of `STRATEGIES`.
         over_node: FSDP2: the ranks of a node share one copy, not all ranks.
+        shard_trunk: FSDP2: the trunk's blocks are spread too, not only the head's.
         bucket_views: DDP: gradients are views of its buckets, not copies.
         bucket_bytes: DDP: a bucket is full at so many bytes.
         first_bucket_bytes: DDP: so is the first, which is to leave early unless a size is given.
@@ -28,6 +29,7 @@ class Sharding:
 
     name: str
     over_node: bool = True
+    shard_trunk: bool = True
     bucket_views: bool = False
     bucket_bytes: int = 25 * 2**20
     first_bucket_bytes: int = 2**20
@@ -68,7 +70,9 @@ def read_sharding(strategy: Any, ranks: int) -> Sharding:
             gather_elements=int(given.get("allgather_bucket_size") or default.gather_elements),
         )
     if issubclass(kind, ModelParallelStrategy):
-        return Sharding("fsdp2", over_node=given.get("shard_over", "node") == "node")
+        return Sharding(
+            "fsdp2", over_node=given.get("shard_over", "node") == "node", shard_trunk=given.get("shard_trunk", True)
+        )
     raise ValueError(
         f"got trainer.strategy {name!r}, expected auto, ddp, deepspeed_stage_1, _2 or _3, or a class of DDPStrategy, "
         "ModelParallelStrategy (FSDP2) or DeepSpeedStrategy without offloading: others are not planned."
