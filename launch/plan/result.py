@@ -13,6 +13,7 @@ from launch.plan.recipe import Job, read_job
 from launch.plan.sharding import STRATEGIES, Sharding
 from launch.plan.timing import StepTime, Work, weak_scaling, work
 from launch.plan.trace import fake_job, trace_step
+from trainer.combinations import NO_DEEPSPEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,11 @@ class Estimate:
         """Whether that is less than the GPU is assumed to have."""
         return self.bytes_per_gpu <= self.hardware.memory
 
+    @property
+    def refused(self) -> str | None:
+        """Why `fit` refuses the recipe's strategy, which is planned for comparison only; None: it does not."""
+        return NO_DEEPSPEED if self.strategy.startswith("zero") else None
+
     def as_json(self) -> dict[str, Any]:
         """All figures as plain values."""
         found = asdict(self)
@@ -82,7 +88,7 @@ class Estimate:
         for name, wire in self.wire.items():
             for entry, one in zip(found["wire"][name], wire, strict=True):
                 entry |= {"bytes": one.bytes, "sent": one.sent}
-        return found | {"bytes_per_gpu": self.bytes_per_gpu, "fits": self.fits}
+        return found | {"bytes_per_gpu": self.bytes_per_gpu, "fits": self.fits, "refused": self.refused}
 
 
 def estimate(recipe_args: Sequence[str], nodes: int | None = None) -> Estimate:

@@ -25,7 +25,7 @@ def show(plan: Estimate, console: Console | None = None) -> None:
     for table in (_operations(plan), _memory(plan), _wire(plan), _scaling(plan)):
         console.print()
         console.print(table)
-    for line in _verdict(plan):
+    for line in (*_verdict(plan), *([f"`fit` refuses this: {plan.refused}"] if plan.refused else [])):
         console.print(line, soft_wrap=True, highlight=False)
 
 
