@@ -73,11 +73,11 @@ def work(flops: dict[str, int], retrained: int, accumulate: int, hardware: Hardw
     return Work(trunk, head, backward, retrained * _UPDATE_BYTES / (hardware.memory_tb_s * 1e12))
 
 
-def collective_seconds(kind: str, size: int, ranks: int, nodes: int, hardware: Hardware) -> float:
-    """Of one collective over `size` bytes, on so many ranks that lie on so many nodes."""
+def collective_seconds(kind: str, size: int, ranks: int, nodes: int, hardware: Hardware, *, at_once: int = 1) -> float:
+    """Of one collective over `size` bytes, on so many ranks that lie on so many nodes; of `at_once` such together."""
     if ranks <= 1:
         return 0.0
-    latency, bandwidth = hardware.latency_us * 1e-6, hardware.bandwidth(nodes)
+    latency, bandwidth = hardware.latency_us * 1e-6, hardware.bandwidth(nodes, at_once)
     ring = (ranks - 1) * (latency + size / (ranks * bandwidth))
     if kind != "all-reduce":
         return ring
@@ -95,7 +95,10 @@ def step_time(work: Work, found: Sequence[Collective], gpus: int, per_node: int,
     gradients, buckets = 0.0, 1
     for one in found:
         nodes = one.ranks if one.spread else math.ceil(one.ranks / per_node)
-        spent = one.times * sum(collective_seconds(one.kind, size, one.ranks, nodes, hardware) for size in one.sizes)
+        at_once = per_node if one.spread else 1  # each rank of a node exchanges its own part, all of them together
+        spent = one.times * sum(
+            collective_seconds(one.kind, size, one.ranks, nodes, hardware, at_once=at_once) for size in one.sizes
+        )
         if one.kind == "all-reduce" and not one.spread:
             gradients, buckets = spent, len(one.sizes)
         else:

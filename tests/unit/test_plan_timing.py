@@ -1,0 +1,34 @@
+"""Seconds of collectives and steps, by hand."""
+
+import pytest
+
+from launch.plan.counts import Collective
+from launch.plan.hardware import Hardware
+from launch.plan.timing import Work, collective_seconds, step_time
+
+#: Round figures: 100 bytes a second in a node, 40 from node to node, messages at once.
+HARDWARE = Hardware(intra_gb_s=100e-9, inter_gb_s=40e-9, link_share=1.0, latency_us=1e-9)
+
+
+def close(seconds):
+    return pytest.approx(seconds, rel=1e-6)
+
+
+def test_rings_by_hand():
+    assert collective_seconds("all-gather", 400, 4, 1, HARDWARE) == close(3 / 4 * 4)
+    assert collective_seconds("reduce-scatter", 400, 8, 2, HARDWARE) == close(7 / 8 * 10)
+    assert collective_seconds("all-reduce", 400, 8, 2, HARDWARE) == close(2 * 7 / 8 * 10)
+    assert collective_seconds("all-reduce", 400, 1, 1, HARDWARE) == 0
+
+
+def test_the_parts_of_a_nodes_ranks_share_its_adapters():
+    """Two nodes of four ranks: the four send their 100 bytes through the node's 40 bytes a second at the same time."""
+    parts = Collective("all-reduce", "parts of gradients", (100,), 2, "head", True)
+    found = step_time(Work(0.0, 0.0, 0.0, 0.0), [parts], 8, 4, HARDWARE)
+    # In a ring of two each rank sends 2 (2 - 1) / 2 x 100 bytes, so the node 4 x 100, at 40 a second.
+    assert found.wire == close(4 * 100 / 40) == close(found.bare) == close(found.overlapped)
+    assert found.wire == close(collective_seconds("all-reduce", 4 * 100, 2, 2, HARDWARE))
+    # One rank of a node has it to itself; what is not spread is one collective of all ranks.
+    assert step_time(Work(0.0, 0.0, 0.0, 0.0), [parts], 2, 1, HARDWARE).wire == close(100 / 40)
+    whole = Collective("all-reduce", "gradients", (400,), 8, "head")
+    assert step_time(Work(0.0, 0.0, 0.0, 0.0), [whole], 8, 4, HARDWARE).wire == close(2 * 7 / 8 * 10)
