@@ -34,12 +34,14 @@ class Work:
         head: forward.
         backward: of the head, recomputed activations included.
         update: clipping aside, of weights and averages.
+        accumulate: micro-batches that trunk, head and backward are made of.
     """
 
     trunk: float
     head: float
     backward: float
     update: float
+    accumulate: int = 1
 
     @property
     def total(self) -> float:
@@ -70,7 +72,7 @@ def work(flops: dict[str, int], retrained: int, accumulate: int, hardware: Hardw
     """Seconds of computing: operations over the assumed rate, the update's bytes over the memory's bandwidth."""
     rate = hardware.flops(narrow)
     trunk, head, backward = (accumulate * flops.get(stage, 0) / rate for stage in (TRUNK, HEAD, BACKWARD))
-    return Work(trunk, head, backward, retrained * _UPDATE_BYTES / (hardware.memory_tb_s * 1e12))
+    return Work(trunk, head, backward, retrained * _UPDATE_BYTES / (hardware.memory_tb_s * 1e12), accumulate)
 
 
 def collective_seconds(kind: str, size: int, ranks: int, nodes: int, hardware: Hardware, *, at_once: int = 1) -> float:
@@ -89,7 +91,8 @@ def step_time(work: Work, found: Sequence[Collective], gpus: int, per_node: int,
     """Seconds of a step with these collectives.
 
     Those that carry the trunk's weights hide behind the trunk, the others behind the head's forward and backward.
-    Gradients come evenly over the backward pass, so of n buckets the last can only leave at its end.
+    DDP's gradients travel once, with the last micro-batch: behind its backward pass, over which they come evenly, so
+    that of n buckets the last can only leave at its end; or behind the trunk of the next step's first micro-batch.
     """
     seconds = {"trunk": 0.0, "head": 0.0}
     gradients, buckets = 0.0, 1
@@ -104,14 +107,15 @@ def step_time(work: Work, found: Sequence[Collective], gpus: int, per_node: int,
         else:
             seconds[one.stage] += spent
     wire = sum(seconds.values()) + gradients
-    seen = max(gradients - work.backward * (buckets - 1) / buckets, gradients / buckets)
+    last = work.backward / work.accumulate
+    seen = max(gradients - last * (buckets - 1) / buckets, gradients / buckets)
     left = max(0.0, seconds["trunk"] - work.trunk) + max(0.0, seconds["head"] - work.head - work.backward)
     return StepTime(
         gpus=gpus,
         wire=wire,
         bare=work.total + wire,
         overlapped=work.total + left + seen,
-        deferred=work.total + left + max(0.0, seen - work.trunk),
+        deferred=work.total + left + max(0.0, seen - work.trunk / work.accumulate),
     )
 
 

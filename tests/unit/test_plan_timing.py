@@ -32,3 +32,18 @@ def test_the_parts_of_a_nodes_ranks_share_its_adapters():
     assert step_time(Work(0.0, 0.0, 0.0, 0.0), [parts], 2, 1, HARDWARE).wire == close(100 / 40)
     whole = Collective("all-reduce", "gradients", (400,), 8, "head")
     assert step_time(Work(0.0, 0.0, 0.0, 0.0), [whole], 8, 4, HARDWARE).wire == close(2 * 7 / 8 * 10)
+
+
+@pytest.mark.parametrize(("accumulate", "seen", "deferred"), [(1, 4.0, 0.0), (4, 13.0, 10.0)])
+def test_gradients_hide_behind_one_micro_batch_only(accumulate, seen, deferred):
+    """16 seconds on the wire in four buckets; 16 of backward and 12 of trunk, in one micro-batch or in four.
+
+    In one: three buckets go during the backward pass, the last, 4 seconds, at its end, or during the 12 of the trunk.
+    In four: 4 seconds of backward, 3 of them once the first bucket is full, hide 3 of the 16; the trunk's 3 another 3.
+    """
+    buckets = Collective("all-reduce", "gradients", (100,) * 4, 2, "head")
+    hardware = Hardware(intra_gb_s=25e-9, link_share=1.0, latency_us=1e-9)
+    found = step_time(Work(12.0, 8.0, 16.0, 1.0, accumulate), [buckets], 2, 2, hardware)
+    assert found.wire == close(16) and found.bare == close(37 + 16)
+    assert found.overlapped == close(37 + seen)
+    assert found.deferred == close(37 + deferred)
