@@ -24,6 +24,7 @@ class Estimate:
         strategy: of the recipe: single, ddp, fsdp2, zero1, zero2 or zero3.
         nodes: of the cluster.
         gpus: ranks, one for each device.
+        node_size: GPUs of a node in `scaling`.
         base: as the recipe names it.
         batch: samples per rank and micro-batch.
         accumulate: micro-batches of an optimiser step.
@@ -37,13 +38,15 @@ class Estimate:
         checkpoint: bytes of `last.ckpt`.
         host: bytes that each process keeps of the trunk's outcome on the probes, in the host's memory.
         work: seconds of computing.
-        scaling: seconds of a step at 1 to 4,096 GPUs under the recipe's strategy, the batch of each GPU as it is.
+        scaling: seconds of a step at 1 to 4,096 GPUs, the job's own number among them, under the recipe's strategy,
+            the batch of each GPU as it is.
         hardware: that is assumed.
     """
 
     strategy: str
     nodes: int
     gpus: int
+    node_size: int
     base: str
     batch: int
     accumulate: int
@@ -119,6 +122,7 @@ def estimate_job(job: Job) -> Estimate:
         strategy=job.sharding.name,
         nodes=job.nodes,
         gpus=job.ranks,
+        node_size=job.node_size,
         base=job.base,
         batch=job.batch,
         accumulate=job.accumulate,
@@ -144,7 +148,11 @@ def estimate_job(job: Job) -> Estimate:
         host=host_bytes(job, step.outcome // job.batch, step.rope),
         work=spent,
         scaling=weak_scaling(
-            spent, partial(_collectives, job.sharding, counted, layout), job.hardware.gpus_per_node, job.hardware
+            spent,
+            partial(_collectives, job.sharding, counted, layout),
+            job.node_size,
+            (job.nodes, job.per_node),
+            job.hardware,
         ),
         hardware=job.hardware,
     )

@@ -110,7 +110,7 @@ def _verdict(plan: Estimate) -> Sequence[str]:
         "driver, libraries and fragmentation take more.",
         "Samples / s and efficiency are those of 'own step', which is what `fit` does.",
         f"Assumed, not measured: {hardware.tflops:g} TFLOP/s in 16 bits ({hardware.tflops_float32:g} in float32), of "
-        f"which {hardware.share:.0%} is reached, {hardware.intra_gb_s:g} GB/s in a node of {hardware.gpus_per_node}, "
+        f"which {hardware.share:.0%} is reached, {hardware.intra_gb_s:g} GB/s in a node of {plan.node_size}, "
         f"{hardware.inter_gb_s:g} GB/s from node to node, {hardware.link_share:.0%} of it reached, "
         f"{hardware.latency_us:g} us a message. Set --hardware.NAME; docs/plan.md says what is left out.",
     )

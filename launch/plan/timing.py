@@ -17,8 +17,8 @@ from launch.plan.counts import Collective
 from launch.plan.hardware import Hardware
 from launch.plan.trace import BACKWARD, HEAD, TRUNK
 
-#: GPUs of the table of weak scaling.
-GPUS = tuple(2**power for power in range(13))
+#: Most GPUs of the table of weak scaling.
+MOST_GPUS = 4096
 
 #: Bytes that the optimiser and the averages read and write for each retrained number, all float32: AdamW reads weight,
 #: gradient and two moments and writes three of them; the average reads two and writes one.
@@ -119,13 +119,34 @@ def step_time(work: Work, found: Sequence[Collective], gpus: int, per_node: int,
     )
 
 
+def layouts(node_size: int, own: tuple[int, int]) -> list[tuple[int, int]]:
+    """(nodes, ranks of each) up to 4,096 ranks: parts of one node, whole nodes by powers of two, and the job's own."""
+    powers = [2**power for power in range(13)]
+    found = {(1, ranks) for ranks in powers if ranks < node_size}
+    found |= {(nodes, node_size) for nodes in powers if nodes * node_size <= MOST_GPUS}
+    taken = {nodes * ranks for nodes, ranks in found}
+    if own[0] * own[1] not in taken:
+        found.add(own)
+    return sorted(found, key=math.prod)
+
+
 def weak_scaling(
-    work: Work, collectives: Callable[[int, int], Sequence[Collective]], per_node: int, hardware: Hardware
+    work: Work,
+    collectives: Callable[[int, int], Sequence[Collective]],
+    node_size: int,
+    own: tuple[int, int],
+    hardware: Hardware,
 ) -> list[StepTime]:
-    """The step at 1 to 4,096 GPUs, `collectives` from nodes and ranks of a node; part of one node up to `per_node`."""
-    found = []
-    for gpus in GPUS:
-        on_node = min(gpus, per_node)
-        nodes = math.ceil(gpus / on_node)
-        found.append(step_time(work, collectives(nodes, on_node), gpus, per_node, hardware))
-    return found
+    """The step at 1 to 4,096 GPUs.
+
+    Args:
+        work: of one GPU.
+        collectives: of a step, from nodes and ranks of each.
+        node_size: GPUs of a whole node.
+        own: nodes of the job and ranks of each, which has a row too.
+        hardware: that is assumed.
+    """
+    return [
+        step_time(work, collectives(nodes, ranks), nodes * ranks, ranks, hardware)
+        for nodes, ranks in layouts(node_size, own)
+    ]
