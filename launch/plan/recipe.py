@@ -141,11 +141,12 @@ def read_job(args: list[str], nodes: int | None = None) -> Job:
     if nodes < 1:
         faults.append(f"got nodes {nodes}, expected at least 1; set --nodes.")
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
-    per_node = attempt(lambda: _per_node(config.trainer.devices, gpu, hardware)) or 1
+    per_node = attempt(lambda: _per_node(config.trainer.devices, gpu, hardware)) or 0
+    ranks = max(0, nodes) * per_node  # 0 where that is at fault: what follows from it is not
     said = nodes > 1 or config.trainer.devices not in ("auto", -1, "-1")
     base, autocast = module.base, attempt(lambda: _autocast(config.trainer.precision))
-    sharding = attempt(lambda: read_sharding(cli.config.trainer.strategy, nodes * per_node))
-    batch = attempt(lambda: _batch(data, nodes * per_node))
+    sharding = attempt(lambda: read_sharding(cli.config.trainer.strategy, ranks))
+    batch = attempt(lambda: _batch(data, ranks)) if ranks else 0
     file = attempt(lambda: base_config(base))
     size = None
     if file is not None:
