@@ -4,6 +4,9 @@ from dataclasses import dataclass, fields
 
 GIB = 2**30
 
+#: Memory of a GPU in GiB where nothing else is said: what a card of 80 GB shows.
+GPU_GIB = 79.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -23,7 +26,7 @@ class Hardware:
     """
 
     gpus_per_node: int = 8
-    memory_gib: float = 79.0
+    memory_gib: float = GPU_GIB
     tflops: float = 989.0
     tflops_float32: float = 67.0
     share: float = 0.46

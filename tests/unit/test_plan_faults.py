@@ -1,9 +1,17 @@
-"""Recipes and layouts that cannot be planned: one line for each fault, nothing that merely follows from it."""
+"""Recipes and layouts that cannot be planned: one line for each fault, nothing that merely follows from it.
+
+And what the plan shares with `reblock submit`.
+"""
+
+import subprocess
+import sys
 
 import pytest
 
+from launch.cluster.options import JobConfig
 from launch.main import main
 from launch.plan import estimate
+from launch.plan.hardware import Hardware
 from tests.planned import CLIP, recipe
 
 
@@ -36,3 +44,13 @@ def test_all_faults_are_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="global_batch_size 63 on 2 ranks") as caught:
         estimate(options, 2)
     assert "16-mixed" in str(caught.value)
+
+
+def test_plan_and_submit_assume_the_same_gpu():
+    assert JobConfig().gpu_memory == Hardware().memory_gib == 79
+
+
+def test_the_options_of_submit_are_read_without_torch():
+    """`reblock status` reads them too, and answers at once."""
+    asked = "import sys, launch.cluster.options; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
