@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 #: Memory of a GPU in GiB where nothing else is said: what a card of 80 GB shows.
 GPU_GIB = 79.0

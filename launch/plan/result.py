@@ -23,6 +23,7 @@ class Estimate:
     Args:
         strategy: of the recipe: single, ddp, fsdp2, zero1, zero2 or zero3.
         nodes: of the cluster.
+        gpu: whether the recipe runs on GPUs.
         gpus: ranks, one for each device.
         node_size: GPUs of a node in `scaling`.
         base: as the recipe names it.
@@ -45,6 +46,7 @@ class Estimate:
 
     strategy: str
     nodes: int
+    gpu: bool
     gpus: int
     node_size: int
     base: str
@@ -121,6 +123,7 @@ def estimate_job(job: Job) -> Estimate:
     return Estimate(
         strategy=job.sharding.name,
         nodes=job.nodes,
+        gpu=job.gpu,
         gpus=job.ranks,
         node_size=job.node_size,
         base=job.base,
