@@ -9,6 +9,14 @@ from trainer.vdit.load import read_config
 #: Retrained blocks and their averages are kept in float32; `bf16-mixed` computes in bfloat16 from them.
 PRECISIONS = ("32-true", "bf16-mixed")
 
+#: Said where a recipe's strategy is DeepSpeed's.
+NO_DEEPSPEED = (
+    "got trainer.strategy DeepSpeedStrategy, expected DDP or trainer.sharding.ShardedStrategy: DeepSpeed takes "
+    "no model of two dtypes, hides gradients, so that a step that is not finite could not be skipped, and "
+    "writes folders that no other strategy resumes from. For the memory of ZeRO-1 and -2 add --config "
+    "recipes/cluster/fsdp2_head.yaml, for that of ZeRO-3 --config recipes/cluster/fsdp2.yaml."
+)
+
 
 def check_shards(base: str, latent_shape: tuple[int, ...], text_width: int) -> None:
     """Whether shards of (C, F, H, W) latents and captions of `text_width` fit the base.
@@ -62,12 +70,7 @@ def check_trainer(
             "checkpoints of whole tensors: add --config recipes/cluster/fsdp2.yaml."
         )
     if issubclass(strategy, DeepSpeedStrategy):
-        faults.append(
-            "got trainer.strategy DeepSpeedStrategy, expected DDP or trainer.sharding.ShardedStrategy: DeepSpeed takes "
-            "no model of two dtypes, hides gradients, so that a step that is not finite could not be skipped, and "
-            "writes folders that no other strategy resumes from. For the memory of ZeRO-1 and -2 add --config "
-            "recipes/cluster/fsdp2_head.yaml, for that of ZeRO-3 --config recipes/cluster/fsdp2.yaml."
-        )
+        faults.append(NO_DEEPSPEED)
     if issubclass(strategy, ShardedStrategy):
         asked = {
             "surgery.train_outside": surgery.train_outside,

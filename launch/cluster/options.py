@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from launch.plan.hardware import GPU_GIB
+
 #: In the order in which they depend on each other.
 STAGES = ("encode", "fit", "export")
 SIGNALS = ("USR1", "USR2", "HUP", "CONT", "URG", "WINCH")
@@ -134,7 +136,7 @@ class JobConfig:
     apptainer_image: str | None = None
     container_mounts: str | None = None
     command: str | None = None
-    gpu_memory: float = 80.0
+    gpu_memory: float = GPU_GIB
     encode: EncodeStage = field(default_factory=EncodeStage)
     export: ExportStage = field(default_factory=ExportStage)
 

@@ -31,7 +31,6 @@ class Parameters:
         outside: bytes of what lies outside the blocks, all of it on every rank under FSDP2.
         trunk: bytes of the trunk's blocks.
         head: bytes of the blocks from the first retrained one on.
-        largest: bytes of the largest block.
         gradients: bytes of all gradients.
         largest_gradients: bytes of one block's gradients, the largest.
         sizes: bytes of each gradient, in the order of the parameters.
@@ -44,7 +43,6 @@ class Parameters:
     outside: int
     trunk: int
     head: int
-    largest: int
     gradients: int
     largest_gradients: int
     sizes: tuple[int, ...]
@@ -64,7 +62,6 @@ def count_parameters(module: RetrainBlocks) -> Parameters:
         outside=_bytes(model.parameters()) - sum(blocks),
         trunk=sum(blocks[: module.first]),
         head=sum(blocks[module.first :]),
-        largest=max(blocks),
         gradients=_bytes(retrained),
         largest_gradients=max(trained),
         sizes=tuple(p.numel() * p.element_size() for p in retrained),
@@ -154,7 +151,8 @@ def collectives(
         return [Collective("all-reduce", "gradients", buckets, ranks, "head")]
     first = counted.first
     if sharding.name == "fsdp2":
-        trunk, head = counted.block_sizes[:first], counted.block_sizes[first:]
+        trunk = counted.block_sizes[:first] if sharding.shard_trunk else ()
+        head = counted.block_sizes[first:]
         even = tuple([counted.gradients // max(1, len(head))] * len(head))
         found = [
             Collective("all-gather", "trunk's blocks", trunk, shared, "trunk", times=accumulate),

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, fields
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+
+#: Memory of a GPU in GiB where nothing else is said: what a card of 80 GB shows.
+GPU_GIB = 79.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,7 @@ class Hardware:
     """
 
     gpus_per_node: int = 8
-    memory_gib: float = 79.0
+    memory_gib: float = GPU_GIB
     tflops: float = 989.0
     tflops_float32: float = 67.0
     share: float = 0.46
@@ -50,10 +53,14 @@ class Hardware:
         """Operations a second that matrix products reach, in 16 bits or in float32."""
         return (self.tflops if narrow else self.tflops_float32) * 1e12 * self.share
 
-    def bandwidth(self, nodes: int) -> float:
+    def bandwidth(self, nodes: int, at_once: int = 1) -> float:
         """Bytes a second that pass every point of a ring over the GPUs of so many nodes.
 
         Collectives lay as many rings as a node has adapters, so the adapters of a node work together.
+
+        Args:
+            nodes: that the ring passes.
+            at_once: collectives that go through the same nodes' adapters at a time, and share them.
         """
-        links = self.intra_gb_s if nodes == 1 else min(self.intra_gb_s, self.inter_gb_s)
+        links = self.intra_gb_s if nodes == 1 else min(self.intra_gb_s, self.inter_gb_s / at_once)
         return links * 1e9 * self.link_share

@@ -124,15 +124,16 @@ def _starts(module: RetrainBlocks, callback: ProbeCallback) -> list[int]:
 
 
 def host_bytes(job: Job, outcome: int, rope: int) -> int:
-    """Memory of the host that each process takes for the trunk's outcome on its share of the probes.
+    """Memory of the host that each process takes for the trunk's outcome on its share of the probes; none is kept where
+    the model is sharded.
 
     Args:
         job: whose callbacks.
-        outcome: bytes of one sample's outcome.
+        outcome: bytes of one sample's outcome, as it is kept.
         rope: bytes of the rotary tables.
     """
     probes = [c for c in job.callbacks if isinstance(c, ProbeCallback)]
-    if not probes or job.module.first == 0:
+    if not probes or job.module.first == 0 or job.sharding.name not in ("single", "ddp"):
         return 0
     share = max(math.ceil(c.prompts * len(c.sigmas) / job.ranks) for c in probes)
     stores = [c for c in job.callbacks if isinstance(c, TrunkStore)]

@@ -106,12 +106,13 @@ def _ddp(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared:
 
 
 def _fsdp2(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared: int, width: int) -> dict[str, int]:
-    """Blocks, gradients, states and averages are spread; two blocks are whole at a time, one at work and the next one;
-    so are one block's gradients, once as they come and once in the order in which they are sent."""
-    blocks = counted.trunk + counted.head
-    whole = 2 * counted.largest + 2 * counted.largest_gradients
+    """Blocks, gradients, states and averages are spread; two of these blocks are whole at a time, one at work and the
+    next one; so are one block's gradients, once as they come and once in the order in which they are sent."""
+    blocks = counted.block_sizes[0 if sharding.shard_trunk else counted.first :]
+    whole = sum(sorted(blocks)[-2:]) + 2 * counted.largest_gradients
+    kept = counted.outside + counted.trunk + counted.head - sum(blocks)
     return {
-        "weights": counted.outside + -(-blocks // shared),
+        "weights": kept + -(-sum(blocks) // shared),
         **{name: -(-parts[name] // shared) for name in ("gradients", "optimiser", "ema")},
         "buffers": whole if shared > 1 else 0,
     }

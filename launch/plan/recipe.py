@@ -71,6 +71,7 @@ class Job:
         gpu: whether it runs on GPUs.
         nodes: of the cluster.
         per_node: ranks of a node.
+        node_size: GPUs of a node where the job grows: its own, or those assumed where the recipe does not say.
         batch: samples per rank and micro-batch.
         val_batch: validation samples per rank.
         accumulate: micro-batches of an optimiser step.
@@ -90,6 +91,7 @@ class Job:
     gpu: bool
     nodes: int
     per_node: int
+    node_size: int
     batch: int
     val_batch: int
     accumulate: int
@@ -139,10 +141,12 @@ def read_job(args: list[str], nodes: int | None = None) -> Job:
     if nodes < 1:
         faults.append(f"got nodes {nodes}, expected at least 1; set --nodes.")
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
-    per_node = attempt(lambda: _per_node(config.trainer.devices, gpu, hardware)) or 1
+    per_node = attempt(lambda: _per_node(config.trainer.devices, gpu, hardware)) or 0
+    ranks = max(0, nodes) * per_node  # 0 where that is at fault: what follows from it is not
+    said = nodes > 1 or config.trainer.devices not in ("auto", -1, "-1")
     base, autocast = module.base, attempt(lambda: _autocast(config.trainer.precision))
-    sharding = attempt(lambda: read_sharding(cli.config.trainer.strategy, nodes * per_node))
-    batch = attempt(lambda: _batch(data, nodes * per_node))
+    sharding = attempt(lambda: read_sharding(cli.config.trainer.strategy, ranks))
+    batch = attempt(lambda: _batch(data, ranks)) if ranks else 0
     file = attempt(lambda: base_config(base))
     size = None
     if file is not None:
@@ -152,8 +156,9 @@ def read_job(args: list[str], nodes: int | None = None) -> Job:
     if faults or size is None:
         raise ValueError("\n".join(faults))
     return Job(
-        module=module, base=base, sharding=sharding, gpu=gpu, nodes=nodes, per_node=per_node, batch=batch,
-        val_batch=data.val_batch_size, accumulate=int(config.trainer.accumulate_grad_batches or 1), autocast=autocast,
+        module=module, base=base, sharding=sharding, gpu=gpu, nodes=nodes, per_node=per_node,
+        node_size=per_node if said else hardware.gpus_per_node, batch=batch, val_batch=data.val_batch_size,
+        accumulate=int(config.trainer.accumulate_grad_batches or 1), autocast=autocast,
         callbacks=cli.callbacks, hardware=hardware, json=config.json, **size,
     )  # fmt: skip
 

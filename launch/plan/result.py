@@ -13,6 +13,7 @@ from launch.plan.recipe import Job, read_job
 from launch.plan.sharding import STRATEGIES, Sharding
 from launch.plan.timing import StepTime, Work, weak_scaling, work
 from launch.plan.trace import fake_job, trace_step
+from trainer.combinations import NO_DEEPSPEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,9 @@ class Estimate:
     Args:
         strategy: of the recipe: single, ddp, fsdp2, zero1, zero2 or zero3.
         nodes: of the cluster.
+        gpu: whether the recipe runs on GPUs.
         gpus: ranks, one for each device.
+        node_size: GPUs of a node in `scaling`.
         base: as the recipe names it.
         batch: samples per rank and micro-batch.
         accumulate: micro-batches of an optimiser step.
@@ -36,13 +39,16 @@ class Estimate:
         checkpoint: bytes of `last.ckpt`.
         host: bytes that each process keeps of the trunk's outcome on the probes, in the host's memory.
         work: seconds of computing.
-        scaling: seconds of a step at 1 to 4,096 GPUs under the recipe's strategy, the batch of each GPU as it is.
+        scaling: seconds of a step at 1 to 4,096 GPUs, the job's own number among them, under the recipe's strategy,
+            the batch of each GPU as it is.
         hardware: that is assumed.
     """
 
     strategy: str
     nodes: int
+    gpu: bool
     gpus: int
+    node_size: int
     base: str
     batch: int
     accumulate: int
@@ -74,6 +80,11 @@ class Estimate:
         """Whether that is less than the GPU is assumed to have."""
         return self.bytes_per_gpu <= self.hardware.memory
 
+    @property
+    def refused(self) -> str | None:
+        """Why `fit` refuses the recipe's strategy, which is planned for comparison only; None: it does not."""
+        return NO_DEEPSPEED if self.strategy.startswith("zero") else None
+
     def as_json(self) -> dict[str, Any]:
         """All figures as plain values."""
         found = asdict(self)
@@ -82,7 +93,7 @@ class Estimate:
         for name, wire in self.wire.items():
             for entry, one in zip(found["wire"][name], wire, strict=True):
                 entry |= {"bytes": one.bytes, "sent": one.sent}
-        return found | {"bytes_per_gpu": self.bytes_per_gpu, "fits": self.fits}
+        return found | {"bytes_per_gpu": self.bytes_per_gpu, "fits": self.fits, "refused": self.refused}
 
 
 def estimate(recipe_args: Sequence[str], nodes: int | None = None) -> Estimate:
@@ -112,7 +123,9 @@ def estimate_job(job: Job) -> Estimate:
     return Estimate(
         strategy=job.sharding.name,
         nodes=job.nodes,
+        gpu=job.gpu,
         gpus=job.ranks,
+        node_size=job.node_size,
         base=job.base,
         batch=job.batch,
         accumulate=job.accumulate,
@@ -138,7 +151,11 @@ def estimate_job(job: Job) -> Estimate:
         host=host_bytes(job, step.outcome // job.batch, step.rope),
         work=spent,
         scaling=weak_scaling(
-            spent, partial(_collectives, job.sharding, counted, layout), job.hardware.gpus_per_node, job.hardware
+            spent,
+            partial(_collectives, job.sharding, counted, layout),
+            job.node_size,
+            (job.nodes, job.per_node),
+            job.hardware,
         ),
         hardware=job.hardware,
     )

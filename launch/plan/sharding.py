@@ -18,6 +18,7 @@ class Sharding:
     Args:
         name: one of `STRATEGIES`.
         over_node: FSDP2: the ranks of a node share one copy, not all ranks.
+        shard_trunk: FSDP2: the trunk's blocks are spread too, not only the head's.
         bucket_views: DDP: gradients are views of its buckets, not copies.
         bucket_bytes: DDP: a bucket is full at so many bytes.
         first_bucket_bytes: DDP: so is the first, which is to leave early unless a size is given.
@@ -28,6 +29,7 @@ class Sharding:
 
     name: str
     over_node: bool = True
+    shard_trunk: bool = True
     bucket_views: bool = False
     bucket_bytes: int = 25 * 2**20
     first_bucket_bytes: int = 2**20
@@ -43,7 +45,8 @@ def read_sharding(strategy: Any, ranks: int) -> Sharding:
         ValueError: if it is none that is planned.
     """
     name = strategy if isinstance(strategy, str) else strategy["class_path"]
-    given: Mapping[str, Any] = {} if isinstance(strategy, str) else vars(strategy.get("init_args") or {})
+    init = None if isinstance(strategy, str) else strategy.get("init_args")
+    given: Mapping[str, Any] = vars(init) if init else {}
     if name == "auto":
         return Sharding("single" if ranks == 1 else "ddp")
     if name.startswith("ddp"):
@@ -53,25 +56,34 @@ def read_sharding(strategy: Any, ranks: int) -> Sharding:
     kind = _class_of(name)
     if issubclass(kind, SingleDeviceStrategy):
         return Sharding("single")
+    if issubclass(kind, DeepSpeedStrategy):  # a kind of DDPStrategy to Lightning
+        offloads = any(given.get(f"offload_{part}") for part in ("optimizer", "parameters"))
+        stage = given.get("stage", 2)
+        if offloads or stage not in (1, 2, 3):
+            raise ValueError(_unknown(name))
+        default = Sharding("")
+        return Sharding(
+            f"zero{stage}",
+            reduce_elements=int(given.get("reduce_bucket_size") or default.reduce_elements),
+            gather_elements=int(given.get("allgather_bucket_size") or default.gather_elements),
+        )
     if issubclass(kind, DDPStrategy):
         default = Sharding("ddp", bucket_views=bool(given.get("gradient_as_bucket_view")))
         if (cap := given.get("bucket_cap_mb")) is None:
             return default
         return dataclasses.replace(default, bucket_bytes=int(cap * 2**20), first_bucket_bytes=int(cap * 2**20))
-    if issubclass(kind, DeepSpeedStrategy) and not any(
-        given.get(f"offload_{part}") for part in ("optimizer", "parameters")
-    ):
-        default = Sharding("")
-        return Sharding(
-            f"zero{given.get('stage') or 2}",
-            reduce_elements=int(given.get("reduce_bucket_size") or default.reduce_elements),
-            gather_elements=int(given.get("allgather_bucket_size") or default.gather_elements),
-        )
     if issubclass(kind, ModelParallelStrategy):
-        return Sharding("fsdp2", over_node=given.get("shard_over", "node") == "node")
-    raise ValueError(
+        return Sharding(
+            "fsdp2", over_node=given.get("shard_over", "node") == "node", shard_trunk=given.get("shard_trunk", True)
+        )
+    raise ValueError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    return (
         f"got trainer.strategy {name!r}, expected auto, ddp, deepspeed_stage_1, _2 or _3, or a class of DDPStrategy, "
-        "ModelParallelStrategy (FSDP2) or DeepSpeedStrategy without offloading: others are not planned."
+        "ModelParallelStrategy (FSDP2) or DeepSpeedStrategy of stage 1, 2 or 3 without offloading: others are not "
+        "planned."
     )
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.plan.counts import Collective
-from launch.plan.hardware import GIB
+from launch.plan.hardware import GIB, MIB
 from launch.plan.memory import PARTS
 from launch.plan.result import Estimate
 
@@ -25,7 +25,7 @@ def show(plan: Estimate, console: Console | None = None) -> None:
     for table in (_operations(plan), _memory(plan), _wire(plan), _scaling(plan)):
         console.print()
         console.print(table)
-    for line in _verdict(plan):
+    for line in (*_verdict(plan), *([f"`fit` refuses this: {plan.refused}"] if plan.refused else [])):
         console.print(line, soft_wrap=True, highlight=False)
 
 
@@ -61,11 +61,15 @@ def _operations(plan: Estimate) -> Table:
 
 
 def _memory(plan: Estimate) -> Table:
-    table = _table("Memory of a GPU in GiB: activations or measurement, whichever is more", "", *PARTS, "total")
+    small = max(memory.total for memory in plan.memory.values()) < GIB
+    unit, called = (MIB, "MiB") if small else (GIB, "GiB")
+    table = _table(f"Memory of a GPU in {called}: activations or measurement, whichever is more", "", *PARTS, "total")
     for name, memory in plan.memory.items():
-        cells = [_short(memory.parts[part] / GIB) for part in PARTS]
+        cells = [_short(memory.parts[part] / unit, 3) for part in PARTS]
         own = name == plan.strategy
-        table.add_row(f"{name} *" if own else name, *cells, _short(memory.total / GIB), style="bold" if own else None)
+        table.add_row(
+            f"{name} *" if own else name, *cells, _short(memory.total / unit, 3), style="bold" if own else None
+        )
     return table
 
 
@@ -104,13 +108,17 @@ def _scaling(plan: Estimate) -> Table:
 def _verdict(plan: Estimate) -> Sequence[str]:
     hardware, need = plan.hardware, plan.bytes_per_gpu
     says = "fits" if plan.fits else "does NOT fit"
+    cpu = () if plan.gpu else (
+        "The recipe's accelerator is no GPU: seconds and the memory there is are those of the GPU assumed.",
+    )  # fmt: skip
     return (
         "",
         f"{plan.strategy}: {_gib(need)} of {hardware.memory_gib:g} GiB ({need / hardware.memory:.0%}) {says}; the "
         "driver, libraries and fragmentation take more.",
+        *cpu,
         "Samples / s and efficiency are those of 'own step', which is what `fit` does.",
         f"Assumed, not measured: {hardware.tflops:g} TFLOP/s in 16 bits ({hardware.tflops_float32:g} in float32), of "
-        f"which {hardware.share:.0%} is reached, {hardware.intra_gb_s:g} GB/s in a node of {hardware.gpus_per_node}, "
+        f"which {hardware.share:.0%} is reached, {hardware.intra_gb_s:g} GB/s in a node of {plan.node_size}, "
         f"{hardware.inter_gb_s:g} GB/s from node to node, {hardware.link_share:.0%} of it reached, "
         f"{hardware.latency_us:g} us a message. Set --hardware.NAME; docs/plan.md says what is left out.",
     )
@@ -125,12 +133,12 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _gib(size: float) -> str:
-    return f"{_short(size / GIB)} GiB" if size >= GIB / 100 else f"{_short(size / 2**20)} MiB"
+    return f"{_short(size / GIB, 3)} GiB" if size >= GIB else f"{_short(size / MIB, 3)} MiB"
 
 
-def _short(value: float) -> str:
-    """Three digits that count, more where a number is large."""
+def _short(value: float, most: int = 6) -> str:
+    """Three digits that count, more where a number is large; `most` decimals."""
     if not value:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(digits, 6)}f}"
+    return f"{value:,.{min(digits, most)}f}"

@@ -23,6 +23,7 @@ from launch.plan.recipe import Job
 from trainer.ema import Ema
 from trainer.module import RetrainBlocks
 from trainer.optimise import adamw
+from trainer.vdit.mochi import State
 
 TRUNK, HEAD, BACKWARD, UPDATE = "trunk", "head", "backward", "update"
 
@@ -35,7 +36,8 @@ class StepTrace:
         flops: operations of a micro-batch by stage: trunk, head, backward (recomputed activations included).
         moments: what was alive, in the last micro-batch and the update after it.
         parts: bytes of weights, gradients, optimiser state and averages once all are there.
-        outcome: bytes of what the trunk hands on, text and modulation included, in the head's dtype.
+        outcome: bytes of what the trunk hands on, text and modulation included, in the dtypes that it computed in: so
+            a `TrunkStore` keeps it, though the head takes it in its own.
         rope: bytes of the rotary tables, the same for every sample.
     """
 
@@ -99,18 +101,20 @@ def trace_step(job: Job, ledger: Ledger) -> StepTrace:
 
     batch, noise, sigma = fake_batch(job, job.batch)
     handed: list[Any] = []
+    widths: list[list[int]] = []
 
     def staged(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             with ledger.stage(name):
                 found = run(*args)
             if name == TRUNK:
-                handed.append((_bytes(found.vision, found.text, found.temb), _bytes(*found.rope)))
+                outcome = sum(t.numel() * min(t.element_size(), w) for t, w in zip(_own(found), widths[0], strict=True))
+                handed.append((outcome, _bytes(*found.rope)))
             return found
 
         return call
 
-    with autocast(job), _in_stages(module, staged):
+    with autocast(job), _in_stages(module, staged), _noting_widths(module, widths):
         loss = module.losses(batch, noise, sigma).mean()
         loss = loss * (loss - loss + 1).detach()
     if job.accumulate == 1:
@@ -134,6 +138,28 @@ def _in_stages(module: RetrainBlocks, staged: Callable[[str, Callable], Callable
         yield
     finally:
         del module.trunk, module.head
+
+
+def _own(state: State) -> tuple[Tensor, ...]:
+    """What is each sample's own."""
+    return state.vision, state.text, state.temb
+
+
+@contextlib.contextmanager
+def _noting_widths(module: RetrainBlocks, widths: list[list[int]]) -> Iterator[None]:
+    """Inside, `widths` gets the bytes a number of each tensor that blocks hand on, the trunk's first."""
+    whole = module.room.run
+
+    def run(*args: Any) -> State:
+        state = whole(*args)
+        widths.append([t.element_size() for t in _own(state)])  # not the tensors: they would stay alive
+        return state
+
+    module.room.run = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.room.run
 
 
 def _bytes(*tensors: Tensor) -> int:

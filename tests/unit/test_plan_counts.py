@@ -98,7 +98,7 @@ def test_buckets_close_at_their_cap():
 # -- the other strategies, by hand -----------------------------------------------------------------------------------
 
 COUNTED = Parameters(
-    retrained=100, frozen=1000, outside=80, trunk=600, head=400, largest=200, gradients=400, largest_gradients=200,
+    retrained=100, frozen=1000, outside=80, trunk=600, head=400, gradients=400, largest_gradients=200,
     sizes=(200, 200), block_sizes=(150, 150, 150, 150, 200, 200), first=4,
 )  # fmt: skip
 
@@ -122,6 +122,12 @@ def test_fsdp2_gathers_within_a_node_and_reduces_parts_between_nodes():
     whole = sent(Sharding("fsdp2", over_node=False), 2, 4)
     assert whole["all-gather", "trunk's blocks"].ranks == 8 and ("all-reduce", "parts of gradients") not in whole
     assert sent(Sharding("fsdp2"), 2, 4, accumulate=3)["all-gather", "trunk's blocks"].bytes == 3 * 600
+
+
+def test_fsdp2_of_the_head_alone_gathers_no_block_of_the_trunk():
+    whole, head = sent(Sharding("fsdp2"), 2, 4), sent(Sharding("fsdp2", shard_trunk=False), 2, 4)
+    assert ("all-gather", "trunk's blocks") in whole
+    assert head == {key: one for key, one in whole.items() if key != ("all-gather", "trunk's blocks")}
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2"])

@@ -79,5 +79,6 @@ def test_micro_batches_multiply_operations(tmp_path):
     one = estimate([*recipe(tmp_path / "one"), *CLIP])
     three = estimate([*recipe(tmp_path / "three", trainer={"accumulate_grad_batches": 3}), *CLIP])
     assert three.flops == {stage: 3 * flops for stage, flops in one.flops.items()}
+    assert (one.work.accumulate, three.work.accumulate) == (1, 3)
     assert three.work.trunk == pytest.approx(3 * one.work.trunk) and three.work.update == one.work.update
     assert three.bytes_per_gpu > one.bytes_per_gpu  # gradients of the micro-batches before stay

@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_a_ledger_counts_each_storage_once_and_until_it_is_freed():
 
 
 COUNTED = Parameters(
-    retrained=100, frozen=1000, outside=80, trunk=600, head=400, largest=200, gradients=400, largest_gradients=200,
+    retrained=100, frozen=1000, outside=80, trunk=600, head=400, gradients=400, largest_gradients=200,
     sizes=(200, 200), block_sizes=(150, 150, 150, 150, 200, 200), first=4,
 )  # fmt: skip
 ALL = {"weights": 1080, "gradients": 400, "optimiser": 800, "ema": 400}
@@ -127,6 +128,23 @@ def test_fsdp2_spreads_blocks_gradients_states_and_averages():
         "activations": 825, "measurement": 700,
     }  # fmt: skip
     assert held(Sharding("fsdp2", over_node=False)).parts["weights"] == 80 + 125
+
+
+def test_fsdp2_of_the_head_alone_keeps_the_trunk_on_every_rank():
+    found = held(Sharding("fsdp2", shard_trunk=False))
+    assert found.parts == {
+        "weights": 80 + 600 + 400 // 4, "gradients": 100, "optimiser": 200, "ema": 100, "buffers": 2 * 200 + 2 * 200,
+        "activations": 825, "measurement": 700,
+    }  # fmt: skip
+    # A trunk with larger blocks than the head's, and a head of one block: only what is spread is gathered.
+    wide = replace(COUNTED, trunk=900, head=200, block_sizes=(300, 300, 300, 200), first=3)
+    buffers = {
+        spread: memory_of(
+            Sharding("fsdp2", shard_trunk=spread), wide, ALL, MOMENTS, 1100, 2, 4, narrow=True
+        ).parts["buffers"]
+        for spread in (True, False)
+    }  # fmt: skip
+    assert buffers == {True: 2 * 300 + 2 * 200, False: 200 + 2 * 200}
 
 
 def test_zero_keeps_16_bits_and_spreads_stage_by_stage():
