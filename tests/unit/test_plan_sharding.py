@@ -8,28 +8,23 @@ import pytest
 from launch.main import main
 from launch.plan import estimate
 from launch.plan.sharding import Sharding, read_sharding
-from tests.planned import CLIP, SMALL, recipe
+from tests.planned import CLIP, recipe
 from trainer.combinations import NO_DEEPSPEED
 
 OVERLAYS = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
-
-#: Deep enough that what is spread outweighs the blocks that are whole at a time.
-DEEP = SMALL | {"num_layers": 12}
 
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
     """The plan of each overlay on two nodes of eight ranks, by its name; that without any under ""."""
-    options = recipe(
-        tmp_path_factory.mktemp("overlays"), config=DEEP, model={"surgery": {"last": 6, "init": "torch"}},
-        trainer={"devices": 8, "num_nodes": 2},
-    )  # fmt: skip
+    options = recipe(tmp_path_factory.mktemp("overlays"), trainer={"devices": 8, "num_nodes": 2})
     found = {"": estimate([*options, *CLIP])}
     for overlay in sorted(OVERLAYS.glob("*.yaml")):
         found[overlay.stem] = estimate([*options, "--config", str(overlay), *CLIP])
     return found
 
 
+@pytest.mark.slow
 def test_every_overlay_is_planned_as_its_own_strategy(plans):
     assert {name: plan.strategy for name, plan in plans.items() if name} == {
         "ddp": "ddp", "fsdp2": "fsdp2", "fsdp2_head": "fsdp2", "bf16": "ddp", "checkpointing": "ddp", "compile": "ddp",
@@ -37,6 +32,7 @@ def test_every_overlay_is_planned_as_its_own_strategy(plans):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_more_is_spread_the_less_a_gpu_holds(plans):
     need = {name: plan.bytes_per_gpu for name, plan in plans.items()}
     assert need["fsdp2"] < need["fsdp2_head"] < need["ddp"] < need[""]  # without an overlay DDP's buckets are copies
@@ -44,6 +40,7 @@ def test_the_more_is_spread_the_less_a_gpu_holds(plans):
     assert need["bf16"] < need[""] and need["checkpointing"] < need[""] and need["compile"] == need[""]
 
 
+@pytest.mark.slow
 def test_the_head_alone_leaves_the_trunk_whole_and_off_the_wire(plans):
     head, every = plans["fsdp2_head"], plans["fsdp2"]
     trunk = head.parameters.trunk
@@ -55,6 +52,7 @@ def test_the_head_alone_leaves_the_trunk_whole_and_off_the_wire(plans):
     assert "trunk's blocks" in gathered["fsdp2"] and "trunk's blocks" not in gathered["fsdp2_head"]
 
 
+@pytest.mark.slow
 def test_the_plan_says_that_fit_refuses_deepspeed(plans, tmp_path, capsys):
     assert {name for name, plan in plans.items() if plan.refused} == {"zero1", "zero2", "zero3"}
     options = recipe(tmp_path, trainer={"devices": 2})
