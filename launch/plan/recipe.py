@@ -16,6 +16,7 @@ from data.stream.order import rank_size
 from launch.cli import RecipeCLI, recipe_cli
 from launch.plan.hardware import Hardware
 from launch.plan.sharding import Sharding, read_sharding
+from launch.recipe_checks import check_combination
 from trainer.module import RetrainBlocks
 from trainer.vdit.load import read_config, resolve_base
 
@@ -83,6 +84,7 @@ class Job:
         callbacks: of the recipe.
         hardware: that is assumed.
         json: file that all figures go to.
+        refused: why `fit` refuses the recipe, if it does.
     """
 
     module: RetrainBlocks
@@ -103,6 +105,7 @@ class Job:
     callbacks: list[Callback] = field(default_factory=list)
     hardware: Hardware = field(default_factory=Hardware)
     json: Path | None = None
+    refused: str | None = None
 
     @property
     def ranks(self) -> int:
@@ -159,8 +162,16 @@ def read_job(args: list[str], nodes: int | None = None) -> Job:
         module=module, base=base, sharding=sharding, gpu=gpu, nodes=nodes, per_node=per_node,
         node_size=per_node if said else hardware.gpus_per_node, batch=batch, val_batch=data.val_batch_size,
         accumulate=int(config.trainer.accumulate_grad_batches or 1), autocast=autocast,
-        callbacks=cli.callbacks, hardware=hardware, json=config.json, **size,
+        callbacks=cli.callbacks, hardware=hardware, json=config.json, refused=_refusal(cli.config), **size,
     )  # fmt: skip
+
+
+def _refusal(config: Any) -> str | None:
+    try:
+        check_combination(config)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def base_config(base: str) -> Path:

@@ -13,7 +13,6 @@ from launch.plan.recipe import Job, read_job
 from launch.plan.sharding import STRATEGIES, Sharding
 from launch.plan.timing import StepTime, Work, weak_scaling, work
 from launch.plan.trace import fake_job, trace_step
-from trainer.combinations import NO_DEEPSPEED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,7 @@ class Estimate:
         scaling: seconds of a step at 1 to 4,096 GPUs, the job's own number among them, under the recipe's strategy,
             the batch of each GPU as it is.
         hardware: that is assumed.
+        refused: why `fit` refuses the recipe, which is planned for comparison only; None: it does not.
     """
 
     strategy: str
@@ -64,6 +64,7 @@ class Estimate:
     work: Work
     scaling: list[StepTime]
     hardware: Hardware
+    refused: str | None
 
     @property
     def parts(self) -> dict[str, int]:
@@ -80,11 +81,6 @@ class Estimate:
         """Whether that is less than the GPU is assumed to have."""
         return self.bytes_per_gpu <= self.hardware.memory
 
-    @property
-    def refused(self) -> str | None:
-        """Why `fit` refuses the recipe's strategy, which is planned for comparison only; None: it does not."""
-        return NO_DEEPSPEED if self.strategy.startswith("zero") else None
-
     def as_json(self) -> dict[str, Any]:
         """All figures as plain values."""
         found = asdict(self)
@@ -93,7 +89,7 @@ class Estimate:
         for name, wire in self.wire.items():
             for entry, one in zip(found["wire"][name], wire, strict=True):
                 entry |= {"bytes": one.bytes, "sent": one.sent}
-        return found | {"bytes_per_gpu": self.bytes_per_gpu, "fits": self.fits, "refused": self.refused}
+        return found | {"bytes_per_gpu": self.bytes_per_gpu, "fits": self.fits}
 
 
 def estimate(recipe_args: Sequence[str], nodes: int | None = None) -> Estimate:
@@ -122,6 +118,7 @@ def estimate_job(job: Job) -> Estimate:
     patch = job.module.room.model.config.patch_size
     return Estimate(
         strategy=job.sharding.name,
+        refused=job.refused,
         nodes=job.nodes,
         gpu=job.gpu,
         gpus=job.ranks,

@@ -60,6 +60,8 @@ def test_the_plan_says_that_fit_refuses_deepspeed(plans, tmp_path, capsys):
         main(["plan", *options, "--config", str(OVERLAYS / f"{overlay}.yaml"), *CLIP])
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if NO_DEEPSPEED in line] == lines[-1:] * refused
+    main(["plan", *options, "--trainer.gradient_clip_val=1", *CLIP])
+    assert "`fit` refuses this: got trainer.gradient_clip_val 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["deepspeed_stage_3", "deepspeed", "ddp_find_unused_parameters_true"])
