@@ -16,7 +16,7 @@ from launch import requeue
 from launch.last import BestCheckpoints, LastCheckpoint
 from launch.logs import MetricsPosition, loggers, rewind
 from launch.recipe_checks import check_combination, check_fit
-from launch.recipe_parser import RecipeParser
+from launch.recipe_parser import RecipeParser, in_short
 from launch.record import EpochLines, VersionsFile
 from launch.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from launch.run_folder import RunConfig, prepare_folder
@@ -56,7 +56,11 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         check_combination(self.config.get(self.subcommand, self.config) if self.subcommand else self.config)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # What a class says of its arguments comes inside pages on the other types that its place may hold.
+            raise ValueError("\n".join(line.strip().removeprefix("- ") for line in in_short(str(error)))) from error
 
     @property
     def run_config(self) -> RunConfig:

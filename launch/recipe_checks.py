@@ -37,10 +37,9 @@ def check_combination(config: Any) -> None:
     elif strategy == "auto":
         chosen = Strategy
     else:
-        names = ", ".join(["auto", *StrategyRegistry.available_strategies()])
         raise ValueError(
-            f"got trainer.strategy {strategy!r}, expected one of: {names}; or a class, as the overlays in "
-            "recipes/cluster name it: {class_path: ..., init_args: {...}}."
+            f"got trainer.strategy {strategy!r}, expected auto, ddp, another of Lightning's names, or a class as the "
+            "overlays in recipes/cluster name it: {class_path: ..., init_args: {...}}."
         )
     precision = str(_convert_precision_to_unified_args(trainer.get("precision")) or "32-true")
     check_trainer(

@@ -13,12 +13,19 @@ class RecipeParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
-        raise ValueError("\n".join([*_in_short(message), *_accepted(message, parser)])) from ex
+        raise ValueError("\n".join([*in_short(message), *_accepted(message, parser)])) from ex
 
 
-def _in_short(message: str) -> list[str]:
+def in_short(message: str) -> list[str]:
     """The lines of a parser's message that name a fault, without those about a union's other types."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value type")
+    noise = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "- Expected a <class 'NoneType'>",
+        "Given value type",
+        "Given value: Namespace(",
+    )
     return [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
 
 

@@ -11,6 +11,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from trainer.parts import local, part
 
 
+def check_decay(decay: float) -> None:
+    """Raises ValueError for a decay of no average."""
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"got EMA decay {decay}, expected 0 <= decay < 1.")
+
+
 class Ema:
     """An average that follows the parameters it is given.
 
@@ -24,8 +30,7 @@ class Ema:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], *, decay: float = 0.999) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"got EMA decay {decay}, expected 0 <= decay < 1.")
+        check_decay(decay)
         self.decay = decay
         self.updates = 0
         self._live = dict(parameters)

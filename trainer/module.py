@@ -17,7 +17,7 @@ from data.batch import Batch
 from trainer import surgery as operate
 from trainer.combinations import check_shards, check_trainer
 from trainer.compiled import CompiledPart, compile_blocks
-from trainer.ema import Ema, holding
+from trainer.ema import Ema, check_decay, holding
 from trainer.flow import Flow, SigmaSampler
 from trainer.graft import base_block_weights
 from trainer.optimise import OptimConfig, adamw, clip_or_drop, linear_warmup
@@ -87,6 +87,7 @@ class RetrainBlocks(LightningModule):
             raise ValueError(
                 f"got compile {compile!r} with stock_attention, which waits for the device; leave one out."
             )
+        check_decay(ema_decay)
         self.base = base
         self.surgery = surgery
         self.optim = optim or OptimConfig()

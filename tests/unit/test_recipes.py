@@ -296,10 +296,12 @@ def test_an_unwritable_run_folder_is_refused(tiny, tmp_path, refusal):
             "accepted here: collective_timeout_s, keep_best, name, resume, root, save_every, save_failures, wandb, "
             "watchdog_s",
         ),
-        ("--trainer.strategy", "trainer.sharding.ShardedStrategy", "expected one of: auto, ddp"),
+        ("--trainer.strategy", "trainer.sharding.ShardedStrategy", "expected auto, ddp, another of Lightning's names"),
         ("--trainer.strategy", "deepspeed_stage_2", "got trainer.strategy DeepSpeedStrategy, expected DDP"),
         ("--trainer.precision", "64-true", "got trainer.precision '64-true'"),
         ("--trainer.gradient_clip_val", "1.0", "model.optim.clip_norm"),
+        ("--data.global_batch_size", "0", "error: got batch_size 4 (per rank) and global_batch_size 0 (all ranks)"),
+        ("--model.ema_decay", "2", "error: got EMA decay 2"),
         ("--trainer.devices", "0", "devices"),
     ],
 )
