@@ -14,7 +14,7 @@ help: ## list the targets
 demo: $(STAMP) ## the whole road on two cores in minutes: clips -> shards -> base -> retraining -> runs/demo/report.html
 	$(BIN)/reblock demo
 
-test: $(STAMP) ## every test, on two cores in about twenty minutes
+test: $(STAMP) ## every test, on two cores in about 25 minutes
 	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(STAMP) ## format, lint, types, import direction, the fast tests
