@@ -176,6 +176,8 @@ def test_starts_without_a_new_checkpoint_are_not_queued_again_for_ever(shell, tm
     for _ in range(4):
         assert REQUEUE in shell(saves, SRUN_STATUS="75")[1]
     assert [start() for _ in range(3)] == [True, True, False]
+    # Preemptions say nothing of the time that is given.
+    assert all(REQUEUE in shell(text, SRUN_STATUS="143", PREEMPTED="2026-11-26")[1] for _ in range(5))
 
 
 def test_a_job_that_was_submitted_by_hand_is_noted_once(shell, tmp_path):
