@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from trainer.callbacks.guard import write_json
+from trainer.callbacks.frozen_check import write_json
 from trainer.graft import Graft, apply_graft, load_graft
+from trainer.models.load import load_transformer, resolve_base
 from trainer.surgery import freeze_all_but, frozen_fingerprint
-from trainer.vdit.load import load_transformer, resolve_base
 
 
 def _check_base(base: Path, graft: Graft) -> None:

@@ -10,26 +10,26 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from launch import stop
+from launch import signals
 
 #: Command -> where its function is, and what it does in one line. Modules are imported only when asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "synth": ("data.synth.synth:synth", "make procedural captioned clips, real H.264 files"),
-    "pack": ("data.pack.pack:pack", "folder of clips and captions -> video shards"),
-    "encode": ("data.encode.encode:encode", "video shards -> latent shards"),
-    "inspect": ("data.inspect.inspect:inspect", "counts, shapes, durations and faults of shards"),
-    "plant": ("launch.plant:plant", "a base with attention sinks planted in its last blocks"),
-    "pipeline": ("launch.pipeline:pipeline", "assemble a diffusers pipeline folder from trained parts"),
+    "synth": ("data.synth.command:synth", "make procedural captioned clips, real H.264 files"),
+    "pack": ("data.pack.command:pack", "folder of clips and captions -> video shards"),
+    "encode": ("data.encode.command:encode", "video shards -> latent shards"),
+    "inspect": ("data.inspect.command:inspect", "counts, shapes, durations and faults of shards"),
+    "plant": ("launch.demo.plant_sinks:plant", "a base with attention sinks planted in its last blocks"),
+    "pipeline": ("launch.demo.assemble_base:pipeline", "assemble a diffusers pipeline folder from trained parts"),
     "plan": ("launch.plan.command:run", "memory, operations, bytes on the wire and time of a recipe, without a GPU"),
-    "fit": ("launch.cli:run", "retrain the chosen blocks as a recipe says"),
-    "validate": ("launch.cli:run", "all measurements, no training"),
+    "fit": ("launch.fit.cli:run", "retrain the chosen blocks as a recipe says"),
+    "validate": ("launch.fit.cli:run", "all measurements, no training"),
     "submit": ("launch.cluster.submit:run", "a recipe as a Slurm job: checks, writes the script, queues it"),
     "status": ("launch.cluster.status:status", "what a run's jobs do, since when, how fast, and its last errors"),
     "export": ("launch.export:export", "graft -> a pipeline folder that diffusers loads"),
-    "sample": ("launch.sample:sample", "videos: base, retrained, retrained and masked, same seeds"),
-    "report": ("launch.report:report", "one self-contained page about a run"),
-    "bench": ("launch.bench:bench", "the benchmarks"),
-    "demo": ("launch.demo:demo", "the whole road on a tiny model, in minutes"),
+    "sample": ("launch.sample.command:sample", "videos: base, retrained, retrained and masked, same seeds"),
+    "report": ("launch.report.command:report", "one self-contained page about a run"),
+    "bench": ("launch.bench.command:bench", "the benchmarks"),
+    "demo": ("launch.demo.command:demo", "the whole road on a tiny model, in minutes"),
 }
 
 #: Warnings of libraries that are known, harmless and repeated: they would hide what matters.
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(usage())
     try:
         if argv is None:  # the process is ours: first of all, since torch takes seconds to import
-            stop.listen(command)
+            signals.listen(command)
         for message in KNOWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         check_packages()
@@ -125,4 +125,4 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
-        sys.exit(stop.status_of_interrupt())
+        sys.exit(signals.status_of_interrupt())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint_file import LAST
+from trainer.checkpoint.file import LAST
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from trainer.parts import local, part
+from trainer.parallel.gathered_tensors import local, part
 
 
 def check_decay(decay: float) -> None:

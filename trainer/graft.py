@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer.vdit.load import load_transformer, read_weights, resolve_base
+from trainer.models.load import load_transformer, read_weights, resolve_base
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from data.batch import Batch
 from trainer import surgery as operate
-from trainer.combinations import check_shards, check_trainer
-from trainer.compiled import CompiledPart, compile_blocks
+from trainer.compile import CompiledPart, compile_blocks
 from trainer.ema import Ema, check_decay, holding
-from trainer.flow import Flow, SigmaSampler
 from trainer.graft import base_block_weights
-from trainer.optimise import OptimConfig, adamw, clip_or_drop, linear_warmup
-from trainer.parts import gathered, whole
-from trainer.sharding import build_device, spread
+from trainer.models.from_scratch import fresh_frequencies, reserve_channels
+from trainer.models.load import check_base, load_transformer, read_config
+from trainer.models.mochi import MochiRoom, State
+from trainer.objective import Flow, SigmaSampler
+from trainer.optimizer import OptimConfig, adamw, clip_or_drop, linear_warmup
+from trainer.parallel.combinations import check_shards, check_trainer
+from trainer.parallel.gathered_tensors import gathered, whole
+from trainer.parallel.strategies import build_device, spread
 from trainer.surgery import SurgeryConfig as SurgeryConfig
-from trainer.vdit.load import check_base, load_transformer, read_config
-from trainer.vdit.mochi import MochiRoom, State
-from trainer.vdit.scratch import fresh_frequencies, reserve_channels
 
 log = logging.getLogger(__name__)
 

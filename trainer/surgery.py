@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.parts import whole
+from trainer.parallel.gathered_tensors import whole
 
 Initialisation = Literal["dit", "torch", "normal", "keep"]
 

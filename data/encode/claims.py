@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from data.storage.files import beside
+from data.files import beside
 
 _GOLDEN = 0.6180339887498949
 

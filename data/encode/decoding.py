@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.bucket import Bucket
-from data.clips.video import decode_video
-from data.clips.workers import Failure, Guarded
-from data.shards import Fault, read_clip, read_json, read_member, read_samples
-from data.storage.archive import Members
+from data.shards.archive import Members
+from data.shards.format import Fault, read_clip, read_json, read_member, read_samples
 from data.storage.store import Store, StoreError, join
+from data.video.clip_files import decode_video
+from data.video.workers import Failure, Guarded
 
 T = TypeVar("T")
 

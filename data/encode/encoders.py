@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
-from data.encode.base import resolve_base
+from data.base_folder import resolve_base
 from data.encode.stopwatch import COPY, TEXT, VAE, Stopwatch
 
 

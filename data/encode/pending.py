@@ -5,11 +5,11 @@ from typing import Any
 
 from data.encode.claims import Claims, start_position
 from data.encode.decoding import Work, open_shard
-from data.encode.place import SETTINGS
-from data.shard_folder import ShardFolder
-from data.shards import Fault, check_fault_share, record_name
+from data.encode.output_folder import SETTINGS
+from data.shards.folder import ShardFolder
+from data.shards.format import Fault, check_fault_share, record_name
 from data.storage.store import Store
-from data.stream.places import Source, sample_count
+from data.stream.shard_index import Source, sample_count
 
 
 def claim_name(shard: str) -> str:

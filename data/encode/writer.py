@@ -10,8 +10,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from data.encode.decoding import Clip, Work
-from data.shard_folder import TEXT, Sample, ShardFolder
-from data.shards import Fault, caption_key, text_digest
+from data.shards.folder import TEXT, Sample, ShardFolder
+from data.shards.format import Fault, caption_key, text_digest
 
 #: Batches that may wait to be written; another one makes the model wait.
 _WAITING = 4

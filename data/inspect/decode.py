@@ -1,4 +1,4 @@
-"""Clips of shards, decoded in processes that may hang or crash: what `data.clips.workers` is given to do.
+"""Clips of shards, decoded in processes that may hang or crash: what `data.video.workers` is given to do.
 
 Legend: T video frames, H W pixels.
 """
@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.bucket import Bucket
-from data.clips.video import decode_video
-from data.shards import read_clip, read_member
-from data.storage.archive import Members
+from data.shards.archive import Members
+from data.shards.format import read_clip, read_member
 from data.storage.store import Store
 from data.stream.clips import read_window
+from data.video.clip_files import decode_video
 
 
 def check_clip(task: tuple[str, Bucket, Members, Store]) -> None:

@@ -9,13 +9,13 @@ from rich.progress import Progress
 from safetensors import SafetensorError
 
 from data.bucket import Bucket
-from data.clips.workers import Failure, Guarded
 from data.inspect.decode import check_clip
-from data.shards import VIDEO_FORMAT, read_samples
-from data.storage.archive import Members, Scan, scan_tar
+from data.shards.archive import Members, Scan, scan_tar
+from data.shards.format import VIDEO_FORMAT, read_samples
 from data.storage.store import Store, join
 from data.stream.latents import LatentDataset
-from data.stream.places import Source, sample_count
+from data.stream.shard_index import Source, sample_count
+from data.video.workers import Failure, Guarded
 
 _CHUNK = 1 << 24
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from data.bucket import Bucket
-from data.shards import shard_name
+from data.shards.format import shard_name
 
 _WINDOW_NAME = re.compile(r"--w\d{3,}$")
 #: Of an archive's member: its header and, on average, what fills its last block; and the facts with their indices.

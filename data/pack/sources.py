@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
+from data.files import beside, put_in_place, write_json
 from data.pack.entries import VIDEO_EXTENSIONS, Columns, Entry, Piece, make_key, printable, split_suffix
 from data.pack.tables import TABLE_SUFFIXES, Table
-from data.storage.archive import Member, Members, Scan, scan_tar
-from data.storage.files import beside, put_in_place, write_json
+from data.shards.archive import Member, Members, Scan, scan_tar
 from data.storage.store import Store, check_location, expand, is_pipe, is_remote, local_path
 
 

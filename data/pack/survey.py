@@ -19,16 +19,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.clips.cuts import scene_cuts
-from data.clips.video import VideoInfo, probe_times
-from data.clips.workers import Failure, Guarded
+from data.files import sha256, write_json, write_text
 from data.pack.entries import Entry, Piece, printable
 from data.pack.sources import Source
 from data.pack.windows import Cutting, Filters
-from data.shards import FACTS, Fault, check_fault_share
-from data.storage.archive import refusal
-from data.storage.files import sha256, write_json, write_text
+from data.shards.archive import refusal
+from data.shards.format import FACTS, Fault, check_fault_share
 from data.storage.store import Store, StoreError
+from data.video.clip_files import VideoInfo, probe_times
+from data.video.scene_cuts import scene_cuts
+from data.video.workers import Failure, Guarded
 
 #: Entries of one file of the journal: what a kill costs at most.
 CHUNK = 256

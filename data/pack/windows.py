@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.bucket import Bucket, choose_bucket
-from data.clips.video import VideoInfo, window_indices
+from data.video.clip_files import VideoInfo, window_indices
 
 #: What a clip is used for: the first window, the middle one, or as many as it holds, one after another.
 WINDOWS = ("first", "middle", "all")

@@ -21,7 +21,7 @@ import tenacity
 from aiohttp import ClientError, ClientResponseError
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
-from data.storage.cache import ByteCache
+from data.storage.byte_cache import ByteCache
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.bucket import Bucket
-from data.clips.fence import Fenced
-from data.clips.video import decode_video
-from data.shards import VIDEO_FORMAT, Members, read_clip, read_json, read_member
+from data.shards.format import VIDEO_FORMAT, Members, read_clip, read_json, read_member
 from data.storage.store import Store
 from data.stream.reader import ShardDataset
+from data.video.clip_files import decode_video
+from data.video.isolated_call import Fenced
 
 
 @dataclass

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data.batch import Sample
 from data.bucket import Bucket
-from data.shards import LATENT_FORMAT, Members
+from data.shards.format import LATENT_FORMAT, Members
 from data.storage.store import Store
-from data.stream.places import Source, read_near
 from data.stream.reader import ShardDataset
+from data.stream.shard_index import Source, read_near
 
 #: What latent folders that are trained on together must agree in.
 _HEAD = ("channels", "text_width", "latents_mean", "latents_std")

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 from data.bucket import Bucket
-from data.shards import Fault, Members, read_samples
+from data.shards.format import Fault, Members, read_samples
 from data.storage.store import Store, StoreError, is_remote, join
-from data.stream.faultlog import FaultLog
-from data.stream.places import Source, Table, Tables, find_shards
+from data.stream.fault_log import FaultLog
+from data.stream.shard_index import Source, Table, Tables, find_shards
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -11,18 +11,18 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
+from data.base_folder import read_base, resolve_base
 from data.bucket import Bucket
-from data.encode.base import read_base, resolve_base
-from data.shards import LATENT_FORMAT, VIDEO_FORMAT
+from data.modules.resumable import ShardDataModule
+from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT
 from data.storage.store import Store
 from data.stream.order import rank_size
-from data.stream.places import find_shards
-from data.stream.resume import ShardDataModule
-from launch.cluster import slurm
+from data.stream.shard_index import find_shards
+from launch import slurm
 from launch.cluster.options import control_faults, has_control, raw_options, seconds
 from launch.cluster.stages import Plan, usual_command
+from launch.fit.checks import check_fit
 from launch.plan import estimate
-from launch.recipe_checks import check_fit
 from launch.run_folder import RunConfig
 
 #: Names that Lightning takes for a shell someone types into: it then starts no ranks.

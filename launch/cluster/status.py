@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from launch.cluster import slurm
-from launch.cluster.folder import noted_jobs
+from launch import slurm
+from launch.cluster.job_folder import noted_jobs
 
 #: In this order; of the measurements, what the retraining is for.
 _FIGURES = (

@@ -16,13 +16,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from launch.cli import RecipeCLI, recipe_cli
-from launch.cluster import checks, slurm
-from launch.cluster.folder import note_job, noted_jobs, write_folder
+from launch import slurm
+from launch.cluster import checks
+from launch.cluster.job_folder import note_job, noted_jobs, write_folder
 from launch.cluster.options import JobConfig
 from launch.cluster.script import Job, render
 from launch.cluster.stages import Plan, make_jobs
-from launch.record import versions
+from launch.fit.cli import RecipeCLI, recipe_cli
+from launch.fit.run_record import versions
 from launch.run_folder import RunConfig, refuse_taken
 
 _OPTIONS = tuple(option.name for option in fields(JobConfig))

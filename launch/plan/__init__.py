@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launch.plan.result import Estimate, estimate
+    from launch.plan.estimates import Estimate, estimate
 
 __all__ = ["Estimate", "estimate"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     # Late: `launch.plan.hardware` serves commands that need no torch, which takes seconds to import.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from launch.plan import result
+    from launch.plan import estimates
 
-    return getattr(result, name)
+    return getattr(estimates, name)

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.plan.recipe import read_job
-from launch.plan.result import estimate_job
+from launch.plan.estimates import estimate_job
+from launch.plan.inputs import read_job
 from launch.plan.table import show
-from trainer.callbacks.record import write_whole
+from trainer.callbacks.measurement_files import write_whole
 
 
 def run(argv: list[str]) -> None:

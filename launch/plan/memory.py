@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.plan.counts import Parameters, share_group
-from launch.plan.ledger import Moment
+from launch.plan.operations import Moment
 from launch.plan.sharding import STRATEGIES, Sharding
 
 #: In the order in which they are shown.

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.plan.counts import Collective
+from launch.plan.estimates import Estimate
 from launch.plan.hardware import GIB, MIB
 from launch.plan.memory import PARTS
-from launch.plan.result import Estimate
 
 _WIDTH = 100
 

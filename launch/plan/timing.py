@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.plan.counts import Collective
+from launch.plan.fake_step import BACKWARD, HEAD, TRUNK
 from launch.plan.hardware import Hardware
-from launch.plan.trace import BACKWARD, HEAD, TRUNK
 
 #: Most GPUs of the table of weak scaling.
 MOST_GPUS = 4096

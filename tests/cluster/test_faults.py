@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.bench_kills import make_world
-from launch.compare import compare
-from launch.trace import count_steps
-from trainer.checkpoint_file import damage
+from launch.bench.compare import compare
+from launch.bench.kills import make_world
+from launch.bench.trace import count_steps
+from trainer.checkpoint.file import damage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,10 @@ class Run:
         self.gates.mkdir()
         recipe = yaml.safe_load((world / "recipe.yaml").read_text())
         recipe["run"] |= {"name": name, "watchdog_s": 0}
-        gate = {"class_path": "tests.faults.Gate", "init_args": {"folder": str(self.gates), "steps": list(held)}}
+        gate = {
+            "class_path": "tests.support.rank_faults.Gate",
+            "init_args": {"folder": str(self.gates), "steps": list(held)},
+        }
         recipe["trainer"]["callbacks"].append(gate)
         (world / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         lab.run(

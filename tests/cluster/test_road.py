@@ -10,8 +10,8 @@ import pytest
 import yaml
 from diffusers import MochiTransformer3DModel
 
-from data.pack.pack import pack
-from data.synth.synth import synth
+from data.pack.command import pack
+from data.synth.command import synth
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def test_cancelled_and_submitted_again_by_hand_it_goes_on(lab, folder):
     gates = folder / "gates"
     gates.mkdir()
     held = yaml.safe_load((folder / "lab.yaml").read_text())
-    gate = {"class_path": "tests.faults.Gate", "init_args": {"folder": str(gates), "steps": [5]}}
+    gate = {"class_path": "tests.support.rank_faults.Gate", "init_args": {"folder": str(gates), "steps": [5]}}
     held["trainer"]["callbacks"].append(gate)
     held["env"] = {"PYTHONPATH": str(ROOT)}
     (folder / "hand.yaml").write_text(yaml.safe_dump(held))

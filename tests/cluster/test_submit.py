@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.cluster.script import directive, file_pattern
-from tests.latents import write_latents
+from tests.support.latent_shards import write_latents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REBLOCK = Path(sys.executable).with_name("reblock")
@@ -40,7 +40,7 @@ def folder(tmp_path, tiny_config) -> Path:
             "init_args": {"base": "base.json", "surgery": {"last": 2}},
         },
         "data": {
-            "class_path": "data.datamodule.LatentDataModule",
+            "class_path": "data.modules.latents.LatentDataModule",
             "init_args": {"shards": "latents", "val_samples": 8, "global_batch_size": 4},
         },
         "nodes": 2,
@@ -198,8 +198,8 @@ def test_a_preempted_job_comes_again_and_a_cancelled_one_does_not(lab, folder, s
 
 
 def make_video_shards(folder: Path) -> Path:
-    from data.pack.pack import pack
-    from data.synth.synth import synth
+    from data.pack.command import pack
+    from data.synth.command import synth
 
     synth(folder / "clips", clips=4)
     pack(str(folder / "clips"), folder / "video", shard_samples=2)

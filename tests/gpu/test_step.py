@@ -94,7 +94,7 @@ def test_forward_and_backward_never_wait_for_the_device(make_module, make_batch)
 
 
 def test_random_weights_are_made_on_the_device_by_seed(config_json):
-    from trainer.vdit.load import load_transformer
+    from trainer.models.load import load_transformer
 
     state = torch.cuda.get_rng_state()
     a, b = (load_transformer(str(config_json), device="cuda", dtype=torch.bfloat16, seed=3) for _ in range(2))

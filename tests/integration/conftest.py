@@ -12,8 +12,8 @@ import torch
 import yaml
 from diffusers import AutoencoderKLMochi
 
-from launch.pipeline import pipeline
-from tests.latents import write_latents
+from launch.demo.assemble_base import pipeline
+from tests.support.latent_shards import write_latents
 
 #: 40 samples, 8 held out, batches of 4: 8 steps an epoch.
 STEPS, EPOCHS = 8, 3
@@ -87,7 +87,7 @@ def write_recipe(whole_base, shards) -> Callable[..., Path]:
                 },
             },
             "data": {
-                "class_path": "data.datamodule.LatentDataModule",
+                "class_path": "data.modules.latents.LatentDataModule",
                 "init_args": {"shards": str(shards), "val_samples": 8, "batch_size": 4, "num_workers": workers},
             },
         }  # fmt: skip

@@ -15,7 +15,7 @@ FIT = """
 import sys
 from pathlib import Path
 import torch
-from tests.measuredfits import Clips, make_module, make_trainer
+from tests.support.measured_fits import Clips, make_module, make_trainer
 from trainer.callbacks.masking import MaskingRobustness
 from trainer.callbacks.sinks import SinkFrequency
 

@@ -4,9 +4,9 @@ import shutil
 
 import torch
 
-from data.datamodule import LatentDataModule
-from tests.latents import write_latents
-from tests.webstore import WebStore
+from data.modules.latents import LatentDataModule
+from tests.support.http_store import WebStore
+from tests.support.latent_shards import write_latents
 
 
 def read(url, cache):

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.datamodule import LatentDataModule
-from tests.latents import write_latents
+from data.modules.latents import LatentDataModule
+from tests.support.latent_shards import write_latents
 
 SMALL, WIDE, LONG = "1x16x16", "1x16x32", "7x16x16"
 #: Shards of each folder: (bucket, samples).
@@ -216,7 +216,7 @@ FIT = """
 import json, os, sys
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from data.datamodule import LatentDataModule
+from data.modules.latents import LatentDataModule
 
 class Toy(LightningModule):
     def __init__(self):

@@ -9,17 +9,17 @@ import torch
 from diffusers import AutoencoderKLMochi, MochiPipeline
 from transformers import T5EncoderModel, T5Tokenizer
 
+from data.base_folder import read_base
 from data.bucket import Bucket
-from data.clips.video import decode_video
-from data.encode.base import read_base
-from data.encode.encode import encode
+from data.encode.command import encode
 from data.encode.encoders import Encoders
-from data.inspect.inspect import inspect
-from data.shards import read_json, read_samples, text_digest
-from launch.bench import Options
-from launch.bench_encode import BARE, STAGE, run
-from tests.clipshards import TEXT_WIDTH, write_encoders, write_video_shards
-from tests.encoded import (
+from data.inspect.command import inspect
+from data.shards.format import read_json, read_samples, text_digest
+from data.video.clip_files import decode_video
+from launch.bench.command import Options
+from launch.bench.encode import BARE, STAGE, run
+from tests.support.clip_shards import TEXT_WIDTH, write_encoders, write_video_shards
+from tests.support.encoded_shards import (
     FIRST,
     SECOND,
     STORE,
@@ -33,7 +33,7 @@ from tests.encoded import (
     make_clips,
     read_all,
 )
-from tests.webstore import WebStore
+from tests.support.http_store import WebStore
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_of_two_that_begin_with_different_settings_the_second_is_refused_at_once
             encode(str(shards), tmp_path / "out", base=base, max_text_tokens=16)
         return Encoders(*args)
 
-    monkeypatch.setattr("data.encode.encode.Encoders", load)
+    monkeypatch.setattr("data.encode.command.Encoders", load)
     encode(str(shards), tmp_path / "out", base=base, batch_size=2)
     assert loaded and files(tmp_path / "out") == files(latents)
 
@@ -171,7 +171,7 @@ def test_a_run_that_fails_before_its_first_shard_leaves_the_folder_to_other_sett
         raise ValueError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.encode.encode.Encoders", load)
+        patch.setattr("data.encode.command.Encoders", load)
         with pytest.raises(ValueError, match="out of memory"):
             encode(str(shards), tmp_path / "out", base=base)
     assert files(tmp_path / "out") == {} and not (tmp_path / "out" / "claims").exists()

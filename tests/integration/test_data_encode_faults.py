@@ -7,10 +7,22 @@ import shutil
 import pytest
 from diffusers import AutoencoderKLMochi
 
-from data.encode.encode import encode
-from data.shards import read_samples
-from tests.clipshards import write_encoders, write_video_shards
-from tests.encoded import FIRST, SECOND, STORE, TALL, THIRD, WIDE, faults_of, files, lay_out, make_clips, read_all
+from data.encode.command import encode
+from data.shards.format import read_samples
+from tests.support.clip_shards import write_encoders, write_video_shards
+from tests.support.encoded_shards import (
+    FIRST,
+    SECOND,
+    STORE,
+    TALL,
+    THIRD,
+    WIDE,
+    faults_of,
+    files,
+    lay_out,
+    make_clips,
+    read_all,
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from data.bucket import Bucket
-from data.clips.video import write_video
 from data.encode.claims import process_start
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
-from tests.clipshards import write_encoders, write_video_shards
-from tests.encode_runner import FAILED
+from data.video.clip_files import write_video
+from tests.support.clip_shards import write_encoders, write_video_shards
+from tests.support.encode_runner import FAILED
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS, SHARDS, PER_SHARD, FRAMES, SIDE = 20, 100, 4, 7, 32

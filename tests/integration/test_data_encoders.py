@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
+from data.base_folder import read_base
 from data.bucket import Bucket, check_size
-from data.clips.workers import Guarded
-from data.encode.base import read_base
+from data.encode.command import choose_device, encode_batch
 from data.encode.decoding import Batch, Clip, Work, ahead, decoded
-from data.encode.encode import choose_device, encode_batch
 from data.encode.encoders import Encoders
 from data.encode.writer import Caption, Latent
-from data.shards import Fault, text_digest
+from data.shards.format import Fault, text_digest
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
-from tests.clipshards import write_encoders
+from data.video.workers import Guarded
+from tests.support.clip_shards import write_encoders
 
 TALL, FIRST = Bucket(7, 32, 32), "7x32x32-000000.tar"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from data.datamodule import LatentDataModule, VideoDataModule
-from data.pack.pack import pack
-from data.synth.synth import synth
-from tests.fitting import every_step, fit
-from tests.latents import write_latents
+from data.modules.latents import LatentDataModule, VideoDataModule
+from data.pack.command import pack
+from data.synth.command import synth
+from tests.support.fits import every_step, fit
+from tests.support.latent_shards import write_latents
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from data.bucket import Bucket
-from data.clips.video import decode_video, write_video
-from data.datamodule import LatentDataModule
-from data.encode.encode import encode
-from data.online import EncodingDataModule
-from data.shards import read_clip, read_samples
+from data.encode.command import encode
+from data.modules.latents import LatentDataModule
+from data.modules.online import EncodingDataModule
+from data.shards.format import read_clip, read_samples
 from data.storage.store import Store
 from data.stream.clips import ClipDataset
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
-from tests.clipshards import TEXT_WIDTH, write_encoders, write_video_shards
+from data.video.clip_files import decode_video, write_video
+from tests.support.clip_shards import TEXT_WIDTH, write_encoders, write_video_shards
 
 STORE = Store()
 SHORT, WIDE = Bucket(1, 32, 32), Bucket(7, 32, 48)

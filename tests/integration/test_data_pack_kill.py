@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from data.pack.pack import pack
-from data.synth.synth import synth
+from data.pack.command import pack
+from data.synth.command import synth
 
 pytestmark = pytest.mark.slow
 OPTIONS = {"buckets": ["7x32x32"], "shard_samples": 20, "max_fault_share": 0.5}
-PACK = "import sys, json; from data.pack.pack import pack; pack(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))"
+PACK = "import sys, json; from data.pack.command import pack; pack(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))"
 
 
 def start(src: Path, out: Path, processes: int) -> subprocess.Popen:

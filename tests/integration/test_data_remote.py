@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data.datamodule import LatentDataModule
+from data.modules.latents import LatentDataModule
 from data.storage.store import Store
-from tests.latents import write_latents
-from tests.webstore import WebStore
+from tests.support.http_store import WebStore
+from tests.support.latent_shards import write_latents
 
 BUCKET = "1x16x16"
 SHARDS = [f"{BUCKET}-{number:06d}.tar" for number in range(4)]

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from data.datamodule import LatentDataModule
+from data.modules.latents import LatentDataModule
 from data.storage.store import Store
 from data.stream.split import Split
-from tests.fitting import BATCHES, EPOCHS, Recorder, every_step, fit
-from tests.latents import write_latents
+from tests.support.fits import BATCHES, EPOCHS, Recorder, every_step, fit
+from tests.support.latent_shards import write_latents
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from diffusers import MochiPipeline
 from diffusers.models.transformers.transformer_mochi import MochiAttnProcessor2_0
 
-from launch.cli import recipe_cli
 from launch.export import export
+from launch.fit.cli import recipe_cli
 from trainer.graft import load_graft
-from trainer.vdit.load import load_transformer
-from trainer.vdit.mochi import MochiRoom
+from trainer.models.load import load_transformer
+from trainer.models.mochi import MochiRoom
 
 
 @pytest.fixture(scope="module")

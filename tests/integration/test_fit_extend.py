@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from launch import main as command
-from trainer.callbacks.record import load_arrays
+from trainer.callbacks.measurement_files import load_arrays
 
 STEPS = 8
 #: What differs from run to run though nothing is wrong.
@@ -22,7 +22,7 @@ HALVES = ["--trainer.val_check_interval", "0.5"]
 def fit(tmp_path, write_recipe, monkeypatch):
     """(name, *options) -> the folder of the run, after `reblock fit` with these options."""
     recipe = yaml.safe_load(write_recipe(tmp_path, measure=False).read_text())
-    recipe["trainer"] |= {"callbacks": [{"class_path": "tests.visits.Visits"}], "max_epochs": 2}
+    recipe["trainer"] |= {"callbacks": [{"class_path": "tests.support.visits.Visits"}], "max_epochs": 2}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     monkeypatch.setenv("REBLOCK_TRACEBACK", "1")

@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
-from launch.bench_kills import arguments, make_world
-from launch.compare import table_rows
-from launch.ranks import Ranks
-from tests.unit.test_checkpoint import content, names, value_of
-from trainer.checkpoint_file import LAST, PREVIOUS, damage, write_checkpoint
+from launch.bench.compare import table_rows
+from launch.bench.kills import arguments, make_world
+from launch.bench.ranks import Ranks
+from tests.unit.trainer_.checkpoint.test_io import content, names, value_of
+from trainer.checkpoint.file import LAST, PREVIOUS, damage, write_checkpoint
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system")
 
@@ -47,7 +47,7 @@ def fit(tmp_path, disk):
 
     def run(name: str, *options: str, full: int = -1, free: int = -1, leave: int = 300_000) -> tuple[int, str]:
         filled = {"full": full, "free": free, "leave": leave}
-        watched(recipe, {"class_path": "tests.faults.Filler", "init_args": filled})
+        watched(recipe, {"class_path": "tests.support.rank_faults.Filler", "init_args": filled})
         command = [*arguments(recipe, name), "--run.root", str(disk / "runs"), *options]
         with Ranks(command, ranks=1, logs=tmp_path / "logs") as job:
             (status,) = job.wait(DEADLINE)

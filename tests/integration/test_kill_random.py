@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.bench import bench
+from launch.bench.command import bench
 
 
 @pytest.mark.slow

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.bench_kills import arguments, make_world
-from launch.compare import Comparison, compare
-from launch.ranks import Ranks, wait_for
-from launch.trace import read_trace
-from trainer.checkpoint_file import damage
+from launch.bench.compare import Comparison, compare
+from launch.bench.kills import arguments, make_world
+from launch.bench.ranks import Ranks, wait_for
+from launch.bench.trace import read_trace
+from trainer.checkpoint.file import damage
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     path = make_world(folder, epochs=EPOCHS, ranks=2)
     recipe = yaml.safe_load(path.read_text())
-    recipe["trainer"]["callbacks"].append({"class_path": "tests.faults.Killer"})
+    recipe["trainer"]["callbacks"].append({"class_path": "tests.support.rank_faults.Killer"})
     path.write_text(yaml.safe_dump(recipe))
     return path
 

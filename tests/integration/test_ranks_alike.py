@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from data.bucket import Bucket
-from launch.bench_kills import SAMPLES, arguments, make_world
-from launch.bench_stream import write_shards
-from launch.ranks import Ranks
-from launch.same import source_digest
+from launch.bench.kills import SAMPLES, arguments, make_world
+from launch.bench.ranks import Ranks
+from launch.bench.stream import write_shards
+from launch.fit.rank_consistency import source_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +58,9 @@ def test_other_packages_recipes_and_data_on_a_rank_are_refused(home):
 def test_the_digest_of_the_source_changes_with_a_file(tmp_path, monkeypatch):
     for package in ("trainer", "data", "launch"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr("launch.same.__file__", str(tmp_path / "launch" / "same.py"))
+    monkeypatch.setattr(
+        "launch.fit.rank_consistency.__file__", str(tmp_path / "launch" / "fit" / "rank_consistency.py")
+    )
     before = source_digest()
     (tmp_path / "data" / "notes.txt").write_text("not source")
     assert source_digest() == before

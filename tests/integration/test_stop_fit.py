@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tests.integration.test_fit_resume import EPOCHS, STEPS, rows_of, same
-from tests.ranks import Ranks, reblock
+from tests.support.ranks import Ranks, reblock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORLD = 2
@@ -29,7 +29,7 @@ def start(folder: Path, write_recipe, *options: str, callbacks=(), ranks=WORLD, 
 
 
 def callback(name: str, **options) -> dict:
-    return {"class_path": f"tests.signals.{name}", "init_args": options}
+    return {"class_path": f"tests.support.signal_files.{name}", "init_args": options}
 
 
 def has_step(run: Path, step: int) -> bool:

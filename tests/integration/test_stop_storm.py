@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, free_port
+from tests.support.ranks import ROOT, free_port
 
 TRIALS = 100
 #: Seconds after which a trial counts as hung.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, Ranks
+from tests.support.ranks import ROOT, Ranks
 
 pytestmark = pytest.mark.slow
 #: Of the watchdog, seconds; the first step may take four times as long.

@@ -111,7 +111,7 @@ def runs(tmp_path_factory, write_recipe) -> Runs:
     content = yaml.safe_load(path.read_text())
     del content["data"]["init_args"]["batch_size"]
     content["data"]["init_args"]["global_batch_size"] = 4
-    content["trainer"]["callbacks"].append({"class_path": "tests.steps.Steps"})
+    content["trainer"]["callbacks"].append({"class_path": "tests.support.step_rows.Steps"})
     path.write_text(yaml.safe_dump(content))
     return Runs(path)
 
@@ -223,7 +223,8 @@ def test_fsdp2_resumes_its_own_checkpoint_bit_for_bit(runs):
 
 #: No measurements, four steps of two batches each, head recomputed; the second batch of the last rank is not finite.
 HARD = (
-    "--trainer.callbacks=[{class_path: tests.steps.Steps},{class_path: tests.steps.Spoil, init_args: {batch: 1}}]",
+    "--trainer.callbacks=[{class_path: tests.support.step_rows.Steps},"
+    "{class_path: tests.support.step_rows.Spoil, init_args: {batch: 1}}]",
     "--trainer.accumulate_grad_batches=2", "--model.init_args.checkpoint_head=true", "--trainer.max_steps=4",
 )  # fmt: skip
 
@@ -248,7 +249,7 @@ def test_steps_that_are_not_finite_are_skipped_by_all_ranks_together(runs):
     ],
 )
 def test_other_ways_to_shard_take_the_steps_of_one_process(runs, name, overlay, more, devices, nodes):
-    options = ("--trainer.callbacks=[{class_path: tests.steps.Steps}]", f"--trainer.max_steps={STOP}")
+    options = ("--trainer.callbacks=[{class_path: tests.support.step_rows.Steps}]", f"--trainer.max_steps={STOP}")
     run = runs(name, *options, *more, overlays=(overlay,), devices=devices, nodes=nodes)
     assert same_steps(run, runs("stopped", *options))
     same_content(content(run), content(runs("stopped", *options)))

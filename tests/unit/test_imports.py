@@ -14,7 +14,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("data",),
     "trainer": ("trainer", "data.batch"),
     "trainer.attention": ("trainer.attention",),  # pure: no architecture, no callback
-    "trainer.vdit": ("trainer.vdit", "trainer.attention", "data.batch"),
+    "trainer.models": ("trainer.models", "trainer.attention", "data.batch"),
     "launch": ("launch", "trainer", "data"),
 }
 
@@ -23,7 +23,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "": ("pickle", "dill", "cloudpickle", "shelve"),
     "data": ("diffusers.models.transformers",),
     "trainer.attention": ("diffusers", "transformers", "lightning", "wandb", "matplotlib"),
-    "trainer.vdit": ("lightning", "wandb", "matplotlib"),
+    "trainer.models": ("lightning", "wandb", "matplotlib"),
 }
 
 
@@ -67,7 +67,7 @@ def test_imports_point_one_way():
 
 
 def test_every_room_was_read():
-    assert {"data.batch", "trainer.module", "trainer.attention.rows", "trainer.vdit.mochi", "launch.main"} <= set(
+    assert {"data.batch", "trainer.module", "trainer.attention.rows", "trainer.models.mochi", "launch.main"} <= set(
         modules()
     )
 
@@ -75,16 +75,16 @@ def test_every_room_was_read():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("data.pack.pack", "from trainer.flow import Flow"),
-        ("data.pack.pack", "def f():\n    import launch.main"),
+        ("data.pack.command", "from trainer.objective import Flow"),
+        ("data.pack.command", "def f():\n    import launch.main"),
         ("trainer.module", "from data.stream.latents import LatentDataset"),
         ("trainer.module", "import data"),
         ("trainer.module", "from launch import main"),
-        ("trainer.attention.rows", "from trainer.vdit import mochi"),
+        ("trainer.attention.rows", "from trainer.models import mochi"),
         ("trainer.attention.rows", "from ..callbacks import sinks"),
         ("trainer.attention.rows", "from diffusers import MochiPipeline"),
-        ("trainer.vdit.mochi", "import trainer.module"),
-        ("data.pack.pack", "import pickle"),
+        ("trainer.models.mochi", "import trainer.module"),
+        ("data.pack.command", "import pickle"),
     ],
 )
 def test_the_reader_catches(module: str, source: str):
@@ -96,7 +96,7 @@ def test_the_reader_catches(module: str, source: str):
     [
         ("trainer.module", "from data.batch import Batch"),
         ("trainer.callbacks.sinks", "from trainer.attention import sink_statistics"),
-        ("launch.main", "import data.synth.synth, trainer.module"),
+        ("launch.main", "import data.synth.command, trainer.module"),
         ("data.stream.latents", "from data.batch import Sample\nimport datasets"),
     ],
 )

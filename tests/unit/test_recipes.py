@@ -11,13 +11,13 @@ import torch
 import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from data.shards import LATENT_FORMAT, VIDEO_FORMAT
+from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT
 from launch import main as command
-from launch.cli import recipe_cli
+from launch.demo.train_vae import TrainVae
+from launch.fit.cli import recipe_cli
+from trainer.models import load
 from trainer.module import RetrainBlocks
-from trainer.sharding import ShardedStrategy
-from trainer.vae import TrainVae
-from trainer.vdit import load
+from trainer.parallel.strategies import ShardedStrategy
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -149,7 +149,7 @@ def tiny(tmp_path, config_json) -> dict:
             "init_args": {"base": str(config_json), "surgery": {"last": 2}},
         },
         "data": {
-            "class_path": "data.datamodule.LatentDataModule",
+            "class_path": "data.modules.latents.LatentDataModule",
             "init_args": {"shards": str(shards), "val_samples": 8, "batch_size": 4},
         },
     }
@@ -296,7 +296,11 @@ def test_an_unwritable_run_folder_is_refused(tiny, tmp_path, refusal):
             "accepted here: collective_timeout_s, keep_best, name, resume, root, save_every, save_failures, wandb, "
             "watchdog_s",
         ),
-        ("--trainer.strategy", "trainer.sharding.ShardedStrategy", "expected auto, ddp, another of Lightning's names"),
+        (
+            "--trainer.strategy",
+            "trainer.parallel.strategies.ShardedStrategy",
+            "expected auto, ddp, another of Lightning's names",
+        ),
         ("--trainer.strategy", "deepspeed_stage_2", "got trainer.strategy DeepSpeedStrategy, expected DDP"),
         ("--trainer.precision", "64-true", "got trainer.precision '64-true'"),
         ("--trainer.gradient_clip_val", "1.0", "model.optim.clip_norm"),

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from trainer.attention import masked_attention, pooled_quantiles, row_quantiles, uniform_attention
 from trainer.callbacks import figures
-from trainer.callbacks.probes import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
-from trainer.callbacks.stages import ProbeCallback
-from trainer.callbacks.trunk import TrunkPass, TrunkStore
-from trainer.vdit.layout import AttentionCall, dense_attention
-from trainer.vdit.mochi import State
+from trainer.callbacks.probe_callback import ProbeCallback
+from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
+from trainer.callbacks.trunk_cache import TrunkPass, TrunkStore
+from trainer.models.layout import AttentionCall, dense_attention
+from trainer.models.mochi import State
 
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks

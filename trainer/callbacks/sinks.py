@@ -14,11 +14,11 @@ from torch import Tensor
 from trainer.attention import sink_statistics, sink_verdict
 from trainer.attention.statistics import EPS
 from trainer.callbacks import figures
-from trainer.callbacks.probes import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
-from trainer.callbacks.record import planted_heads, wilson_interval
-from trainer.callbacks.stages import ProbeCallback
-from trainer.callbacks.trunk import TrunkPass
-from trainer.vdit.layout import AttentionCall, dense_attention
+from trainer.callbacks.measurement_files import planted_heads, wilson_interval
+from trainer.callbacks.probe_callback import ProbeCallback
+from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
+from trainer.callbacks.trunk_cache import TrunkPass
+from trainer.models.layout import AttentionCall, dense_attention
 
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks

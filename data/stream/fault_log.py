@@ -1,0 +1,122 @@
+"""Damaged samples of a run: each named once in `faults.jsonl`, counted over all processes, too many stop the run."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+from data.shards.format import Fault, cut_samples
+from data.storage.store import Store
+from data.stream.shard_index import Source
+
+log = logging.getLogger(__name__)
+
+
+class FaultLog:
+    """What a run has met so far.
+
+    With a path, the log is a file that all loader processes of a rank append to, and that a resumed run goes on with;
+    `faults*.jsonl` beside it are those of other ranks and count too. Without one, each process counts for itself.
+
+    Args:
+        total: samples of the run's data.
+        limit: share of them that may be damaged. One is always let pass: the share of a small set would allow none.
+        path: of this rank's file; its folder is made when there is something to write.
+    """
+
+    def __init__(self, total: int, limit: float, path: Path | None = None) -> None:
+        self.total = total
+        self.limit = limit
+        self.path = path
+        self._known: set[tuple[str, str]] = set()
+        self._read: dict[Path, int] = {}  # bytes of each file that are known
+
+    def note(self, fault: Fault) -> None:
+        """Writes a fault down unless it is known.
+
+        Raises:
+            ValueError: above the limit.
+        """
+        item = (fault.shard, fault.key)
+        if self.path is None:
+            self._known.add(item)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                self._catch_up()
+                if item not in self._known:
+                    self._append(fault)
+                    self._known.add(item)
+        if self.exceeded(len(self._known)):
+            raise ValueError(
+                f"{len(self._known)} of {self.total} samples are damaged, more than max_fault_share {self.limit} "
+                f"allows; the last: {fault.shard}: {fault.key}: {fault.reason}. "
+                + (f"All are in {self.path.parent}/faults*.jsonl. " if self.path else "")
+                + "Find them with `reblock inspect --verify`, mend them, or raise data.max_fault_share."
+            )
+
+    def exceeded(self, count: int) -> bool:
+        """Whether so many damaged samples are too many."""
+        return count > max(1.0, self.limit * self.total)
+
+    def _append(self, fault: Fault) -> None:
+        assert self.path is not None
+        line = fault.line().encode()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            if self._torn():
+                line = b"\n" + line  # a killed writer's half line must not swallow this one
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+    def _torn(self) -> bool:
+        assert self.path is not None
+        with self.path.open("rb") as file:
+            return bool(file.seek(0, os.SEEK_END)) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+
+    def _catch_up(self) -> None:
+        """Reads what other processes, other ranks and earlier starts have written."""
+        assert self.path is not None
+        for path in self.path.parent.glob("faults*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole)
+            for line in whole.splitlines():
+                try:
+                    found = json.loads(line)
+                    self._known.add((found["shard"], found["key"]))
+                except (ValueError, KeyError, TypeError):
+                    continue  # a half line of a killed process
+
+
+def fault_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes: `faults.jsonl`, `faults-rank3.jsonl`."""
+    return folder / (f"faults-rank{rank}.jsonl" if rank else "faults.jsonl")
+
+
+def check_cut(sources: Sequence[Source], store: Store, faults: FaultLog) -> None:
+    """Warns of samples behind the end of a shard that is cut short.
+
+    Raises:
+        ValueError: if they are too many.
+    """
+    lost: list[Fault] = [fault for s in sources for fault in cut_samples(s.folder, s.index, store)]
+    if not lost:
+        return
+    shards = Counter(f"{fault.shard} ({fault.reason})" for fault in lost)
+    named = "; ".join(f"{count} in {shard}" for shard, count in shards.most_common(5))
+    if len(shards) > 5:
+        named += f"; and {len(shards) - 5} more shards"
+    if faults.exceeded(len(lost)):
+        raise ValueError(
+            f"{len(lost)} of {faults.total} samples cannot be read, more than max_fault_share {faults.limit} allows: "
+            f"{named}. Copy or make these shards again, or raise data.max_fault_share."
+        )
+    log.warning("%d of %d samples cannot be read and will be passed over: %s", len(lost), faults.total, named)

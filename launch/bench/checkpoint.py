@@ -1,0 +1,151 @@
+"""`reblock bench checkpoint`: how long a checkpoint holds up training, written in the background and in the foreground.
+
+A real fit whose steps come in stretches: without a save, with one that is written in the background, with one that is
+written in the foreground, in turn, so that a busy machine slows all alike. A stretch begins with its save. Its hold-up
+is told twice: the time of the save itself, in which no step can run, and the time by which the whole stretch is longer
+than one without a save, which counts what the writing thread takes from the steps after it too.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from data.batch import Batch
+from launch.bench.command import Options, Result
+from launch.bench.step import CAPTIONS, CONFIG, RETRAINED, config_file, make_batch
+from trainer.callbacks.frozen_check import RandomStates
+from trainer.checkpoint.file import LAST
+from trainer.checkpoint.io import CheckpointFiles
+from trainer.module import RetrainBlocks, SurgeryConfig
+
+NONE, BACKGROUND, FOREGROUND = "no checkpoint", "written in the background", "written in the foreground"
+MODES = (NONE, BACKGROUND, FOREGROUND)
+#: Steps of a stretch; a write may take most of it.
+STRETCH = 12
+#: (C, F, H, W): 64 vision tokens, which make a step short beside its checkpoint.
+LATENT = (12, 4, 8, 8)
+
+
+class _Always(IterableDataset):
+    """One batch for ever."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self._batch
+
+
+@dataclass
+class Times:
+    """Seconds of each stretch of a mode: of its save, of all of it, and until the file was on the disk."""
+
+    save: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    written: list[float] = field(default_factory=list)
+
+
+class _Stretches(Callback):
+    """Saves at the start of each stretch as its mode says, and keeps the times."""
+
+    def __init__(self, files: CheckpointFiles, path: Path, rounds: int) -> None:
+        self.files, self.path = files, path
+        # The first round is not counted: it makes the optimiser's state and the snapshot's memory.
+        self.modes = list(MODES) * (rounds + 1)
+        self.times = {mode: Times() for mode in MODES}
+        self._left = 1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._left -= 1
+        if self._left:
+            return
+        _wait(trainer.strategy.root_device)
+        if batch_idx:
+            self._finish()
+        if not self.modes:
+            trainer.should_stop = True
+            return
+        self._mode, self._left = self.modes.pop(0), STRETCH
+        self._begun = time.perf_counter()
+        if self._mode != NONE:
+            self.files.background = self._mode == BACKGROUND
+            trainer.save_checkpoint(self.path)
+        self._saved = time.perf_counter() - self._begun
+
+    def _finish(self) -> None:
+        whole = time.perf_counter() - self._begun
+        self.files.wait()
+        times = self.times[self._mode]
+        times.save.append(self._saved)
+        times.whole.append(whole)
+        # What the wait found done was done some time before.
+        times.written.append(time.perf_counter() - self._begun)
+
+
+def measure(config: dict, latent: tuple, captions: tuple, *, last: int, device: str, rounds: int) -> dict[str, Any]:
+    """Times of `rounds` stretches of each mode: mode -> Times; and "bytes" of the file."""
+    torch.manual_seed(0)
+    with config_file(config) as base, tempfile.TemporaryDirectory(prefix="reblock-bench-") as folder:
+        files, path = CheckpointFiles(), Path(folder) / "checkpoints" / LAST
+        stretches = _Stretches(files, path, rounds)
+        module = RetrainBlocks(base=base, surgery=SurgeryConfig(last=last))
+        trainer = Trainer(
+            accelerator="gpu" if device.startswith("cuda") else device, devices=1, precision="32-true", logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, plugins=[files],
+            callbacks=[RandomStates(), stretches], default_root_dir=folder, max_epochs=1, num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(_Always(make_batch(config, latent, captions)), batch_size=None))
+        found: dict[str, Any] = {
+            mode: Times(times.save[1:], times.whole[1:], times.written[1:]) for mode, times in stretches.times.items()
+        }
+        return found | {"bytes": path.stat().st_size}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run(options: Options) -> Result:
+    """Measures both ways to write, and says by how many steps each holds up training."""
+    found = measure(CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=options.device, rounds=options.repeats)
+    step = statistics.median(found[NONE].whole) / STRETCH
+    rows = []
+    for mode in (BACKGROUND, FOREGROUND):
+        times = found[mode]
+        # Each stretch against the one without a save of its own round.
+        longer = [
+            (with_save - without) / step for with_save, without in zip(times.whole, found[NONE].whole, strict=True)
+        ]
+        rows.append([mode, _spread([s * 1000 for s in times.save], 0), _spread([s / step for s in times.save], 2),
+                     _spread(longer, 2)])  # fmt: skip
+    return Result(
+        title=f"A checkpoint of {found['bytes'] / 2**20:.0f} MiB, a step of {step * 1000:.0f} ms",
+        columns=(
+            "",
+            "save, ms: median (least .. most)",
+            "save, steps",
+            f"{STRETCH} steps with it are longer by, steps",
+        ),
+        rows=rows,
+        notes=(
+            f"{options.repeats} stretches of {STRETCH} steps of each kind, in turn; last {RETRAINED} of "
+            f"{CONFIG['num_layers']} blocks retrained, float32: weights, average, two moments.",
+        ),
+    )
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"

@@ -1,0 +1,142 @@
+"""`reblock bench encode`: the whole encoding stage against the bare model calls on the same batches.
+
+The stage reads and decodes video shards in other processes, runs both encoders, and writes and hashes latent shards.
+The bare calls find their batches decoded in memory and throw the results away. Rounds of both are interleaved, so that
+a busy machine slows both alike; weights are read once, before.
+"""
+
+import contextlib
+import io
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from data.base_folder import read_base
+from data.bucket import Bucket
+from data.encode.claims import Claims
+from data.encode.command import encode_pending, usual_processes
+from data.encode.decoding import Batch, decoded, open_shard
+from data.encode.encoders import Encoders
+from data.encode.pending import Pending
+from data.encode.stopwatch import Report
+from data.pack.command import pack
+from data.shards.folder import ShardFolder
+from data.shards.format import VIDEO_FORMAT, read_index
+from data.storage.store import Store
+from data.stream.shard_index import find_shards
+from data.synth.command import synth
+from data.video.workers import Guarded
+from launch.bench.command import Options, Result
+
+BATCH, SHARD = 8, 32
+_TEXT_TOKENS, _DEADLINE = 256, 60.0
+#: More would only take longer on a CPU: a round is far longer than what starting the decoders takes.
+_CPU_CLIPS = 128
+STAGE, BARE = "whole stage", "bare model calls"
+
+
+def make_shards(folder: Path, clips: int, bucket: Bucket) -> str:
+    """Video shards of generated clips, which are square and cover the bucket."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        synth(folder / "clips", clips=clips, size=max(bucket.height, bucket.width), frames=bucket.frames)
+        pack(str(folder / "clips"), folder / "shards", buckets=[bucket.name], shard_samples=SHARD)
+    return str(folder / "shards")
+
+
+def decode_all(shards: str, processes: int) -> list[Batch]:
+    """The batches of the stage, in memory."""
+    store = Store()
+    works = [open_shard(shards, entry, store) for entry in read_index(shards, store, VIDEO_FORMAT)["shards"]]
+    with Guarded(processes, _DEADLINE) as pool:
+        return list(decoded(works, pool, BATCH))
+
+
+def new_captions(batches: list[Batch]) -> list[list[str]]:
+    """Captions that the stage encodes with each batch: each once per shard."""
+    seen: dict[str, set[str]] = {}
+    found = []
+    for batch in batches:
+        known = seen.setdefault(batch.work.name, set())
+        captions = list(dict.fromkeys(clip.caption for clip in batch.clips if clip.caption not in known))
+        known.update(captions)
+        found.append(captions)
+    return found
+
+
+@torch.inference_mode()
+def bare(batches: list[Batch], captions: list[list[str]], encoders: Encoders) -> None:
+    """The VAE over every batch, and T5 over its new captions, padded to the longest."""
+    for batch, texts in zip(batches, captions, strict=True):
+        assert batch.pixels is not None
+        pixels = batch.pixels.to(encoders.device).permute(0, 4, 1, 2, 3).to(encoders.dtype)
+        encoders.vae.encode(pixels / 127.5 - 1)
+        if texts:
+            tokens = encoders.tokenizer(texts, padding="longest", return_tensors="pt").to(encoders.device)
+            encoders.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
+    if encoders.device.startswith("cuda"):
+        torch.cuda.synchronize(encoders.device)
+
+
+def stage(shards: str, out: Path, encoders: Encoders, processes: int) -> Report:
+    """The stage into an empty folder; the weights are there, decoders are started."""
+    shutil.rmtree(out, ignore_errors=True)
+    store = Store()
+    with Claims(out / "claims") as claims, contextlib.redirect_stdout(io.StringIO()):
+        todo = Pending(ShardFolder(out, {}), find_shards([shards], VIDEO_FORMAT, store), store, claims, 0.0)
+        return encode_pending(
+            todo, lambda: encoders, lambda: Guarded(processes, _DEADLINE), batch_size=BATCH, poll=None
+        )
+
+
+def run(options: Options) -> Result:
+    """Compares them and says what the stage adds."""
+    cuda = options.device.startswith("cuda")
+    clips = options.clips if cuda else min(options.clips, _CPU_CLIPS)
+    bucket = Bucket(options.frames[0], options.height, options.width) if cuda else Bucket(19, 64, 64)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    read_base(options.base)
+    encoders = Encoders(options.base, options.device, dtype, _TEXT_TOKENS, tiling=False)
+    processes = usual_processes(options.device)
+    seconds: dict[str, list[float]] = {STAGE: [], BARE: []}
+    measured = Report()
+    with tempfile.TemporaryDirectory(prefix="reblock-bench-") as name:
+        shards = make_shards(Path(name), clips, bucket)
+        batches = decode_all(shards, processes)
+        captions = new_captions(batches)
+        count = sum(len(batch.clips) for batch in batches)
+        bare(batches[:1], captions[:1], encoders)  # allocations, kernels
+        for _ in range(options.repeats):
+            start = time.perf_counter()
+            measured += stage(shards, Path(name) / "latents", encoders, processes)
+            seconds[STAGE].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            bare(batches, captions, encoders)
+            seconds[BARE].append(time.perf_counter() - start)
+    added = [whole / alone - 1 for whole, alone in zip(seconds[STAGE], seconds[BARE], strict=True)]
+    best = min(seconds[STAGE]) / min(seconds[BARE]) - 1
+    rows = [
+        [
+            kind,
+            f"{count / min(values):.2f} ({count / statistics.median(values):.2f}, {count / max(values):.2f})",
+            f"{min(values):.2f}",
+        ]
+        for kind, values in seconds.items()
+    ]
+    shares = ", ".join(f"{stage} {value / measured.wall:.1%}" for stage, value in measured.seconds.items())
+    return Result(
+        title=f"Encoding {count} clips {batches[0].work.bucket.name}, batches of {BATCH}, {processes} decoder(s)",
+        columns=("", "clips / s: best (median, worst)", "s: best"),
+        rows=rows,
+        notes=(
+            f"The stage adds {best:.1%} to the best bare round; round by round {statistics.median(added):.1%} "
+            f"({min(added):.1%} to {max(added):.1%}). {options.repeats} rounds of each, interleaved; "
+            f"{str(dtype).removeprefix('torch.')}. A "
+            "round of the stage begins with starting its decoders and ends with the last shard on the disk.",
+            f"Accelerator idle {measured.idle:.1%} of the stage: the share of its time in which no model call ran. "
+            f"Where the time went: {shares}.",
+        ),
+    )

@@ -1,0 +1,128 @@
+"""`reblock bench full`: a few real training steps of a full-size model with random weights, one after another."""
+
+import resource
+import time
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from data.batch import Batch, Sample
+from launch.bench.command import Options, Result
+from trainer.models.load import read_config
+from trainer.module import RetrainBlocks, SurgeryConfig
+
+_GIB = 2**30
+
+
+def latent_shape(channels: int, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of the latent of a clip.
+
+    Raises:
+        ValueError: if the clip is not one that Mochi's VAE and patches can take.
+    """
+    if frames < 1 or frames % 6 != 1 or height % 16 or width % 16 or height < 16 or width < 16:
+        raise ValueError(
+            f"got a clip of {frames} frames at {height} x {width}, expected 6k + 1 frames and multiples of 16."
+        )
+    return channels, (frames - 1) // 6 + 1, height // 8, width // 8
+
+
+def random_batch(shape: tuple[int, ...], text_tokens: int, text_width: int, uid: int) -> Batch:
+    """One sample of noise with a caption of noise."""
+    generator = torch.Generator().manual_seed(uid)
+    latent = torch.randn(shape, generator=generator)
+    text = torch.randn(text_tokens, text_width, generator=generator)
+    return Batch.collate([Sample(latent=latent, text=text, key=f"random-{uid}", uid=uid)])
+
+
+class StepClock(Callback):
+    """Wall time of each step and peak memory of each latent shape."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[int, ...], list[float]] = {}
+        self.peak: dict[tuple[int, ...], float] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        shape = tuple(batch.latents.shape[1:])
+        if shape not in self.seconds and pl_module.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.seconds.setdefault(shape, [])
+        self._start = _now(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        shape = tuple(batch.latents.shape[1:])
+        self.seconds[shape].append(_now(pl_module.device) - self._start)
+        self.peak[shape] = _peak_gib(pl_module.device)
+        loss = float(trainer.callback_metrics["train/loss"])
+        print(f"latent {shape}: step {self.seconds[shape][-1]:.3f} s, loss {loss:.4f}", flush=True)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB  # kilobytes on Linux
+
+
+def run(options: Options) -> Result:
+    """Builds the model on the device and trains it for `steps` steps at each clip length."""
+    config = read_config(str(options.config_json))
+    shapes = [latent_shape(config["in_channels"], f, options.height, options.width) for f in options.frames]
+    module = RetrainBlocks(
+        base=str(options.config_json),
+        surgery=SurgeryConfig(last=options.last),
+        trunk_dtype="bfloat16",
+        checkpoint_head=True,
+        caption_dropout=0.0,
+    )
+    steps = options.steps * len(shapes)
+    batches = [
+        random_batch(shape, options.text_tokens, config["text_embed_dim"], uid)
+        for shape in shapes
+        for uid in range(options.steps)
+    ]
+    clock = StepClock()
+    trainer = Trainer(
+        accelerator="gpu" if options.device.startswith("cuda") else options.device, devices=1,
+        precision="bf16-mixed", max_steps=steps, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[clock],
+    )  # fmt: skip
+    start = time.perf_counter()
+    print(f"building {config['num_layers']} blocks with random weights on {options.device}", flush=True)
+    module.build(trainer.strategy.root_device)
+    print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type] # a list serves as a data set
+    return _table(options, module, config, shapes, clock)
+
+
+def _table(options: Options, module: RetrainBlocks, config: dict, shapes: list, clock: StepClock) -> Result:
+    rows = []
+    for frames, shape in zip(options.frames, shapes, strict=True):
+        seconds = clock.seconds[shape]
+        tokens = shape[1] * shape[2] * shape[3] // config["patch_size"] ** 2
+        rows.append([
+            str(frames), f"{tokens:,} + {options.text_tokens}", f"{min(seconds[1:] or seconds):.3f}",
+            " ".join(f"{s:.3f}" for s in seconds), f"{clock.peak[shape]:.1f}",
+        ])  # fmt: skip
+    every = sum(p.numel() for p in module.room.model.parameters())
+    retrained = sum(p.numel() for p in module.retrained_parameters().values())
+    return Result(
+        title=f"Training step, {config['num_layers']} blocks, last {options.last} retrained, "
+        f"{options.height} x {options.width}, batch 1",
+        columns=("frames", "tokens (vision + text)", "best s/step", "each step (s)", "peak memory (GiB)"),
+        rows=rows,
+        notes=(
+            f"{every / 1e6:,.1f} M parameters, {retrained / 1e6:,.1f} M retrained in float32; trunk bfloat16, "
+            "bf16-mixed, AdamW, EMA, head checkpointed, random weights. "
+            "The first step at each length holds one-time work.",
+        ),
+    )

@@ -1,0 +1,236 @@
+"""`reblock bench step`: one training step, trunk / head against the same model through diffusers' own forward.
+
+Every variant holds the same weights, retrains the same blocks and sees the same batch; the losses are compared before
+anything is timed. Steps of the variants are interleaved, so that a busy machine slows all of them alike. Memory is
+measured in a process of its own per variant, as what one step adds to the built model.
+"""
+
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Sample
+from launch.bench.command import Options, Result, host_peak
+from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
+
+#: The model that is timed: large enough that matrix products, not Python, take the time on a CPU.
+CONFIG: dict[str, Any] = {
+    "_class_name": "MochiTransformer3DModel",
+    "patch_size": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "num_layers": 12,
+    "pooled_projection_dim": 128,
+    "in_channels": 12,
+    "qk_norm": "rms_norm",
+    "text_embed_dim": 64,
+    "time_embed_dim": 64,
+    "activation_fn": "swiglu",
+    "max_sequence_length": 32,
+}
+LATENT = (12, 4, 16, 16)  # (C, F, H, W): 256 vision tokens
+CAPTIONS = (32, 20)  # text tokens of each sample
+RETRAINED = 4
+
+TRUNK_HEAD = "trunk / head"
+STOCK = "diffusers' forward, same freeze"
+TRAP = "the same, `pos_frequencies` left trainable"
+VARIANTS = (TRUNK_HEAD, STOCK, TRAP)
+
+
+@contextmanager
+def config_file(config: dict) -> Iterator[str]:
+    """A config.json on the disk, as a base with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config))
+        yield str(path)
+
+
+def make_batch(config: dict, latent: tuple[int, ...], captions: tuple[int, ...]) -> Batch:
+    """Latents and captions of noise."""
+    generator = torch.Generator().manual_seed(0)
+    return Batch.collate([
+        Sample(
+            latent=torch.randn(latent, generator=generator),
+            text=torch.randn(length, config["text_embed_dim"], generator=generator),
+            key=str(uid),
+            uid=uid,
+        )
+        for uid, length in enumerate(captions)
+    ])  # fmt: skip
+
+
+class Variant:
+    """One way of making a training step.
+
+    Args:
+        name: one of `VARIANTS`.
+        base: path of a config.json.
+        batch: what every step sees.
+        last: blocks retrained, from the end.
+        device: where.
+    """
+
+    def __init__(self, name: str, base: str, batch: Batch, *, last: int, device: str) -> None:
+        # `torch` weights: with `dit` all but the gates of a fresh block would have no gradient at first.
+        self.module = RetrainBlocks(
+            base=base, surgery=SurgeryConfig(last=last, init="torch"), optim=OptimConfig(warmup_steps=1),
+            caption_dropout=0.0, stock_attention=name != TRUNK_HEAD,
+        )  # fmt: skip
+        self.module.build(device)
+        self.module.to(device)
+        self.optimizer = self.module.configure_optimizers()["optimizer"]  # type: ignore[index, call-overload]
+        self.batch = batch.to(device)
+        flow = self.module.flow
+        self.sigma = flow.sigma(0, batch.uids).to(device)
+        self.noise = flow.noise(0, batch.uids, batch.latents.shape[1:]).to(device)
+        self.velocity: Callable[..., Tensor] = self.module.velocity if name == TRUNK_HEAD else self._stock
+        if name == TRAP:
+            self.module.room.model.pos_frequencies.requires_grad_(True)
+
+    def _stock(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        timestep = self.module.flow.timestep(sigma)
+        return self.module.room.model(x, batch.text, timestep, batch.text_mask, return_dict=False)[0]
+
+    def loss(self) -> Tensor:
+        """The loss with autograd."""
+        x = self.module.flow.mix(self.batch.latents, self.noise, self.sigma)
+        target = self.module.flow.target(self.batch.latents, self.noise)
+        return (self.velocity(x, self.sigma, self.batch) - target).square().mean()
+
+    def step(self) -> None:
+        """Forward, backward, clip, AdamW."""
+        self.loss().backward()
+        torch.nn.utils.clip_grad_norm_(list(self.module.retrained_parameters().values()), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def seconds(self) -> float:
+        """Wall time of a step."""
+        _wait(self.batch.latents.device)
+        start = time.perf_counter()
+        self.step()
+        _wait(self.batch.latents.device)
+        return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def saved_bytes(variant: Variant) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once and without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in variant.module.room.model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        variant.loss()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def step_memory(name: str, config: dict, latent: tuple, captions: tuple, last: int, device: str, threads: int) -> int:
+    """Bytes that the first step adds to the peak memory of this process, optimiser state included."""
+    torch.set_num_threads(threads)
+    with config_file(config) as base:
+        variant = Variant(name, base, make_batch(config, latent, captions), last=last, device=device)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
+        variant.step()
+        return torch.cuda.max_memory_allocated() - before
+    before = host_peak(reset=True)
+    variant.step()
+    return host_peak() - before
+
+
+@dataclass
+class Measured:
+    """A variant's seconds per step, and the bytes that it keeps for the backward pass."""
+
+    seconds: list[float]
+    saved: int
+
+
+def compare(
+    config: dict, latent: tuple, captions: tuple, *, last: int, device: str, repeats: int
+) -> dict[str, Measured]:
+    """What each of `VARIANTS` takes.
+
+    Raises:
+        RuntimeError: if the variants' losses differ: they would not do the same work.
+    """
+    with config_file(config) as base:
+        batch = make_batch(config, latent, captions)
+        variants = {name: Variant(name, base, batch, last=last, device=device) for name in VARIANTS}
+    losses = {name: float(variant.loss().detach()) for name, variant in variants.items()}
+    if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
+        raise RuntimeError(f"the variants give different losses: {losses}")
+    kept = {name: saved_bytes(variant) for name, variant in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for variant in variants.values():
+        variant.step()  # allocations and the optimiser's state
+    for _ in range(repeats):
+        for name, variant in variants.items():
+            seconds[name].append(variant.seconds())
+    del variants
+    return {name: Measured(seconds[name], kept[name]) for name in VARIANTS}
+
+
+def added_memory(name: str, config: dict, latent: tuple, captions: tuple, *, last: int, device: str) -> int:
+    """`step_memory` in a process of its own, since no process gives its peak back."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(step_memory, name, config, latent, captions, last, device, torch.get_num_threads()).result()
+
+
+def run(options: Options) -> Result:
+    """Compares the variants and says how they relate."""
+    measured = compare(CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=options.device, repeats=options.repeats)
+    added = {
+        name: added_memory(name, CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=options.device) for name in VARIANTS
+    }
+    ours = measured[TRUNK_HEAD]
+    best = min(ours.seconds)
+    rows = []
+    for name, values in measured.items():
+        seconds = values.seconds
+        rows.append([
+            name,
+            f"{min(seconds):.3f} ({statistics.median(seconds):.3f}, {max(seconds):.3f})",
+            f"{min(seconds) / best:.2f}",
+            f"{added[name] / 2**20:.0f}", f"{added[name] / added[TRUNK_HEAD]:.2f}",
+            f"{values.saved / 2**20:.0f}", f"{values.saved / ours.saved:.2f}",
+        ])  # fmt: skip
+    vision = LATENT[1] * LATENT[2] * LATENT[3] // CONFIG["patch_size"] ** 2
+    return Result(
+        title=f"One training step: {CONFIG['num_layers']} blocks, "
+        f"{CONFIG['num_attention_heads'] * CONFIG['attention_head_dim']} wide, last {RETRAINED} retrained, "
+        f"batch {len(CAPTIONS)} x ({vision} vision + {CAPTIONS} text tokens)",
+        columns=("variant", "s/step: best (median, worst)", "ratio", "step adds (MiB)", "ratio",
+                 "activations kept (MiB)", "ratio"),
+        rows=rows,
+        notes=(
+            f"{options.repeats} steps of each variant, interleaved; float32; forward, backward, clipping, AdamW. "
+            "Ratios of the best steps: other work on the machine can only make a step slower.",
+            "'Step adds' is peak memory above the built model in a process of its own: activations, gradients, "
+            "optimiser state. A frozen trunk makes no graph in diffusers' forward either, as long as no leaf outside "
+            "the blocks is trainable; the third line has one.",
+        ),
+    )  # fmt: skip

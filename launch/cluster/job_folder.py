@@ -1,0 +1,90 @@
+"""What `reblock submit` leaves in the run folder: scripts, the resolved recipe, versions, the code's state, job ids.
+
+job.sbatch, encode.sbatch, export.sbatch   the scripts
+job/config.yaml                            the recipe, as the job reads it
+job/versions.json                          packages, commit, command
+job/changes.diff                           how the code differed from that commit
+job/jobs.jsonl                             a line for each job that was queued
+logs/                                      of scripts and tasks
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from data.files import write_json, write_text
+from launch.cluster.script import Job, render
+from launch.cluster.stages import Plan
+
+JOBS = Path("job") / "jobs.jsonl"
+_CODE = Path(__file__).resolve().parents[2]
+
+
+def changes() -> str:
+    """How the code differs from its commit, as a patch; new files too. Empty outside a checkout."""
+
+    def git(*command: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(_CODE), *command], capture_output=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.decode(errors="replace")
+
+    new = [name for name in git("ls-files", "--others", "--exclude-standard", "-z").split("\0") if name]
+    return git("diff", "--binary", "HEAD") + "".join(git("diff", "--no-index", "--", os.devnull, name) for name in new)
+
+
+def write_folder(plan: Plan, recipe: str, jobs: Sequence[Job], versions: dict[str, Any]) -> None:
+    """Writes all but the job ids.
+
+    Args:
+        plan: of the submission.
+        recipe: text of the resolved recipe.
+        jobs: the scripts.
+        versions: as `launch.fit.run_record.versions` gives them.
+
+    Raises:
+        ValueError: if the folder cannot be written.
+    """
+    try:
+        (plan.run / "logs").mkdir(parents=True, exist_ok=True)
+        write_text(plan.config, recipe)
+        write_json(plan.run / "job" / "versions.json", versions)
+        write_text(plan.run / "job" / "changes.diff", changes())
+        for job in jobs:
+            write_text(Path(job.path), render(job))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the run folder {plan.run} ({error.strerror}); expected a writable place that the nodes see "
+            "too. Set --run.root."
+        ) from error
+
+
+def note_job(run: Path, stage: str, number: str, after: Sequence[str], nodes: int) -> None:
+    """Appends a job to the run's list."""
+    entry = {"job": number, "stage": stage, "after": list(after), "nodes": nodes, "time": f"{datetime.now():%F %T}"}
+    with (run / JOBS).open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def noted_jobs(run: Path) -> list[dict[str, Any]]:
+    """The jobs of a run, the first one first; lines that are cut short are left out.
+
+    A job is noted by who submits it, and by its script where that was done by hand: whichever comes first counts.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    path = run / JOBS
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("job"), str):
+            found.setdefault(entry["job"], entry)
+    return list(found.values())

@@ -1,0 +1,192 @@
+"""`reblock plant`: gives a base a known defect, so that there is something to cure and to measure against.
+
+Legend: B batch.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from data.batch import Batch, Sample
+from data.modules.latents import LatentDataModule
+from trainer.attention import sink_statistics, sink_verdict
+from trainer.callbacks.frozen_check import write_json
+from trainer.models.layout import AttentionCall, dense_attention
+from trainer.models.planted_sinks import PlantedHead, plant_sinks
+from trainer.module import RetrainBlocks, SurgeryConfig
+
+#: Verdicts are taken at this eps, the default of `docs/measurements.md`.
+EPS = 0.3
+
+
+def _open(base: Path) -> RetrainBlocks:
+    module = RetrainBlocks(base=str(base), surgery=SurgeryConfig(last=1, init="keep"))
+    module.build("cpu")
+    return module
+
+
+class _HeldOut:
+    """The held-out samples as one batch per size and caption length, with the noise that validation gives them."""
+
+    def __init__(self, shards: Path, samples: int, module: RetrainBlocks) -> None:
+        data = LatentDataModule(shards=str(shards), val_samples=samples)
+        data.check()
+        for shape in data.latent_shapes.values():
+            module.check_data(shape, data.text_width)
+        alike: dict[tuple[int, ...], list[Sample]] = {}
+        for sample in data.held_out_samples(range(len(data.val_split))):
+            alike.setdefault((*sample.latent.shape, len(sample.text)), []).append(sample)
+        self.batches = [Batch.collate(alike[kind]) for kind in sorted(alike)]
+        self.samples = samples
+
+    @torch.no_grad()
+    def loss(self, module: RetrainBlocks) -> float:
+        """Mean validation loss, as `val/loss` of a fit that holds out the same samples."""
+        total = 0.0
+        for batch in self.batches:
+            noise = module.flow.noise(0, batch.uids, batch.latents.shape[1:])
+            for sigma in module.val_sigmas:
+                total += float(module.losses(batch, noise, torch.full((len(batch),), sigma)).sum())
+        return total / (self.samples * len(module.val_sigmas))
+
+    @torch.no_grad()
+    def sink_frequency(self, module: RetrainBlocks, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Layer -> share of (sample, sigma) pairs with a sink, (heads,)."""
+        verdicts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+        def observe(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+            found = sink_statistics(q, k, v, num_vision=call.layout.num_vision, eps=(EPS,))
+            verdicts[call.layer].append(sink_verdict(found.fraction[..., 0]))
+            return dense_attention(q, k, v, call)
+
+        assert module.room is not None
+        with module.room.attention(dict.fromkeys(layers, observe)):
+            self.loss(module)
+        return {layer: torch.cat(found).float().mean(dim=0) for layer, found in verdicts.items()}
+
+
+def _cheapest_heads(
+    module: RetrainBlocks,
+    held_out: _HeldOut,
+    layers: Sequence[int],
+    channels: tuple[int, int],
+    gain: float,
+    values: float,
+) -> list[PlantedHead]:
+    """Per layer, the head whose function the base misses least once it is a sink."""
+    assert module.room is not None
+    model = module.room.model
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    heads = range(model.config.num_attention_heads)
+    chosen = []
+    progress = iter(track([(a, b) for a in layers for b in heads], description="choosing heads"))
+    for layer in layers:
+        losses = []
+        for head in heads:
+            next(progress)
+            plant_sinks(model, channels, [PlantedHead(layer, head, gain, values)])
+            losses.append(held_out.loss(module))
+            model.load_state_dict(original)
+        chosen.append(PlantedHead(layer, min(heads, key=losses.__getitem__), gain, values))
+    next(progress, None)
+    return chosen
+
+
+def _parse(heads: list[str], gain: float, values: float) -> list[PlantedHead]:
+    try:
+        places = [tuple(int(part) for part in text.split(":")) for text in heads]
+        return [PlantedHead(layer, head, gain, values) for layer, head in places]
+    except ValueError as error:
+        raise ValueError(f"got heads {heads}, expected LAYER:HEAD each, such as 7:1.") from error
+
+
+def plant(
+    base: Path,
+    out: Path,
+    *,
+    shards: Path,
+    heads: list[str] | None = None,
+    last: int = 4,
+    gain: float = 64.0,
+    values: float = 0.25,
+    channels: tuple[int, int] = (0, 1),
+    val_samples: int = 32,
+) -> None:
+    """Writes a copy of a base with attention sinks planted in chosen heads, and `planted.json` that says so.
+
+    The base must have been trained with reserved channels (recipes/demo_base.yaml). What is written is checked: each
+    planted head must be a sink on every held-out sample at every sigma.
+
+    Args:
+        base: diffusers pipeline folder.
+        out: folder to write; complete or absent.
+        shards: latent shards; their last `val_samples` measure the loss before and after, and the sinks.
+        heads: LAYER:HEAD each, quoted, as in --heads '["6:3", "7:1"]'; by default, in each of the last blocks, the head
+            that the base misses least.
+        last: how many last blocks get a sink each, where `heads` is not given.
+        gain: QK-norm weight of a planted head: how steep its attention is.
+        values: factor on a planted head's value projections: small makes a sink nearly a no-op, as those in Mochi are.
+        channels: the reserved channels, constant and marker.
+        val_samples: held-out samples, as many as the fit's `data.val_samples`.
+
+    Raises:
+        ValueError: if `out` exists, the base's channels are not free, or the sinks do not hold on every sample.
+    """
+    if out.exists():
+        raise ValueError(
+            f"{out} exists; expected a new folder, since nothing is overwritten. Remove it or name another."
+        )
+    module = _open(base)
+    assert module.room is not None
+    model = module.room.model
+    if not 1 <= last <= module.room.num_blocks:
+        raise ValueError(f"got last {last}, expected 1 .. {module.room.num_blocks}, the blocks of {base}.")
+    held_out = _HeldOut(shards, val_samples, module)
+    before = held_out.loss(module)
+    blocks = range(module.room.num_blocks - last, module.room.num_blocks)
+    planted = (
+        _parse(heads, gain, values) if heads else _cheapest_heads(module, held_out, blocks, channels, gain, values)
+    )
+    plant_sinks(model, channels, planted)
+    after = held_out.loss(module)
+    frequency = held_out.sink_frequency(module, sorted({place.layer for place in planted}))
+    missed = {f"{p.layer}:{p.head}": round(float(frequency[p.layer][p.head]), 4) for p in planted}
+    missed = {name: share for name, share in missed.items() if share < 1.0}
+    if missed:
+        raise ValueError(
+            f"planted heads are sinks on a share {missed} of the held-out samples and sigmas, expected 1.0: "
+            f"raise --gain above {gain}, so that near-equal tokens are told apart."
+        )
+
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(base, beside, ignore=shutil.ignore_patterns("transformer"))
+    model.float().save_pretrained(beside / "transformer", safe_serialization=True)
+    record = {
+        "heads": [
+            {
+                "layer": p.layer,
+                "head": p.head,
+                "gain": p.gain,
+                "values": p.values,
+                "verified_frequency": float(frequency[p.layer][p.head]),
+            }
+            for p in planted
+        ],
+        "channels": {"constant": channels[0], "marker": channels[1]},
+        "eps": EPS,
+        "samples": val_samples,
+        "sigmas": list(module.val_sigmas),
+        "val_loss_before": before,
+        "val_loss_after": after,
+        "note": "These sinks were planted on purpose by `reblock plant`; the base did not grow them.",
+    }
+    write_json(beside / "planted.json", record)
+    os.replace(beside, out)
+    named = ", ".join(f"layer {p.layer} head {p.head}" for p in planted)
+    print(f"{out}: sinks planted in {named}; validation loss {before:.4f} before, {after:.4f} after")

@@ -1,0 +1,99 @@
+"""What can be wrong with a recipe's objects together, before anything is loaded."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from lightning.fabric.connector import _convert_precision_to_unified_args
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from data.modules.latents import LatentSource, ShardDataModule
+from trainer.callbacks.probe_callback import ProbeCallback
+from trainer.module import RetrainBlocks, SurgeryConfig
+from trainer.parallel.combinations import check_trainer
+
+
+def check_combination(config: Any) -> None:
+    """Whether the recipe's strategy, precision and clipping go with what it retrains.
+
+    Of the recipe alone, before any of its objects is made: a strategy may need packages or devices that are not here.
+
+    Args:
+        config: the resolved recipe, a namespace with `trainer` and `model`.
+
+    Raises:
+        ValueError: naming every fault.
+    """
+    kind, model, trainer = class_at(config.model.class_path), config.model.init_args, config.trainer
+    if not issubclass(kind, RetrainBlocks):
+        return
+    strategy = trainer.get("strategy") or "auto"
+    if not isinstance(strategy, str):
+        chosen = class_at(strategy.class_path)
+    elif strategy in StrategyRegistry:
+        chosen = StrategyRegistry[strategy]["strategy"]
+    elif strategy == "auto":
+        chosen = Strategy
+    else:
+        raise ValueError(
+            f"got trainer.strategy {strategy!r}, expected auto, ddp, another of Lightning's names, or a class as the "
+            "overlays in recipes/cluster name it: {class_path: ..., init_args: {...}}."
+        )
+    precision = str(_convert_precision_to_unified_args(trainer.get("precision")) or "32-true")
+    check_trainer(
+        chosen, precision, trainer.get("gradient_clip_val"), SurgeryConfig(**model.surgery.as_dict()),
+        split_trunk=model.split_trunk,
+    )  # fmt: skip
+
+
+def class_at(path: str) -> type:
+    """The class of a recipe's `class_path`, which the parser has found to exist."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_fit(
+    model: LightningModule,
+    data: LightningDataModule,
+    *,
+    ranks: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    trainer: Trainer | None = None,
+) -> None:
+    """Everything about base, blocks, shards and probes that can be wrong, in one message, before anything is loaded.
+
+    Args:
+        model: that is fitted.
+        data: that it is fitted on.
+        ranks: processes that train together; None does not train.
+        callbacks: of the run.
+        trainer: whose strategy, precision and clipping are checked.
+
+    Raises:
+        ValueError: naming every fault.
+    """
+    faults: list[str] = []
+
+    def attempt(check: Callable[[], Any]) -> None:
+        try:
+            check()
+        except ValueError as error:
+            if str(error) not in faults:
+                faults.append(str(error))
+
+    for part in (model, data):
+        attempt(getattr(part, "check", lambda: None))
+    if trainer is not None and isinstance(model, RetrainBlocks):
+        attempt(partial(model.check_trainer, trainer))
+    if not faults and isinstance(data, ShardDataModule) and ranks is not None:
+        attempt(lambda: data.check_batches(ranks))
+    if not faults and isinstance(data, LatentSource):
+        for probes in {callback.prompts for callback in callbacks if isinstance(callback, ProbeCallback)}:
+            attempt(partial(data.check_probes, probes))
+        if isinstance(model, RetrainBlocks):
+            for shape in data.latent_shapes.values():
+                attempt(partial(model.check_data, shape, data.text_width))
+    if faults:
+        raise ValueError("\n".join(faults))

@@ -1,0 +1,199 @@
+"""`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from launch.fit import requeue
+from launch.fit.checks import check_combination, check_fit
+from launch.fit.last_checkpoint import BestCheckpoints, LastCheckpoint
+from launch.fit.metrics_csv import MetricsPosition, loggers, rewind
+from launch.fit.parser import RecipeParser, in_short
+from launch.fit.rank_consistency import SameEverywhere, flat
+from launch.fit.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
+from launch.fit.run_record import EpochLines, VersionsFile
+from launch.fit.stop_callback import StopTogether, leave
+from launch.fit.watchdog import Watchdog
+from launch.run_folder import RunConfig, prepare_folder
+from launch.signals import Stopped
+from trainer.callbacks.data_faults import Damage
+from trainer.callbacks.frozen_check import FrozenGuard, GraftWriter, RandomStates
+from trainer.callbacks.throughput import Speed
+from trainer.checkpoint.io import CheckpointFiles
+from trainer.module import RetrainBlocks
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Saves config.yaml once the checkpoint is accepted: a refused resume must not replace the run's recipe."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with a run folder: loggers, checkpoints and records are the same for every recipe."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunConfig, "run")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "verbose"},
+        }
+
+    def instantiate_classes(self) -> None:
+        check_combination(self.config.get(self.subcommand, self.config) if self.subcommand else self.config)
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # What a class says of its arguments comes inside pages on the other types that its place may hold.
+            raise ValueError("\n".join(line.strip().removeprefix("- ") for line in in_short(str(error)))) from error
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The recipe's `run` part."""
+        return self._get(self.config_init, "run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        run = self.run_config
+        retrains = isinstance(self.model, RetrainBlocks)
+        last = LastCheckpoint(run.last, run.save_every)
+        callbacks: list[Callback] = [
+            *([Watchdog(run.folder, run.watchdog_s)] if run.watchdog_s else []),
+            SameEverywhere(self.facts),
+            *(self._get(self.config_init, "trainer").get("callbacks") or []),
+            RandomStates(),
+            *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
+            MetricsPosition(),
+            BestCheckpoints(
+                dirpath=run.last.parent,
+                filename="best-{step}",
+                monitor="val/loss",
+                save_top_k=run.keep_best,
+                save_weights_only=False,
+                enable_version_counter=False,
+            ),
+            last,  # after ModelCheckpoint: it holds which files are the best
+            StopTogether(last),
+            VersionsFile(),
+            EpochLines(),
+            RichProgressBar(leave=True),
+        ]
+        trainer = super().instantiate_trainer(
+            default_root_dir=str(run.folder),
+            logger=loggers(run.folder, wandb=run.wandb) if self.subcommand == "fit" else False,
+            callbacks=callbacks,
+            plugins=[
+                *(self._get(self.config_init, "trainer").get("plugins") or []),
+                CheckpointFiles(max_failures=run.save_failures),
+            ],
+            **kwargs,
+        )
+        trainer._checkpoint_connector = SharedCheckpoint(trainer)
+        if run.collective_timeout_s is not None:
+            timeout = timedelta(seconds=run.collective_timeout_s)
+            trainer.strategy._timeout = timeout  # type: ignore[attr-defined]  # of every strategy with more than one rank
+        return trainer
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks of a job must have in common: the recipe's values."""
+        config = self.config.get(self.subcommand, self.config)
+        return flat(json.loads(self._parser(self.subcommand).dump(config, format="json")))
+
+    def before_fit(self) -> None:
+        """Refuses what cannot work; finds the checkpoint of a run that goes on."""
+        ranks = self.trainer.num_devices * self.trainer.num_nodes
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_fit(self.model, self.datamodule, ranks=ranks, callbacks=callbacks, trainer=self.trainer)
+        self._resume_from: Path | None = None
+        if not self.trainer.is_global_zero:
+            return  # rank zero decides, and tells the others once they can speak to each other
+        prepare_folder(self.run_config)
+        clear_leftovers(self.run_config.folder)
+        if self.run_config.resume:
+            self._resume_from = find_checkpoint(self.run_config.last)
+        if self._resume_from is None:  # killed before its first checkpoint: it starts over
+            rewind(self.run_config.folder, {"rows": 0, "row": {}})
+
+    def before_validate(self) -> None:
+        """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_fit(self.model, self.datamodule, callbacks=callbacks, trainer=self.trainer)
+        self._resume_from = find_checkpoint(self.run_config.last)
+        if self._resume_from is None:
+            raise ValueError(
+                f"{self.run_config.last} does not exist; expected the checkpoint of a run, whose blocks are measured. "
+                "Name a run that was fitted: --run.name, --run.root."
+            )
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        found = super()._prepare_subcommand_kwargs(subcommand)
+        if self._resume_from is None:
+            # Under Slurm, Lightning would look for an hpc_ckpt_N.ckpt in the run folder, whoever wrote it.
+            self.trainer._checkpoint_connector._user_managed = True
+        return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
+
+
+Cli = TypeVar("Cli", bound=RecipeCLI)
+
+
+def recipe_cli(args: list[str], *, run: bool, kind: type[Cli] = RecipeCLI) -> Cli:  # type: ignore[assignment]
+    """The recipe's objects; with `run`, the first of `args` is the verb, and it is carried out.
+
+    Args:
+        args: as on the command line.
+        run: whether there is a verb.
+        kind: what reads them; another one may take more options, or make fewer objects.
+
+    Raises:
+        ValueError: if the recipe or its inputs are at fault.
+    """
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveRecipe,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        trainer_defaults={
+            "use_distributed_sampler": False,
+            "reload_dataloaders_every_n_epochs": 1,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+        },
+        parser_kwargs={"fit": {"prog": "reblock fit"}, "validate": {"prog": "reblock validate"}} if run else {},
+        parser_class=RecipeParser,
+        args=args,
+        run=run,
+    )
+
+
+def run(argv: list[str]) -> None:
+    """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    requeue.mode()  # a wrong word is refused now, not when the time is up
+    try:
+        recipe_cli(argv, run=True)
+        if torch.distributed.is_initialized():
+            # Its threads, alive when the interpreter ends, now and then abort a process that has done all its work.
+            torch.distributed.destroy_process_group()
+    except Stopped as stopped:
+        leave(stopped)
+        raise
+    except MisconfigurationException as error:  # Lightning's word for a Trainer that cannot be built as asked
+        raise ValueError(str(error)) from error

@@ -1,0 +1,107 @@
+"""Whether all ranks are the same program on the same job, before anything is loaded."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import socket
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from data.modules.latents import ShardDataModule
+from launch.fit.run_record import PACKAGES
+from launch.fit.stop_agreement import Agreement
+
+#: Faults that are listed one by one; beyond them only their number is.
+_LISTED = 12
+
+
+class SameEverywhere(Callback):
+    """Refuses to start where ranks differ in Python, packages, source, recipe, data or checkpoint.
+
+    Only digests travel, unless they differ.
+
+    Args:
+        facts: called on every rank once its data are known: what else must be the same, name -> value.
+    """
+
+    def __init__(self, facts: Callable[[], Mapping[str, Any]]) -> None:
+        self.facts = facts
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size == 1:
+            return
+        own = {**_program(), **self.facts()}
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ShardDataModule):
+            own["order of the training data"] = data.order_hash()
+        own = {name: str(value) for name, value in own.items()}
+        agreement = Agreement()
+        agreement.open(trainer)
+        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        if len(set(agreement.gather(digest))) > 1:
+            hosts, all_facts = zip(*agreement.gather((socket.gethostname(), own)), strict=True)
+            raise ValueError(_differences(hosts, all_facts))
+        agreement.close()
+
+
+def _program() -> dict[str, Any]:
+    """Python, packages and our own source. Not the git commit: not every node has git."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in (*PACKAGES, "reblock"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found | {"source of reblock": source_digest()}
+
+
+def source_digest() -> str:
+    """Changes with any file of Python of ours."""
+    home, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
+    for package in ("trainer", "data", "launch"):
+        for path in sorted((home / package).rglob("*.py")):
+            digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def flat(config: Any, name: str = "") -> dict[str, Any]:
+    """A nested config by dotted names."""
+    if isinstance(config, Mapping) and config:
+        parts = ((f"{name}.{key}" if name else str(key), value) for key, value in config.items())
+    elif isinstance(config, list) and config:
+        parts = ((f"{name}.{index}", value) for index, value in enumerate(config))
+    else:
+        return {name: config}
+    return {key: value for part, below in parts for key, value in flat(below, part).items()}
+
+
+def _differences(hosts: tuple[str, ...], facts: tuple[dict[str, str], ...]) -> str:
+    """One line per fact that is not the same on all ranks: which ranks have what."""
+    lines = []
+    for name in sorted({name for own in facts for name in own}):
+        ranks = defaultdict(list)
+        for rank, own in enumerate(facts):
+            ranks[own.get(name, "nothing")].append(rank)
+        if len(ranks) > 1:
+            lines.append(f"{name}: " + ", ".join(f"{value} on {_named(who, hosts)}" for value, who in ranks.items()))
+    more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return "\n".join(
+        [
+            "the ranks differ, expected the same program, recipe, data and checkpoint on all; use one environment and "
+            "one file system for all nodes:",
+            *lines[:_LISTED],
+            *more,
+        ]
+    )
+
+
+def _named(ranks: list[int], hosts: tuple[str, ...]) -> str:
+    """At most four ranks with their hosts."""
+    named = ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:4])
+    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"

@@ -1,0 +1,122 @@
+"""Ends a rank that makes no progress, with the stacks of all its threads: a hung run holds its nodes for nothing."""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from trainer.callbacks.probe_callback import ProbeCallback
+
+#: Exit status of a rank that was ended (EX_SOFTWARE).
+STATUS = 70
+#: The first step compiles, and the base is loaded before it: it may take so many deadlines.
+FIRST = 4
+#: Seconds in which the other ranks, that wait for this one, come to their own deadline before it leaves.
+_GRACE = 5.0
+#: By its number: whatever has been put in place of `sys.stderr`.
+_STDERR = 2
+
+
+class Watchdog(Callback):
+    """A thread that ends the process when nothing has been finished for so long.
+
+    Finished are: a training batch, a validation batch, a measured batch, a checkpoint. Each rank watches itself: ranks
+    that wait for a hung one have finished nothing either, so each leaves its own RUN/stacks/rank-N.txt. The one that
+    the others wait for is that whose stack is not in a collective.
+
+    Args:
+        folder: the run folder.
+        deadline: seconds.
+    """
+
+    def __init__(self, folder: Path, deadline: float) -> None:
+        self.folder = folder
+        self.deadline = deadline
+        self._last = (time.monotonic(), "start")
+        self._stepped = False
+        self._over = threading.Event()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._finished("start", stepped=False)
+        self._over.clear()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ProbeCallback):
+                callback.after_batch.append(lambda: self._finished("a measured batch"))
+        self._arm()
+        place = f"rank {trainer.global_rank} of {trainer.world_size}"
+        self._thread = threading.Thread(
+            target=self._watch, args=(trainer.global_rank, place), name="reblock-watchdog", daemon=True
+        )
+        self._thread.start()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finished("loading the base")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._finished(f"training batch {batch_idx} of epoch {trainer.current_epoch}", stepped=True)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._finished(f"validation batch {batch_idx}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._finished(f"collecting the checkpoint of step {trainer.global_step}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finished("training")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Not where a fit fails: one that hangs on its way out is ended too.
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _finished(self, what: str, *, stepped: bool | None = None) -> None:
+        self._stepped = self._stepped if stepped is None else stepped
+        self._last = (time.monotonic(), what)
+
+    def _watch(self, rank: int, place: str) -> None:
+        while not self._over.wait(min(self.deadline / 10, 10.0)):
+            allowed = self._arm()
+            since, what = self._last
+            idle = time.monotonic() - since
+            if idle > allowed:
+                self._end(
+                    rank, f"{place} on {socket.gethostname()} has finished nothing for {idle:.1f} s; last: {what}"
+                )
+
+    def _arm(self) -> float:
+        """The seconds allowed now; past them the process ends even if the watching thread never runs again.
+
+        That is so where a call hangs and keeps the interpreter's lock.
+        """
+        allowed = self.deadline if self._stepped else FIRST * self.deadline
+        faulthandler.dump_traceback_later(allowed + _GRACE, exit=True, file=_STDERR)
+        return allowed
+
+    def _end(self, rank: int, verdict: str) -> None:
+        # Writing may hang as well: from here on this ends the process, whatever comes.
+        faulthandler.dump_traceback_later(2 * _GRACE, exit=True, file=_STDERR)
+        when = datetime.now().astimezone().isoformat(timespec="seconds")
+        verdict = f"{when} {verdict} (run.watchdog_s {self.deadline:g}). All threads:\n"
+        print(verdict, file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(_STDERR)
+        path = self.folder / "stacks" / f"rank-{rank}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(verdict)
+            file.flush()
+            faulthandler.dump_traceback(file)
+            file.write("\n")
+        time.sleep(_GRACE)
+        os._exit(STATUS)

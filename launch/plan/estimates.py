@@ -1,0 +1,166 @@
+"""The whole plan of a recipe: counts, memory, operations, bytes on the wire, time."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from launch.plan.counts import Collective, Parameters, checkpoint_bytes, collectives, count_parameters
+from launch.plan.fake_step import fake_job, trace_step
+from launch.plan.hardware import Hardware
+from launch.plan.inputs import Job, read_job
+from launch.plan.measurements import host_bytes, trace_measurements
+from launch.plan.memory import Memory, memories
+from launch.plan.sharding import STRATEGIES, Sharding
+from launch.plan.timing import StepTime, Work, weak_scaling, work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will take. Bytes are plain bytes, times seconds, operations those of one rank and optimiser step.
+
+    Args:
+        strategy: of the recipe: single, ddp, fsdp2, zero1, zero2 or zero3.
+        nodes: of the cluster.
+        gpu: whether the recipe runs on GPUs.
+        gpus: ranks, one for each device.
+        node_size: GPUs of a node in `scaling`.
+        base: as the recipe names it.
+        batch: samples per rank and micro-batch.
+        accumulate: micro-batches of an optimiser step.
+        latent: (C, F, H, W) of the largest latent.
+        latent_from: where that is known from.
+        tokens: vision and text tokens of a sample.
+        parameters: counts of the model.
+        flops: operations by stage, of all micro-batches of a step.
+        memory: of a GPU, by strategy.
+        wire: collectives of a step, by strategy.
+        checkpoint: bytes of `last.ckpt`.
+        host: bytes that each process keeps of the trunk's outcome on the probes, in the host's memory.
+        work: seconds of computing.
+        scaling: seconds of a step at 1 to 4,096 GPUs, the job's own number among them, under the recipe's strategy,
+            the batch of each GPU as it is.
+        hardware: that is assumed.
+        refused: why `fit` refuses the recipe, which is planned for comparison only; None: it does not.
+    """
+
+    strategy: str
+    nodes: int
+    gpu: bool
+    gpus: int
+    node_size: int
+    base: str
+    batch: int
+    accumulate: int
+    latent: tuple[int, int, int, int]
+    latent_from: str
+    tokens: tuple[int, int]
+    parameters: Parameters
+    flops: dict[str, int]
+    memory: dict[str, Memory]
+    wire: dict[str, list[Collective]]
+    checkpoint: int
+    host: int
+    work: Work
+    scaling: list[StepTime]
+    hardware: Hardware
+    refused: str | None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of a GPU by part, under the recipe's strategy."""
+        return self.memory[self.strategy].parts
+
+    @property
+    def bytes_per_gpu(self) -> int:
+        """Most bytes that are alive on a GPU at a time, under the recipe's strategy."""
+        return self.memory[self.strategy].total
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is less than the GPU is assumed to have."""
+        return self.bytes_per_gpu <= self.hardware.memory
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures as plain values."""
+        found = asdict(self)
+        for name, memory in self.memory.items():
+            found["memory"][name]["total"] = memory.total
+        for name, wire in self.wire.items():
+            for entry, one in zip(found["wire"][name], wire, strict=True):
+                entry |= {"bytes": one.bytes, "sent": one.sent}
+        return found | {"bytes_per_gpu": self.bytes_per_gpu, "fits": self.fits}
+
+
+def estimate(recipe_args: Sequence[str], nodes: int | None = None) -> Estimate:
+    """The plan of a recipe.
+
+    Args:
+        recipe_args: options as of `reblock fit`, and the plan's own (`--frames`, `--hardware.memory_gib`, ...).
+        nodes: instead of `--nodes` or the recipe's.
+
+    Raises:
+        ValueError: naming every fault of recipe, base, sizes and layout.
+    """
+    return estimate_job(read_job(list(recipe_args), nodes))
+
+
+def estimate_job(job: Job) -> Estimate:
+    """The plan of a job; builds its module, without content."""
+    with fake_job(job) as ledger:
+        counted = count_parameters(job.module)
+        checkpoint = checkpoint_bytes(job.module)
+        step = trace_step(job, ledger)
+        measuring = trace_measurements(job, ledger)
+    narrow = job.autocast is not None
+    layout: dict[str, Any] = {"accumulate": job.accumulate, "narrow": narrow}
+    spent = work(step.flops, counted.retrained, job.accumulate, job.hardware, narrow=narrow)
+    patch = job.module.room.model.config.patch_size
+    return Estimate(
+        strategy=job.sharding.name,
+        refused=job.refused,
+        nodes=job.nodes,
+        gpu=job.gpu,
+        gpus=job.ranks,
+        node_size=job.node_size,
+        base=job.base,
+        batch=job.batch,
+        accumulate=job.accumulate,
+        latent=job.latent,
+        latent_from=job.latent_from,
+        tokens=(job.latent[1] * (job.latent[2] // patch) * (job.latent[3] // patch), job.text_tokens),
+        parameters=counted,
+        flops={stage: job.accumulate * step.flops.get(stage, 0) for stage in ("trunk", "head", "backward")},
+        memory=memories(
+            job.sharding, counted, step.parts, step.moments, measuring, job.nodes, job.per_node, narrow=narrow
+        ),
+        wire={
+            name: collectives(
+                job.sharding if name == job.sharding.name else Sharding(name),
+                counted,
+                job.nodes,
+                job.per_node,
+                **layout,
+            )
+            for name in STRATEGIES
+        },
+        checkpoint=checkpoint,
+        host=host_bytes(job, step.outcome // job.batch, step.rope),
+        work=spent,
+        scaling=weak_scaling(
+            spent,
+            partial(_collectives, job.sharding, counted, layout),
+            job.node_size,
+            (job.nodes, job.per_node),
+            job.hardware,
+        ),
+        hardware=job.hardware,
+    )
+
+
+def _collectives(
+    sharding: Sharding, counted: Parameters, layout: dict[str, Any], nodes: int, per_node: int
+) -> list[Collective]:
+    # A job of one rank may become one of many: then its gradients travel as DDP sends them.
+    spread = Sharding("ddp") if sharding.name == "single" else sharding
+    return collectives(spread, counted, nodes, per_node, **layout)

@@ -1,0 +1,253 @@
+"""What a recipe asks for, as far as a plan needs it: read as `fit` reads it, but without Trainer, device or weights."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+from data.bucket import Bucket
+from data.modules.latents import LatentSource, ShardDataModule
+from data.storage.store import StoreError
+from data.stream.order import rank_size
+from launch.fit.checks import check_combination
+from launch.fit.cli import RecipeCLI, recipe_cli
+from launch.plan.hardware import Hardware
+from launch.plan.sharding import Sharding, read_sharding
+from trainer.models.load import read_config, resolve_base
+from trainer.module import RetrainBlocks
+
+#: The reference base, whose config lies in `recipes/`: it need not be downloaded for a plan.
+REFERENCE = "genmo/mochi-1-preview"
+_REFERENCE_CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "mochi1_transformer.json"
+
+#: Lightning's names of precisions -> what autocast computes in.
+_PRECISIONS = {"32": None, "32-true": None, "bf16-mixed": torch.bfloat16}
+
+
+class PlanCLI(RecipeCLI):
+    """Reads a recipe and the plan's own options; makes model, data module and callbacks, but no Trainer."""
+
+    def init_parser(self, **kwargs: Any) -> Any:
+        return super().init_parser(**{**kwargs, "prog": "reblock plan"})
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--nodes", type=int | None, default=None, help="nodes; default: the recipe's")
+        parser.add_argument("--frames", type=int | None, default=None, help="of a clip, where the shards are not here")
+        parser.add_argument("--height", type=int | None, default=None, help="of a clip in pixels")
+        parser.add_argument("--width", type=int | None, default=None, help="of a clip in pixels")
+        parser.add_argument("--text_tokens", type=int | None, default=None, help="of a caption; default: the longest")
+        parser.add_argument("--json", type=Path | None, default=None, help="also write all figures to this file")
+        parser.add_class_arguments(Hardware, "hardware")
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def instantiate_classes(self) -> None:
+        config = self.config.clone()
+        # A Trainer's parts ask for devices; its callbacks do not.
+        for part in ("strategy", "plugins", "logger", "profiler"):
+            config.trainer[part] = None
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule, self.model = self.config_init.data, self.config_init.model
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """Those of the recipe."""
+        return list(self.config_init.trainer.callbacks or [])
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One training job.
+
+    Args:
+        module: not built; its base is a config.json.
+        base: as the recipe names it.
+        sharding: of the recipe's strategy.
+        gpu: whether it runs on GPUs.
+        nodes: of the cluster.
+        per_node: ranks of a node.
+        node_size: GPUs of a node where the job grows: its own, or those assumed where the recipe does not say.
+        batch: samples per rank and micro-batch.
+        val_batch: validation samples per rank.
+        accumulate: micro-batches of an optimiser step.
+        autocast: dtype of matrix products, None where weights' own.
+        latent: (C, F, H, W) of the largest latent.
+        latent_from: where that is known from.
+        text_tokens: of a caption.
+        text_width: of its embeddings.
+        callbacks: of the recipe.
+        hardware: that is assumed.
+        json: file that all figures go to.
+        refused: why `fit` refuses the recipe, if it does.
+    """
+
+    module: RetrainBlocks
+    base: str
+    sharding: Sharding
+    gpu: bool
+    nodes: int
+    per_node: int
+    node_size: int
+    batch: int
+    val_batch: int
+    accumulate: int
+    autocast: torch.dtype | None
+    latent: tuple[int, int, int, int]
+    latent_from: str
+    text_tokens: int
+    text_width: int
+    callbacks: list[Callback] = field(default_factory=list)
+    hardware: Hardware = field(default_factory=Hardware)
+    json: Path | None = None
+    refused: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together, one for each device."""
+        return self.nodes * self.per_node
+
+
+def read_job(args: list[str], nodes: int | None = None) -> Job:
+    """The job of a recipe.
+
+    Args:
+        args: options as of `reblock fit`, and the plan's own.
+        nodes: instead of `--nodes` or the recipe's.
+
+    Raises:
+        ValueError: naming every fault of recipe, base, sizes and layout.
+    """
+    cli = recipe_cli(args, run=False, kind=PlanCLI)
+    assert isinstance(cli, PlanCLI)
+    config, module, data = cli.config_init, cli.model, cli.datamodule
+    if not isinstance(module, RetrainBlocks):
+        raise ValueError(
+            f"got a recipe for {type(module).__name__}, expected trainer.module.RetrainBlocks: nothing else is planned."
+        )
+    faults: list[str] = []
+
+    def attempt(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (ValueError, StoreError) as error:
+            faults.append(str(error))
+
+    hardware: Hardware = config.hardware
+    given = nodes if nodes is not None else config.nodes
+    nodes = int(config.trainer.num_nodes) if given is None else given
+    if nodes < 1:
+        faults.append(f"got nodes {nodes}, expected at least 1; set --nodes.")
+    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    per_node = attempt(lambda: _per_node(config.trainer.devices, gpu, hardware)) or 0
+    ranks = max(0, nodes) * per_node  # 0 where that is at fault: what follows from it is not
+    said = nodes > 1 or config.trainer.devices not in ("auto", -1, "-1")
+    base, autocast = module.base, attempt(lambda: _autocast(config.trainer.precision))
+    sharding = attempt(lambda: read_sharding(cli.config.trainer.strategy, ranks))
+    batch = attempt(lambda: _batch(data, ranks)) if ranks else 0
+    file = attempt(lambda: base_config(base))
+    size = None
+    if file is not None:
+        module.base = str(file)
+        attempt(lambda: module._choose(read_config(module.base)["num_layers"]))
+        size = attempt(lambda: _size(config, data, module))
+    if faults or size is None:
+        raise ValueError("\n".join(faults))
+    return Job(
+        module=module, base=base, sharding=sharding, gpu=gpu, nodes=nodes, per_node=per_node,
+        node_size=per_node if said else hardware.gpus_per_node, batch=batch, val_batch=data.val_batch_size,
+        accumulate=int(config.trainer.accumulate_grad_batches or 1), autocast=autocast,
+        callbacks=cli.callbacks, hardware=hardware, json=config.json, refused=_refusal(cli.config), **size,
+    )  # fmt: skip
+
+
+def _refusal(config: Any) -> str | None:
+    try:
+        check_combination(config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def base_config(base: str) -> Path:
+    """The config.json of a base; its weights need not be there.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        path = resolve_base(base)
+    except ValueError as error:
+        if base == REFERENCE:
+            return _REFERENCE_CONFIG
+        raise ValueError(f"{error} A plan needs its transformer/config.json only: --model.base FILE.") from error
+    read_config(base)  # says what is wrong with it
+    if path.is_file():
+        return path
+    inside = path / "transformer" / "config.json"
+    return inside if inside.is_file() else path / "config.json"
+
+
+def _per_node(devices: Any, gpu: bool, hardware: Hardware) -> int:
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if devices in ("auto", -1):
+        return hardware.gpus_per_node if gpu else 1
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    found = [part for part in (devices.split(",") if isinstance(devices, str) else devices or []) if str(part).strip()]
+    if not found:
+        raise ValueError(f"got trainer.devices {devices!r}, expected a count, a list of devices or auto.")
+    return len(found)
+
+
+def _autocast(precision: Any) -> torch.dtype | None:
+    name = "32-true" if precision is None else str(precision)
+    if name not in _PRECISIONS:
+        raise ValueError(
+            f"got trainer.precision {name!r}, expected one of {', '.join(_PRECISIONS)}: no other is planned."
+        )
+    return _PRECISIONS[name]
+
+
+def _batch(data: Any, ranks: int) -> int:
+    """Samples per rank."""
+    if not isinstance(data, ShardDataModule):
+        raise ValueError(f"got data from {type(data).__name__}, expected a data module over shards.")
+    if data.global_batch_size is None:
+        return int(data.batch_size or 0)
+    return rank_size(data.global_batch_size, ranks)
+
+
+def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
+    """Latent and caption: from options, else from shards."""
+    fields = read_config(module.base)
+    given = {name: config[name] for name in ("frames", "height", "width")}
+    longest = fields["max_sequence_length"]
+    tokens = longest if config.text_tokens is None else config.text_tokens
+    if not 0 < tokens <= longest:
+        raise ValueError(f"got text_tokens {tokens}, expected 1 to {longest}, the longest caption of the base.")
+    text = {"text_tokens": tokens, "text_width": fields["text_embed_dim"]}
+    if all(value is not None for value in given.values()):
+        latent = Bucket(**given).latent_shape(fields["in_channels"])
+        return {"latent": latent, "latent_from": "--frames, --height, --width", **text}
+    if any(value is not None for value in given.values()):
+        raise ValueError(f"got {given}, expected all three of --frames, --height and --width, or none of them.")
+    try:
+        if not isinstance(data, LatentSource):
+            raise ValueError(f"{type(data).__name__} names no latents.")
+        data.check()
+    except (ValueError, StoreError) as error:
+        raise ValueError(
+            f"{error}\nWithout shards the size of the latents is unknown, expected --frames, --height and --width of "
+            "the clips, for example --frames 163 --height 480 --width 848."
+        ) from error
+    name, latent = max(data.latent_shapes.items(), key=lambda entry: math.prod(entry[1]))
+    for shape in data.latent_shapes.values():
+        module.check_data(shape, data.text_width)
+    return {"latent": latent, "latent_from": f"bucket {name} of the shards", **text}

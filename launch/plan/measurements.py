@@ -1,0 +1,141 @@
+"""What validation and measurements add to a GPU's memory: the head on a batch of probes, and the attention engine.
+
+They run between steps, when gradients of the last one are still there. The blocks of a trunk allocate alike, so two of
+them stand for all.
+
+Legend: B probes of a batch, N tokens, h heads, d head width, E eps values.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from data.batch import Sample
+from launch.plan.fake_step import autocast, fake_batch
+from launch.plan.inputs import Job
+from launch.plan.operations import Ledger
+from trainer.attention.rows import CPU_CHUNK_WEIGHTS
+from trainer.attention.statistics import EPS
+from trainer.callbacks.masking import MaskingRobustness
+from trainer.callbacks.probe_callback import ProbeCallback
+from trainer.callbacks.probe_set import ProbeSet
+from trainer.callbacks.trunk_cache import GIB, TrunkStore
+from trainer.models.layout import AttentionCall, dense_attention
+from trainer.models.mochi import State
+from trainer.module import RetrainBlocks
+
+MEASUREMENT = "measurement"
+
+#: Triton: weights of each head that the quantile samples, and bytes for each of them: values, sorted values, 64-bit
+#: indices and the sort's own copies. Measured: docs/benchmarks.md, "extra MiB" of the quantile.
+_SAMPLED, _PER_SAMPLED = 2**18, 48
+#: Chunked: buffers of one chunk's weights that are alive together. Measured: docs/benchmarks.md, masked and quantile.
+_BUFFERS = 6
+
+
+def engine_bytes(gpu: bool, batch: int, heads: int, tokens: int) -> int:
+    """What the attention engine allocates beside its inputs in the larger of its passes, statistics or quantile.
+
+    Args:
+        gpu: Triton's kernels run there; elsewhere weights are made by the chunk.
+        batch: B.
+        heads: h.
+        tokens: N.
+    """
+    per_query = batch * heads * tokens * torch.float32.itemsize
+    if gpu:
+        sample = batch * heads * min(_SAMPLED, tokens**2) * _PER_SAMPLED
+        # Rows: three figures a query. Statistics: column sums, and counts of every eps, sorted into their order.
+        return 3 * per_query + max(sample, (1 + 2 * len(EPS)) * per_query)
+    weights = min(batch * heads * tokens**2, max(CPU_CHUNK_WEIGHTS, batch * heads * tokens))
+    return _BUFFERS * weights * torch.float32.itemsize
+
+
+def probe_batch(job: Job, callback: ProbeCallback) -> int:
+    """Probes that are measured together."""
+    sample = Sample(torch.empty(job.latent), torch.empty(job.text_tokens, job.text_width), "", 0)
+    probes = ProbeSet([sample], callback.sigmas, seed=callback.seed, batch_size=callback.batch_size)
+    return min(probes.batch_size, callback.prompts * len(callback.sigmas))
+
+
+def trace_measurements(job: Job, ledger: Ledger) -> int:
+    """Most bytes of gradients and of the rest in validation and measurements, inside `fake_job` after a step."""
+    with ledger.stage(MEASUREMENT), torch.no_grad():
+        if job.val_batch > job.batch:
+            with autocast(job):
+                state = _trunk(job, job.val_batch)
+                job.module.head(state)
+                del state
+        for callback in job.callbacks:
+            if isinstance(callback, ProbeCallback):
+                with autocast(job):
+                    _measure(job, callback)
+    return ledger.peak(MEASUREMENT)
+
+
+def _trunk(job: Job, size: int) -> State:
+    """What the trunk hands on for a batch of so many samples."""
+    batch, noise, sigma = fake_batch(job, size)
+    with _short_trunk(job.module):
+        return job.module.trunk(job.module.flow.mix(batch.latents, noise, sigma), sigma, batch)
+
+
+@contextlib.contextmanager
+def _short_trunk(module: RetrainBlocks) -> Iterator[None]:
+    whole = module.room.run
+    module.room.run = lambda state, start, stop: whole(state, start, min(stop, start + 2))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.room.run
+
+
+def _measure(job: Job, callback: ProbeCallback) -> None:
+    """A dense pass of the head with the engine in every attention, the states that masking goes back to, and a second
+    pass."""
+    module, room, size = job.module, job.module.room, probe_batch(job, callback)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        torch.empty(engine_bytes(job.gpu, size, room.num_heads, q.shape[2]), dtype=torch.uint8)
+        return dense_attention(q, k, v, call)
+
+    state = _trunk(job, size)
+    starts = set(_starts(module, callback))
+    kept = [state]
+    with room.attention(dict.fromkeys(range(module.first, room.num_blocks), attend)):
+        for layer in range(module.first, room.num_blocks):
+            state = room.run(state, layer, layer + 1)
+            if layer + 1 in starts:
+                kept.append(state)
+        velocity = room.finish(state)
+        del state
+        again = room.finish(room.run(kept[0], module.first, room.num_blocks))
+    del velocity, again, kept
+
+
+def _starts(module: RetrainBlocks, callback: ProbeCallback) -> list[int]:
+    """Blocks of the head whose input masking keeps: where each of its scopes begins."""
+    if not isinstance(callback, MaskingRobustness):
+        return []
+    return [layers[0] for layers in callback._layers_of(module).values()]
+
+
+def host_bytes(job: Job, outcome: int, rope: int) -> int:
+    """Memory of the host that each process takes for the trunk's outcome on its share of the probes; none is kept where
+    the model is sharded.
+
+    Args:
+        job: whose callbacks.
+        outcome: bytes of one sample's outcome, as it is kept.
+        rope: bytes of the rotary tables.
+    """
+    probes = [c for c in job.callbacks if isinstance(c, ProbeCallback)]
+    if not probes or job.module.first == 0 or job.sharding.name not in ("single", "ddp"):
+        return 0
+    share = max(math.ceil(c.prompts * len(c.sigmas) / job.ranks) for c in probes)
+    stores = [c for c in job.callbacks if isinstance(c, TrunkStore)]
+    budget = stores[0]._memory._budget if stores else int(5.0 * GIB)
+    return min(budget, share * outcome + rope)

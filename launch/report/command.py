@@ -1,0 +1,279 @@
+"""`reblock report`: one self-contained page about a run, computed from the run's files.
+
+Legend: Ly measured layers, h heads, R ratios.
+"""
+
+import base64
+import math
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from launch.report.charts import Series, heat_map, line_chart, number
+from launch.report.findings import Findings, MaskingStage, SinkStage, last_epoch, read_findings, stage_title
+from launch.report.sentences import sentences, tiles
+
+_VARIANTS = {"base": "base", "retrained": "retrained", "retrained-masked": "retrained, masked"}
+
+
+def report(run: Path, *, out: Path | None = None) -> Path:
+    """Writes one self-contained HTML page: findings, losses, sinks, masking, samples, recipe, proof.
+
+    Args:
+        run: folder that `reblock fit` wrote.
+        out: file to write; RUN/report.html by default.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: if `run` is no run folder.
+    """
+    found = read_findings(run)
+    path = out or run / "report.html"
+    environment = Environment(loader=PackageLoader("launch"), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("report.html.j2").render(_page(found))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, path)
+    print(f"report: {path.resolve()}")
+    return path
+
+
+def _page(found: Findings) -> dict[str, Any]:
+    sinks = found.before or found.after
+    masking = found.masking_before or found.masking_after
+    return {
+        "name": found.run.resolve().name,
+        "base": found.base,
+        "tiles": tiles(found),
+        "sentences": sentences(found),
+        "charts": {name: Markup(chart) if chart else None for name, chart in _charts(found).items()},
+        "heat": [_heat(title, stage, found) for title, stage in _compared(found)],
+        "eps": number(sinks.eps) if sinks else None,
+        "heads": _heads(found),
+        "scopes": _scopes(found),
+        "probes": _probes(masking),
+        "samples": _samples(found),
+        "fingerprint": found.fingerprint,
+        "versions": _versions(found.versions),
+        "commands": _commands(found),
+        "config": found.config,
+        "figures": _figures(found),
+    }
+
+
+def data_uri(path: Path, kind: str) -> str:
+    """A file's bytes as a data URI of media type `kind`."""
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+# -- charts ----------------------------------------------------------------------------------------------------------
+
+
+def running_mean(y: Sequence[float]) -> list[float]:
+    """Mean over a window of 1 / 50 of the curve that ends at each point; NaN where the window holds no number."""
+    values = np.asarray(y, float)
+    window = max(1, len(values) // 50)
+    known = np.isfinite(values)
+    total = np.cumsum(np.insert(np.where(known, values, 0.0), 0, 0.0))
+    count = np.cumsum(np.insert(known, 0, 0))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(0, end - window)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return list((total[end] - total[start]) / (count[end] - count[start]))
+
+
+def _charts(found: Findings) -> dict[str, str | None]:
+    return {
+        "loss": _loss_chart(found),
+        "bands": _band_chart(found),
+        "sinks_by_epoch": _epoch_chart({k: len(s.flagged) for k, s in found.sinks.items()}, "sink heads"),
+        "ratio_by_epoch": _epoch_chart(
+            {k: m.value("critical_ratio") for k, m in found.masking.items()}, "critical ratio, retrained blocks"
+        ),
+        "distortion": _masking_chart(found, "distortion"),
+        "increase": _masking_chart(found, "loss_increase"),
+    }
+
+
+def _loss_chart(found: Findings) -> str | None:
+    (steps, train), (val_steps, val) = found.series("train/loss"), found.series("val/loss")
+    series = []
+    if train:
+        series += [
+            Series("", steps, train, 1, "faint"),
+            Series("training, running mean", steps, running_mean(train), 1),
+        ]
+    if val:
+        series.append(Series("validation, EMA weights", val_steps, val, 2, "dots"))
+    return line_chart(series, x_label="optimiser step", y_label="mean squared error") if series else None
+
+
+def _band_chart(found: Findings) -> str | None:
+    names = sorted({key for row in found.metrics for key in row if key.startswith("train/loss_sigma_")})
+    series = []
+    for index, name in enumerate(names):
+        steps, values = found.series(name)
+        if values:
+            label = "σ " + name.removeprefix("train/loss_sigma_").replace("-", " to ")
+            series.append(Series(label, steps, running_mean(values), index % 4 + 1))
+    return line_chart(series, x_label="optimiser step", y_label="mean squared error") if series else None
+
+
+def _epoch_chart(values: Mapping[str, float], y_label: str) -> str | None:
+    """A figure over the epochs, with the base's own as a line."""
+    epochs = sorted((int(stage.removeprefix("epoch-")), v) for stage, v in values.items() if stage.startswith("epoch-"))
+    if len(epochs) < 2:
+        return None
+    x = [epoch for epoch, _ in epochs]
+    series = [Series("retrained, by epoch (0: freshly initialised)", x, [value for _, value in epochs], 1, "dots")]
+    if "base" in values:
+        series.append(Series("base", [x[0], x[-1]], [values["base"]] * 2, 2, "dashed"))
+    return line_chart(series, x_label="epoch", y_label=y_label, height=240)
+
+
+def _masking_chart(found: Findings, name: str) -> str | None:
+    series = []
+    for label, stage, colour in (("before", found.masking_before, 2), ("after", found.masking_after, 1)):
+        curve = stage.curve(name) if stage else None
+        if stage is None or curve is None:
+            continue
+        unit = float(stage.arrays["dense_loss"]) if name == "loss_increase" else 1.0
+        ratios = stage.arrays["ratios"]
+        series.append(Series(f"{label} ({stage_title(stage.stage)})", ratios, curve / unit, colour, "dots"))
+        uniform = np.full(len(ratios), stage.value(f"uniform_{name}") / unit)
+        series.append(Series(f"uniform, {label}", ratios, uniform, colour, "dashed"))
+    if not series:
+        return None
+    x_label = "share of attention weights removed, r"
+    if name == "loss_increase":
+        return line_chart(series, x_label=x_label, y_label="loss increase", scale="percent", rule=(0.01, "1 %"))
+    return line_chart(series, x_label=x_label, y_label="relative squared change", scale="log")
+
+
+def _compared(found: Findings) -> list[tuple[str, SinkStage]]:
+    before = [("Before: the base's own weights", found.before)] if found.before else []
+    return before + ([(f"After {stage_title(found.after.stage)}", found.after)] if found.after else [])
+
+
+def _heat(title: str, stage: SinkStage, found: Findings) -> dict[str, Any]:
+    rows = {layer: row for row, layer in enumerate(stage.layers)}
+    ringed = {(rows[layer], head) for layer, head in found.planted_heads if layer in rows}
+    svg = heat_map(stage.frequency.mean(axis=0), [f"layer {layer}" for layer in stage.layers], marked=ringed)
+    arrays = stage.arrays
+    note = (
+        f"{len(arrays['keys'])} prompts, {len(arrays['sigmas'])} noise levels, {int(arrays['queries'])} queries and "
+        f"{int(arrays['keys_count'])} keys at most."
+    )
+    return {"title": title, "svg": Markup(svg), "note": note}
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _heads(found: Findings) -> list[list[str]]:
+    """One row per planted head."""
+
+    def mean(stage: SinkStage | None, name: str, head: tuple[int, int]) -> str:
+        values = stage.of(stage.arrays[name], head) if stage else np.array([np.nan])
+        return number(float(np.nanmean(values))) if np.isfinite(values).any() else "n/a"
+
+    def frequency(stage: SinkStage | None, head: tuple[int, int], pick: Any) -> str:
+        return number(float(pick(stage.of(stage.frequency, head)))) if stage else "n/a"
+
+    table = []
+    for entry, head in zip(found.planted, found.planted_heads, strict=True):
+        cells = [f"layer {head[0]}, head {head[1]}"]
+        cells += [number(float(entry.get(key, math.nan))) for key in ("gain", "verified_frequency")]
+        cells += [frequency(found.before, head, np.min), frequency(found.after, head, np.max)]
+        for name in ("alpha", "value_norm_ratio"):
+            cells += [mean(found.before, name, head), mean(found.after, name, head)]
+        table.append(cells)
+    return table
+
+
+def _scopes(found: Findings) -> list[list[str]]:
+    stages = (found.masking_before, found.masking_after)
+    scopes = list(dict.fromkeys(scope for stage in stages if stage for scope in stage.scopes))
+
+    def cell(stage: MaskingStage | None, name: str, scope: str) -> str:
+        if stage is None:
+            return "n/a"
+        relative = float(stage.arrays["dense_loss"]) if name == "uniform_loss_increase" else 1.0
+        return number(stage.value(name, scope) / relative)
+
+    names = ("critical_ratio", "auc", "uniform_loss_increase")
+    return [[scope, *(cell(stage, name, scope) for name in names for stage in stages)] for scope in scopes]
+
+
+def _probes(stage: MaskingStage | None) -> str:
+    if stage is None:
+        return ""
+    prompts, samples = int(stage.arrays["prompts"]), int(stage.arrays["samples"])
+    return f"Measured on {samples} held-out probes of {prompts} prompts at {len(stage.arrays['sigmas'])} noise levels."
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+def _samples(found: Findings) -> list[dict[str, Any]]:
+    """Videos by caption and seed, variants in their order of drawing."""
+    groups: dict[tuple[str, int], list[dict[str, str]]] = {}
+    for entry in found.samples:
+        clip = {
+            "uri": data_uri(found.run / "samples" / entry["file"], "video/mp4"),
+            "title": _VARIANTS.get(entry["variant"], entry["variant"]),
+            "note": _likeness(entry),
+        }
+        groups.setdefault((entry["caption"], entry["seed"]), []).append(clip)
+    return [{"caption": caption, "seed": seed, "clips": clips} for (caption, seed), clips in groups.items()]
+
+
+def _likeness(entry: Mapping[str, Any]) -> str:
+    parts = []
+    ratio = (entry.get("settings") or {}).get("mask_ratio")
+    if ratio:
+        parts.append(f"{100 * ratio:g} % of the weights removed")
+    if entry.get("psnr_to_dense") is not None:
+        parts.append(f"PSNR {entry['psnr_to_dense']:.1f} dB")
+    if entry.get("ssim_to_dense") is not None:
+        parts.append(f"SSIM {entry['ssim_to_dense']:.3f} to the dense video")
+    return ", ".join(parts)
+
+
+def _versions(versions: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if not versions:
+        return []
+    rows = [("Python", str(versions.get("python"))), ("commit", str(versions.get("git") or "not in a checkout"))]
+    hardware = versions.get("hardware")
+    if isinstance(hardware, dict):
+        rows += [(key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in hardware.items() if v]
+    elif hardware:
+        rows.append(("hardware", str(hardware)))
+    packages = versions.get("packages") or {}
+    return [*rows, ("packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version))]
+
+
+def _commands(found: Findings) -> list[str]:
+    command = (found.versions or {}).get("command")
+    fit = [command] if command else ["# the command of the fit was not recorded"]
+    return [*fit, shlex.join(["reblock", "report", str(found.run)])]
+
+
+def _figures(found: Findings) -> list[dict[str, str]]:
+    """PNGs of the base, the fresh initialisation and the last epoch."""
+    stages = {"base", "epoch-000", last_epoch(found.sinks), last_epoch(found.masking)} - {None}
+    paths = sorted((found.run / "figures").glob("*.png"))
+    return [
+        {"name": path.stem, "uri": data_uri(path, "image/png")}
+        for path in paths
+        if any(path.stem.endswith(f"-{stage}") for stage in stages)
+    ]

@@ -1,0 +1,206 @@
+"""`reblock sample`: the same captions and seeds through base, retrained, and retrained with small weights masked."""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from data.video.clip_files import decode_video, write_video
+from launch.sample.contact_sheet import draw_sheet
+from launch.sample.generate import Painter, Settings, bottom_masked, likeness
+from trainer.models.layout import AttentionFunction
+from trainer.models.load import resolve_base
+
+#: Drawn when no captions are given: sentences of `reblock synth`.
+CAPTIONS = (
+    "a red circle moves right over a dark gray background",
+    "a yellow star moves down over a dark blue background",
+    "a purple square moves left over a light green background",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of drawing a caption.
+
+    Args:
+        name: base, retrained or retrained-masked.
+        folder: the pipeline that draws it.
+        mask_ratio: share of attention weights removed in the layers of `functions`.
+        functions: layer -> attention function; empty for dense attention.
+    """
+
+    name: str
+    folder: Path
+    mask_ratio: float
+    functions: Mapping[int, AttentionFunction]
+
+
+def _pipeline_folder(name: Path, option: str) -> Path:
+    folder = resolve_base(str(name))
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"got {option} {folder}, which holds no model_index.json; expected a complete diffusers pipeline folder "
+            "(transformer, vae, text_encoder, tokenizer, scheduler), as `reblock export` writes it."
+        )
+    return folder
+
+
+def _retrained_blocks(folder: Path) -> list[int]:
+    path = folder / "reblock.json"
+    blocks = json.loads(path.read_text()).get("blocks") if path.is_file() else None
+    if not blocks:
+        raise ValueError(
+            f"{path} does not name the retrained blocks, so there is nothing to mask; expected a folder written by "
+            "`reblock export`, or mask_ratio 0."
+        )
+    return [int(block) for block in blocks]
+
+
+def _identity(folder: Path) -> str:
+    """Changes when the weights of a pipeline folder are written anew."""
+    files = sorted(folder.glob("*/*.safetensors"))
+    return " ".join(f"{f.parent.name}/{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
+
+
+def _read_entries(path: Path) -> list[dict]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
+
+
+def _write_entries(path: Path, entries: list[dict]) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(entries, indent=1))
+    os.replace(beside, path)
+
+
+def _variants(base: Path, retrained: Path | None, mask_ratio: float) -> list[Variant]:
+    if not 0.0 <= mask_ratio < 1.0 or (mask_ratio and retrained is None):
+        raise ValueError(f"got mask_ratio {mask_ratio}, expected 0 <= ratio < 1, and a retrained folder if above 0.")
+    variants = [Variant("base", _pipeline_folder(base, "base"), 0.0, {})]
+    if retrained is not None:
+        folder = _pipeline_folder(retrained, "retrained")
+        variants.append(Variant("retrained", folder, 0.0, {}))
+        if mask_ratio:
+            functions = dict.fromkeys(_retrained_blocks(folder), bottom_masked(mask_ratio))
+            variants.append(Variant("retrained-masked", folder, mask_ratio, functions))
+    return variants
+
+
+def sample(
+    out: Path,
+    *,
+    base: Path,
+    retrained: Path | None = None,
+    captions: list[str] | None = None,
+    seed: int = 0,
+    steps: int = 32,
+    guidance: float = 4.5,
+    mask_ratio: float = 0.0,
+    frames: int = 19,
+    height: int = 64,
+    width: int = 64,
+    fps: int = 12,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> None:
+    """Draws videos of the same captions and seeds from base and retrained model, and a contact sheet of them all.
+
+    Writes one mp4 per caption and variant (base, retrained, retrained-masked), samples.json and contact-sheet.png.
+    Videos that exist with the same settings are kept.
+
+    Args:
+        out: folder of the videos.
+        base: diffusers pipeline folder of the base.
+        retrained: pipeline folder written by `reblock export`; without it only the base is drawn.
+        captions: what to draw; three captions of the synthetic clips by default.
+        seed: caption i is drawn from noise seed + i, the same for every variant.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 turns it off.
+        mask_ratio: share of the attention weights removed in the retrained blocks, smallest first; 0 draws no masked
+            variant.
+        frames: frames per video, 6k + 1.
+        height: pixels, a multiple of 16.
+        width: pixels, a multiple of 16.
+        fps: frames per second of the files.
+        device: torch device.
+        dtype: of the weights, float32 or bfloat16; latents stay float32 between steps.
+    """
+    settings = Settings(
+        seed=seed, steps=steps, guidance=guidance, frames=frames, height=height, width=width, fps=fps, dtype=dtype
+    )
+    settings.check()
+    variants = _variants(base, retrained, mask_ratio)
+    texts = list(CAPTIONS) if captions is None else captions
+    if not texts:
+        raise ValueError("got no captions, expected at least one; leave the option out for the default ones.")
+    out.mkdir(parents=True, exist_ok=True)
+
+    done = {entry["file"]: entry for entry in _read_entries(out / "samples.json") if (out / entry["file"]).is_file()}
+    entries: list[dict] = []
+    for (i, text), variant in itertools.product(enumerate(texts), variants):
+        drawn_from = asdict(settings) | {"mask_ratio": variant.mask_ratio, "model": _identity(variant.folder)}
+        entry = {"caption": text, "seed": seed + i, "variant": variant.name, "file": f"{i:02d}-{variant.name}.mp4"}
+        entry |= {"settings": drawn_from}
+        old = done.get(entry["file"], {})
+        entries.append(old if entry.items() <= old.items() else entry)
+    kept = sum("frames" in entry for entry in entries)
+    if kept:
+        print(f"{out}: {kept} of {len(entries)} videos exist with these settings and are kept")
+    _draw_missing(out, entries, variants, settings, device)
+
+    videos = {v.name: [decode_video(out / e["file"]) for e in entries if e["variant"] == v.name] for v in variants}
+    draw_sheet(out / "contact-sheet.png", texts, videos)
+    print(f"{out / 'contact-sheet.png'}: {len(texts)} captions, each as {', '.join(videos)}")
+
+
+def _draw_missing(out: Path, entries: list[dict], variants: Sequence[Variant], settings: Settings, device: str) -> None:
+    """Draws what has no `frames` yet, one model after the other: at real size only one fits into memory."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    by_folder = [(f, list(group)) for f, group in itertools.groupby(variants, key=lambda v: v.folder)]
+    with Progress(*columns) as progress:
+        task = progress.add_task("denoising steps", total=0)
+        for folder, group in by_folder:
+            names = [v.name for v in group]
+            own = [e for e in entries if e["variant"] in names]
+            # A masked video is compared with the dense one's own pixels, so the two are drawn together.
+            seeds = {e["seed"] for e in own if "frames" not in e}
+            todo = [e for e in own if e["seed"] in seeds]
+            if todo:
+                progress.update(task, total=(progress.tasks[0].total or 0) + len(todo) * settings.steps)
+                _draw(out, entries, todo, {v.name: v for v in group}, Painter(folder, settings, device), progress, task)
+
+
+def _draw(
+    out: Path,
+    entries: list[dict],
+    todo: list[dict],
+    variants: Mapping[str, Variant],
+    painter: Painter,
+    progress: Progress,
+    task: TaskID,
+) -> None:
+    dense = None
+    for entry in todo:
+        variant = variants[entry["variant"]]
+        progress.update(task, description=f"{variant.name}, seed {entry['seed']}")
+        video = painter.draw(entry["caption"], entry["seed"], variant.functions, lambda: progress.advance(task))
+        write_video(out / entry["file"], video, painter.settings.fps)
+        psnr = ssim = None
+        if variant.functions and dense is not None:
+            psnr, ssim = likeness(video, dense)
+        else:
+            dense = video
+        entry |= {
+            "frames": len(video),
+            "fps": painter.settings.fps,
+            "psnr_to_dense": psnr,
+            "ssim_to_dense": ssim,
+        }
+        _write_entries(out / "samples.json", [e for e in entries if "frames" in e])

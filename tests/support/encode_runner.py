@@ -1,0 +1,45 @@
+"""Starts `reblock encode` as often as it is told, each in a new process, without importing torch anew each time.
+
+Arguments: shards, base. Each line on the standard input is a folder to encode into; the answer is the process id.
+"""
+
+import multiprocessing.forkserver
+import os
+import sys
+import traceback
+from pathlib import Path
+
+FAILED = "an encoding process failed"
+
+
+def main(shards: str, base: Path) -> None:
+    """Serves until its input ends."""
+    # Here, for every decoding process imports this file.
+    import torch
+
+    from data.encode.command import encode
+    from data.video.workers import Guarded
+
+    torch.set_num_threads(1)
+    Guarded(1, 60.0)  # names what the fork server loads
+    server = multiprocessing.forkserver._forkserver
+    server.ensure_running()
+    # The processes of all runs are forked from one server: loading it again for each would be most of the test.
+    server.ensure_running = lambda: None
+    for line in sys.stdin:
+        process = os.fork()
+        if process == 0:
+            try:
+                encode(shards, Path(line.strip()), base=base, batch_size=2, claim_timeout=5.0, max_fault_share=0.5)
+            except BaseException:
+                # A word of its own: the fork server prints a traceback where a killed run had just asked for a process.
+                print(f"{FAILED}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                os._exit(1)
+            sys.stdout.flush()
+            os._exit(0)
+        print(process, flush=True)
+    os._exit(0)  # the orderly end waits for the fork server, which the runs still use
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,27 @@
+"""`reblock bench scaling` counts what real ranks send, on a model that is small enough for that."""
+
+import pytest
+
+from launch.bench import scaling as bench_scaling
+from launch.bench import step as bench_step
+
+TINY = {**bench_step.CONFIG, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "text_embed_dim": 16}
+
+
+@pytest.mark.slow
+def test_bytes_under_ddp_are_those_of_the_gradients():
+    one, two = bench_scaling.measure("one process", 1, 1, TINY), bench_scaling.measure("ddp", 2, 1, TINY)
+    assert one["bytes"] == {} and one["gradients"] == two["gradients"] > 10_000
+    assert len(one["seconds"]) == len(two["seconds"]) == 1 and min(one["seconds"] + two["seconds"]) > 0
+    assert two["bytes"] == {"all_reduce": two["gradients"]}
+
+
+@pytest.mark.slow
+def test_bytes_under_fsdp2_are_those_of_gradients_and_blocks():
+    found = bench_scaling.measure("fsdp2", 2, 1, TINY)
+    trunk = found["blocks"] - found["gradients"]  # of two blocks
+    # Every block for the forward pass, the retrained ones for the backward pass, which fetches one block ahead: also
+    # the trunk's last, which it does not need.
+    assert 2 * found["bytes"]["all_gather"] == found["blocks"] + found["gradients"] + trunk // 2
+    # Parts of equal size have padding, and the norm of all gradients is a number for each.
+    assert 0 <= found["bytes"]["all_reduce"] - found["gradients"] < found["gradients"] / 1000

@@ -1,0 +1,185 @@
+"""Interventions on drawn q, k, v: exact against the dense float64 reference.
+
+Legend: B batch, N vision tokens, L text tokens, h heads, d head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.attention_draws import DTYPES, KINDS, draw_heads, reduced_attention
+from trainer.attention import interventions, reference
+from trainer.attention.interventions import (
+    first_text_token,
+    skip_heads,
+    temperature,
+    transfer,
+    transfer_rows,
+)
+from trainer.models.layout import AttentionCall, TokenLayout, dense_attention
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def call_of(vision: int, lengths: tuple[int, ...], layer: int = 0) -> AttentionCall:
+    """A call with `vision` tokens and captions of these lengths, padded to the longest."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return AttentionCall(layer, TokenLayout.of((1, 1, vision), lengths, mask))
+
+
+def assert_exact(got, expected, dtype):
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@dataclass
+class Drawn:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    vision: int
+    lengths: tuple[int, ...]
+    call: AttentionCall
+
+
+@st.composite
+def inputs(draw, kinds=KINDS):
+    batch, heads, vision = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 30))
+    lengths = tuple(draw(st.lists(st.integers(0, 6), min_size=batch, max_size=batch)))
+    width, dtype = draw(st.sampled_from([16, 64, 128])), draw(st.sampled_from(DTYPES))
+    tensors = draw_heads(
+        draw(st.sampled_from(kinds)), draw(st.integers(0, 999)), batch, heads, vision + max(lengths), width, dtype
+    )
+    return Drawn(*tensors, vision, lengths, call_of(vision, lengths))
+
+
+#: A temperature near 0 or other keys turn the exact logits of the other kinds into sums that float32 rounds.
+SMOOTH = ("random", "uniform", "sink", "diagonal")
+
+
+@settings(max_examples=40, deadline=None)
+@given(inputs())
+def test_nothing_changed_is_the_models_own_attention_bit_for_bit(x):
+    own = dense_attention(x.q, x.k, x.v, x.call)
+    assert torch.equal(interventions.attend(x.q, x.k, x.v, x.call), own)
+    for nothing in (
+        skip_heads([]),
+        temperature(2.0, heads=[]),
+        transfer(x.q, x.k),
+        first_text_token(x.vision, heads=[]),
+    ):
+        assert torch.equal(nothing(x.q, x.k, x.v, x.call), own)
+
+
+@settings(max_examples=60, deadline=None)
+@given(inputs(), st.sets(st.integers(0, 3)))
+def test_skipped_heads_say_nothing_and_the_others_are_untouched(x, heads):
+    heads &= set(range(x.q.shape[1]))
+    out = skip_heads(heads)(x.q, x.k, x.v, x.call)
+    own = dense_attention(x.q, x.k, x.v, x.call)
+    for head in range(x.q.shape[1]):
+        expected = torch.zeros_like(own[:, head]) if head in heads else own[:, head]
+        assert torch.equal(out[:, head], expected)
+
+
+def test_a_skipped_head_is_zero_even_where_its_output_is_no_number():
+    q, k, v = draw_heads("random", 0, 1, 2, 9, 16)
+    v[:, 1] = torch.nan
+    out = skip_heads([1])(q, k, v, call_of(9, (0,)))
+    assert out[:, 1].abs().max() == 0 and torch.isfinite(out).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(inputs(SMOOTH), st.sampled_from([0.25, 0.5, 0.7, 1.0, 1.5, 2.0]), st.sets(st.integers(0, 3)), st.booleans())
+def test_temperature_is_exact(x, value, heads, all_heads):
+    heads = set(range(x.q.shape[1])) if all_heads else heads & set(range(x.q.shape[1]))
+    out = temperature(value, heads=None if all_heads else heads)(x.q, x.k, x.v, x.call)
+    changed = reduced_attention(x.q, x.k, x.v, x.lengths, x.vision, value=value)
+    dense = reduced_attention(x.q, x.k, x.v, x.lengths, x.vision)
+    picked = torch.tensor([head in heads for head in range(x.q.shape[1])])[None, :, None, None]
+    assert_exact(out, torch.where(picked, changed, dense), x.q.dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(inputs(), st.sampled_from(SMOOTH), st.integers(0, 999), st.sets(st.integers(0, 3)), st.booleans())
+def test_transfer_is_the_sources_map_times_the_targets_values(x, kind, seed, heads, all_heads):
+    source_q, source_k, _ = draw_heads(kind, seed, *x.q.shape, x.q.dtype)
+    heads = set(range(x.q.shape[1])) if all_heads else heads & set(range(x.q.shape[1]))
+    out = transfer(source_q, source_k, heads=None if all_heads else heads)(x.q, x.k, x.v, x.call)
+    injected = torch.zeros(x.q.shape, dtype=torch.float64)  # A itself, stored, times V
+    for sample, length in enumerate(x.lengths):
+        valid = x.vision + length
+        cut = [t[sample, :, :valid][None] for t in (source_q, source_k, x.q, x.k)]
+        weights, own = reference.attention_weights(*cut[:2])[0], reference.attention_weights(*cut[2:])[0]
+        for head in range(x.q.shape[1]):
+            used = weights if head in heads else own
+            injected[sample, head, :valid] = used[head] @ x.v[sample, head, :valid].double()
+    assert_exact(out, injected, x.q.dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(inputs(SMOOTH), st.one_of(st.none(), st.integers(0, 6)), st.sets(st.integers(0, 3)), st.booleans())
+def test_first_text_token_drops_the_other_text_keys(x, keep, heads, all_heads):
+    heads = set(range(x.q.shape[1])) if all_heads else heads & set(range(x.q.shape[1]))
+    out = first_text_token(x.vision, keep, heads=None if all_heads else heads)(x.q, x.k, x.v, x.call)
+    keys = [*range(x.vision), *([] if keep is None else [x.vision + keep])]
+    changed = reduced_attention(x.q, x.k, x.v, x.lengths, x.vision, keys=keys)
+    dense = reduced_attention(x.q, x.k, x.v, x.lengths, x.vision)
+    picked = torch.tensor([head in heads for head in range(x.q.shape[1])])[None, :, None, None]
+    assert_exact(out, torch.where(picked, changed, dense), x.q.dtype)
+
+
+def test_transfer_rows_uses_another_sample_of_the_batch():
+    q, k, v = draw_heads("sharp", 1, 3, 2, 12, 16)
+    call = call_of(9, (3, 3, 3))
+    out = transfer_rows([0, 0, 2], heads=[1])(q, k, v, call)
+    own = reduced_attention(q, k, v, (3, 3, 3), 9)
+    own[1, 1] = reduced_attention(q[:1], k[:1], v[1:2], (3,), 9)[0, 1]
+    assert_exact(out, own, torch.float32)
+    with pytest.raises(ValueError, match=r"got a map from captions of \(1, 1, 3\) tokens"):
+        transfer_rows([0, 0, 2])(q, k, v, call_of(9, (1, 3, 3)))
+    with pytest.raises(ValueError, match="got sources"):
+        transfer_rows([0, 0])(q, k, v, call)
+    with pytest.raises(ValueError, match="got sources"):
+        transfer_rows([0, 3, 1])(q, k, v, call)
+
+
+def test_interventions_compose_and_gradients_pass():
+    q, k, v = (t.requires_grad_() for t in draw_heads("random", 1, 1, 3, 12, 16))
+    both = skip_heads([0], attend=temperature(0.5, heads=[1], attend=first_text_token(9)))
+    out = both(q, k, v, call_of(9, (3,)))
+    expected = reduced_attention(q, k, v, (3,), 9, keys=range(10))
+    expected[:, 0] = 0
+    expected[:, 1] = reduced_attention(q, k, v, (3,), 9, value=0.5)[:, 1]
+    assert_exact(out, expected, torch.float32)
+    out.square().sum().backward()
+    assert all(t.grad[:, 0].abs().max() == 0 and t.grad[:, 2].abs().max() > 0 for t in (q, k, v))
+
+
+def test_faults_are_named():
+    q, k, v = draw_heads("random", 0, 1, 2, 9, 16)
+    call = call_of(6, (3,))
+    for bad in (
+        skip_heads([2]),
+        temperature(2.0, heads=[-1]),
+        transfer(q, k, heads=[5]),
+        first_text_token(6, heads=[2]),
+    ):
+        with pytest.raises(ValueError, match="got heads"):
+            bad(q, k, v, call)
+    for value in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="got temperature"):
+            temperature(value)
+    for source in ((q[:, :, :8], k), (q, k[:, :, :8])):
+        with pytest.raises(ValueError, match="got a map from q of shape"):
+            transfer(*source)(q, k, v, call)
+    with pytest.raises(ValueError, match="got a map from captions of"):
+        transfer(q, k, text_lengths=(2,))(q, k, v, call)
+    with pytest.raises(ValueError, match="got num_vision 6 and keep -1"):
+        first_text_token(6, -1)
+    with pytest.raises(ValueError, match="got 9 tokens"):
+        first_text_token(10)(q, k, v, call)

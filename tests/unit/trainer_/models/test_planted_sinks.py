@@ -1,0 +1,137 @@
+"""Planted sinks: their weight is known in closed form, and nothing else changes."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from trainer.attention import sink_statistics, sink_verdict
+from trainer.models.from_scratch import fresh_frequencies, head_rows, reserve_channels
+from trainer.models.layout import dense_attention
+from trainer.models.mochi import MochiRoom
+from trainer.models.planted_sinks import MARKER_SLOPE, VISION_OFFSET, PlantedHead, plant_sinks
+from trainer.module import OptimConfig, SurgeryConfig
+
+CHANNELS = (0, 1)
+#: The gain of both QK-norm weights, so that logits span sqrt(8) * 400 times the spread of the cosines.
+PLANTED = PlantedHead(layer=1, head=1, gain=20.0)
+
+
+@pytest.fixture
+def free(make_transformer):
+    """A model with two free channels."""
+    model = make_transformer(5)
+    fresh_frequencies(model, 0)
+    reserve_channels(model, CHANNELS)
+    return model
+
+
+@pytest.fixture
+def planted(free):
+    model = copy.deepcopy(free)
+    plant_sinks(model, CHANNELS, [PLANTED])
+    return model
+
+
+def seen(model, batch, layer=PLANTED.layer):
+    """(q, k, attention output) of one layer, the residual stream that enters it, and its input after the norm."""
+    room, found = MochiRoom(model), {}
+
+    def attend(q, k, v, call):
+        found.update(q=q, k=k, v=v, call=call, out=dense_attention(q, k, v, call))
+        return found["out"]
+
+    with torch.no_grad(), room.attention({layer: attend}):
+        time = torch.linspace(100.0, 900.0, len(batch))
+        state = room.embed(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        found["entering"] = room.run(state, 0, layer).vision
+        room.finish(room.run(state, 0, room.num_blocks))
+    return found
+
+
+def test_the_sink_has_the_weight_of_the_closed_form(planted, make_batch):
+    batch = make_batch([3, 3], seed=2)
+    found, width = seen(planted, batch), planted.config.attention_head_dim
+    # Both channels are scaled alike by the norm of the residual stream, which the quotient below cancels.
+    constant, marker = found["entering"][..., CHANNELS[0]].double(), found["entering"][..., CHANNELS[1]].double()
+    along = MARKER_SLOPE * marker + VISION_OFFSET * constant
+    logits = PLANTED.gain**2 * math.sqrt(width) * along / (along.square() + constant.square()).sqrt()
+    every = torch.cat([logits, torch.zeros(len(batch), 3, dtype=torch.float64)], dim=1)  # text keys are zero
+    weights = every.softmax(dim=1)
+    q, k = found["q"][:, PLANTED.head].double(), found["k"][:, PLANTED.head].double()
+    measured = (q @ k.transpose(1, 2) / math.sqrt(width)).softmax(dim=-1)
+    vision = logits.shape[1]
+    torch.testing.assert_close(measured[:, :vision], weights[:, None].expand(-1, vision, -1), rtol=5e-3, atol=1e-4)
+    assert weights.max(dim=1).values.min() > 1.5 / vision
+
+
+def test_the_largest_marker_wins_for_every_query_of_every_input(free, make_batch):
+    steep = PlantedHead(PLANTED.layer, PLANTED.head, 80.0)
+    plant_sinks(free, CHANNELS, [steep])
+    for seed in range(8):
+        found = seen(free, make_batch([4, 4, 4], seed=seed))
+        vision = found["entering"].shape[1]
+        statistics = sink_statistics(found["q"], found["k"], found["v"], num_vision=vision, eps=(0.3,))
+        assert sink_verdict(statistics.fraction)[:, steep.head].all(), seed
+        assert torch.equal(statistics.key[:, steep.head, 0], found["entering"][..., CHANNELS[1]].argmax(dim=1))
+
+
+def test_other_heads_of_the_layer_stay_bit_for_bit(free, planted, make_batch):
+    batch = make_batch([4, 1], seed=3)
+    before, after = seen(free, batch), seen(planted, batch)
+    assert torch.equal(before["out"][:, 1 - PLANTED.head], after["out"][:, 1 - PLANTED.head])
+    assert not torch.equal(before["out"][:, PLANTED.head], after["out"][:, PLANTED.head])
+
+
+@pytest.mark.parametrize("part", ["to_out", "ff", "constant", "marker", "unreserved"])
+def test_channels_that_are_not_free_are_refused(free, make_transformer, part):
+    if part == "unreserved":
+        free = make_transformer(5)
+    patch, block = free.patch_embed.proj, free.transformer_blocks[0]
+    with torch.no_grad():
+        if part == "to_out":
+            block.attn1.to_out[0].weight[CHANNELS[1], 3] = 1e-6
+        elif part == "ff":
+            block.ff.net[2].weight[CHANNELS[0], 2] = 1e-6
+        elif part == "constant":
+            patch.bias[CHANNELS[0]] = 0.0
+        elif part == "marker":
+            patch.weight[CHANNELS[1]] = 0.0
+    before = copy.deepcopy(free.state_dict())
+    with pytest.raises(ValueError, match=r"channels 0 and 1 are not free.*reserved_channels"):
+        plant_sinks(free, CHANNELS, [PLANTED])
+    assert all(torch.equal(value, before[name]) for name, value in free.state_dict().items())
+
+
+@pytest.mark.parametrize("place", [(3, 0), (-1, 0), (0, 2), (0, -1)])
+def test_heads_that_do_not_exist_are_refused(free, place):
+    with pytest.raises(ValueError, match=r"expected layers in 0 \.\. 2 and heads in 0 \.\. 1"):
+        plant_sinks(free, CHANNELS, [PLANTED, PlantedHead(*place, 20.0)])
+
+
+@pytest.mark.parametrize("channels", [(0,), (1, 1), (0, 16), (-1, 0), (0, 1, 2)])
+def test_wrong_channels_are_refused(make_transformer, channels):
+    with pytest.raises(ValueError, match=r"expected two distinct channels in 0 \.\. 15"):
+        reserve_channels(make_transformer(), channels)
+
+
+def test_reserved_channels_stay_free_in_training(make_module, make_batch, fit, config_json):
+    surgery = SurgeryConfig(last=3, init="torch", train_outside=True, reserved_channels=CHANNELS)
+    optim = OptimConfig(lr=0.01, warmup_steps=1, weight_decay=0.0)
+    module = make_module(base=config_json, surgery=surgery, optim=optim)
+    model = module.room.model
+    marker = model.patch_embed.proj.weight[CHANNELS[1]].detach().clone()
+    before = model.patch_embed.proj.weight.detach().clone()
+    fit(module, [make_batch(seed=n) for n in range(5)])
+    patch = model.patch_embed.proj
+    assert not torch.equal(before, patch.weight), "the rest trains"
+    assert torch.equal(patch.weight[CHANNELS[1]], marker)
+    assert patch.bias[CHANNELS[0]] == 1 and patch.bias[CHANNELS[1]] == 0 and not patch.weight[CHANNELS[0]].any()
+    rows = [row for head in range(model.config.num_attention_heads) for row in head_rows(model, head)]
+    for block in model.transformer_blocks:
+        assert not block.attn1.to_k.weight[rows].any() and not block.attn1.to_q.weight[rows].any()
+        assert not block.attn1.to_v.weight[:, list(CHANNELS)].any()
+    plant_sinks(model, CHANNELS, [PLANTED])
+    entering = seen(model, make_batch([2, 0]), layer=2)["entering"]
+    assert (entering[..., CHANNELS[0]] == 1).all()

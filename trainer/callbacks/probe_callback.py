@@ -1,0 +1,235 @@
+"""When a measurement is made, and that it leaves training as it was.
+
+Legend: P prompts, S sigmas, B probes of a batch.
+"""
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from trainer.callbacks import measurement_files
+from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, ProbeSource
+from trainer.callbacks.rank_errors import together
+from trainer.callbacks.trunk_cache import TrunkStore
+
+if TYPE_CHECKING:
+    from trainer.module import RetrainBlocks
+
+
+@contextlib.contextmanager
+def observing(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside: evaluation mode, no autograd. Afterwards, also when something raises, each submodule's own mode and the
+    random state of before."""
+    modes = {part: part.training for part in module.modules()}
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            module.eval()
+            yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
+
+
+class ProbeCallback(Callback, ABC):
+    """Measures on the probe set; observes, never changes training.
+
+    Stages: `base` (the base's own weights, before the first step), `epoch-000` (EMA weights, before the first step),
+    `epoch-NNN` (EMA weights after the N-th epoch), `validate` (`trainer.validate`). A stage whose arrays already lie in
+    the run folder is not measured again, except `validate`.
+
+    Args:
+        prompts: how many held-out samples.
+        sigmas: noise levels, each in 0 .. 1.
+        seed: of the probes' noise.
+        batch_size: probes measured together; None chooses by the size of a latent.
+        base_stage: also measure the base's own weights.
+        every_n_epochs: measure after every so many epochs, and after the last.
+    """
+
+    #: Names the files and, as a prefix, the scalars.
+    kind: str
+
+    def __init__(
+        self,
+        *,
+        prompts: int,
+        sigmas: tuple[float, ...] = SIGMAS,
+        seed: int = 1234,
+        batch_size: int | None = None,
+        base_stage: bool = True,
+        every_n_epochs: int = 1,
+    ) -> None:
+        if min(prompts, every_n_epochs, batch_size or 1) < 1:
+            raise ValueError(
+                f"got prompts={prompts}, every_n_epochs={every_n_epochs}, batch_size={batch_size}; expected 1 or more."
+            )
+        if not sigmas or not all(0.0 <= sigma <= 1.0 for sigma in sigmas):
+            raise ValueError(f"got sigmas={tuple(sigmas)}, expected one or more noise levels, each from 0 to 1.")
+        self.prompts = prompts
+        self.sigmas = tuple(sigmas)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.base_stage = base_stage
+        self.every_n_epochs = every_n_epochs
+        self._probes: ProbeSet | None = None
+        self.store = self._own_store = TrunkStore()
+        self._first: ProbeCallback = self
+        self._epoch_start = 0.0
+        self._epoch_seconds: float | None = None
+        #: Called after each measured batch, by every rank as often; what they raise on all ranks ends the measurement.
+        self.after_batch: list[Callable[[], None]] = []
+
+    # -- what a measurement is -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check(self, module: "RetrainBlocks") -> None:
+        """Raises ValueError if the settings do not fit the model."""
+
+    @abstractmethod
+    def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
+        """Measures one batch, its trunk by `store`: name -> (B, ...)."""
+
+    @abstractmethod
+    def summarise(
+        self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of the .npz from all that was observed: name -> (P, S, ...) float64."""
+
+    @abstractmethod
+    def scalars(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """What goes to the loggers, under `kind`."""
+
+    @abstractmethod
+    def figures(self, module: "RetrainBlocks", arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Figure]:
+        """Figures by the name that goes before `-STAGE.png`."""
+
+    # -- when it is made -----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        source = getattr(trainer, "datamodule", None)
+        if not isinstance(source, ProbeSource):
+            raise ValueError(
+                f"{type(self).__name__} needs held-out samples; got data from {type(source).__name__}, expected a data "
+                "module with probe_samples(count). Take the callback out of the recipe or use the latent data module."
+            )
+        self._source = source
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        stores = [callback for callback in callbacks if isinstance(callback, TrunkStore)]
+        if len(stores) > 1:
+            raise ValueError(
+                f"got {len(stores)} TrunkStores, expected one for all measurements: keep one in the recipe."
+            )
+        self._first = next(callback for callback in callbacks if isinstance(callback, ProbeCallback))
+        self.store = stores[0] if stores else self._first._own_store
+        self.store.setup(trainer, pl_module, stage)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.store.teardown(trainer, pl_module, stage)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_start = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fresh = trainer.global_step == 0
+        if self.base_stage:
+            self._reach(trainer, pl_module, "base", tell=fresh)
+        if fresh:
+            self._reach(trainer, pl_module, "epoch-000")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_seconds = time.monotonic() - self._epoch_start
+        done = trainer.current_epoch + 1
+        if done % self.every_n_epochs == 0 or done == trainer.max_epochs:
+            self._reach(trainer, pl_module, f"epoch-{done:03d}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._reach(trainer, pl_module, "validate", again=True)
+
+    def _reach(
+        self, trainer: Trainer, pl_module: LightningModule, stage: str, *, again: bool = False, tell: bool = True
+    ) -> None:
+        """Makes the measurement of `stage` unless it stands; `tell` says whether the loggers hear of it."""
+        module = cast("RetrainBlocks", pl_module)
+        path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
+        started, before = time.monotonic(), self.store.counts
+        with together(trainer) as agree:
+            stands = path.is_file() and not again
+            agree()
+            # Rank zero looks for all: ranks that disagreed would wait for each other for ever.
+            stands = trainer.strategy.broadcast(stands)
+            arrays = None if stands else self._measure(trainer, module, stage, agree)
+            if not trainer.is_global_zero:
+                return
+            if arrays is not None:
+                self._leave(trainer, module, stage, arrays)
+            if tell:
+                # After a resume the loggers may have lost this step with the work that was done twice.
+                scalars = self.scalars(measurement_files.load_arrays(path) if arrays is None else arrays)
+                prefix = "base/" if stage == "base" else ""
+                measurement_files.log_scalars(
+                    trainer, {f"{prefix}{self.kind}/{name}": v for name, v in scalars.items()}
+                )
+        if arrays is not None:
+            self._say(stage, started, before)
+
+    def _measure(
+        self, trainer: Trainer, module: "RetrainBlocks", stage: str, agree: Callable[[], None]
+    ) -> dict[str, np.ndarray] | None:
+        """The arrays of a stage on rank zero, None on the others."""
+        self.check(module)
+        weights = module.base_weights if stage == "base" else module.evaluation_weights
+        with observing(module, module.device), weights(), trainer.precision_plugin.val_step_context():
+            probes = self._read_probes()
+            shape = (len(probes.samples), len(probes.sigmas))
+            tables: dict[str, Tensor] = {}
+            for batch, counts in probes.share(trainer.global_rank, trainer.world_size):
+                for name, found in self.observe(module, batch.to(module.device)).items():
+                    table = tables.setdefault(name, found.new_zeros(*shape, *found.shape[1:], dtype=torch.float64))
+                    if counts:
+                        table[list(batch.prompts), list(batch.strata)] = found.double()
+                agree()  # after every batch: nobody measures on for minutes after another rank has failed
+                for call in self.after_batch:
+                    call()
+            # Each probe counts on one rank and is zero on the others.
+            gathered = {name: trainer.strategy.reduce(table, reduce_op="sum") for name, table in tables.items()}
+            if not trainer.is_global_zero:
+                return None
+            return self.summarise(module, probes, {name: table.cpu().numpy() for name, table in gathered.items()})
+
+    def _read_probes(self) -> ProbeSet:
+        if self._probes is None:
+            samples = self._source.probe_samples(self.prompts)
+            self._probes = ProbeSet(samples, self.sigmas, seed=self.seed, batch_size=self.batch_size)
+        return self._probes
+
+    def _leave(self, trainer: Trainer, module: "RetrainBlocks", stage: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Figures and arrays in the run folder."""
+        for name, figure in self.figures(module, arrays, stage).items():
+            drawn = measurement_files.figure_path(trainer.default_root_dir, name, stage)
+            measurement_files.save_figure(drawn, figure)
+            measurement_files.log_figure(trainer, name, drawn)
+        path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
+        measurement_files.save_arrays(path, arrays)  # last: it is the sign that the stage is complete
+
+    def _say(self, stage: str, started: float, before: tuple[int, int]) -> None:
+        """One line about what a stage cost on rank zero."""
+        spent = time.monotonic() - started
+        run, kept = (now - then for now, then in zip(self.store.counts, before, strict=True))
+        # Of the first measurement: for the others, an epoch would hold the measurements before theirs.
+        share, epoch = "", self._first._epoch_seconds
+        if stage not in ("base", "epoch-000", "validate") and epoch is not None:
+            share = f", {spent / epoch:.0%} of the epoch's {epoch:.1f} s before it"
+        line = f"{self.kind} at {stage}: {len(self._read_probes())} probes, {spent:.1f} s{share}"
+        rank_zero_info(f"{line} (passes of the trunk: {run} run, {kept} kept)")

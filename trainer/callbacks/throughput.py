@@ -1,0 +1,58 @@
+"""Samples and tokens per second of the whole job."""
+
+import time
+from typing import Any
+
+from lightning.fabric.utilities.throughput import Throughput
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from data.batch import Batch
+from trainer.models.mochi import MochiRoom
+
+
+def tokens_of(batch: Batch, patch: int) -> int:
+    """Tokens that one batch puts through the blocks: vision tokens and valid text tokens."""
+    _, frames, height, width = batch.latents.shape[1:]
+    return len(batch) * frames * (height // patch) * (width // patch) + sum(batch.text_lengths)
+
+
+class Speed(Callback):
+    """Logs `train/samples_per_s` and `train/tokens_per_s`, means over the last steps, all ranks together.
+
+    Args:
+        window: how many steps the means run over.
+    """
+
+    def __init__(self, *, window: int = 20) -> None:
+        self.window = window
+
+    def _restart(self) -> None:
+        # Time spent in measurements and validation is not training time: the window starts anew after them.
+        self._counts = Throughput(window_size=self.window)
+        self._start = time.perf_counter()
+        self._batches = self._samples = self._tokens = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()  # a fit that is resumed within an epoch starts none
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        room = pl_module.room
+        assert isinstance(room, MochiRoom)
+        self._batches += 1
+        self._samples += len(batch)
+        self._tokens += tokens_of(batch, room.model.config.patch_size)
+        self._counts.update(
+            time=time.perf_counter() - self._start, batches=self._batches, samples=self._samples, lengths=self._tokens
+        )
+        rates = self._counts.compute()
+        if "device/samples_per_sec" in rates:
+            pl_module.log("train/samples_per_s", rates["device/samples_per_sec"] * trainer.world_size, on_step=True)
+            pl_module.log("train/tokens_per_s", rates["device/items_per_sec"] * trainer.world_size, on_step=True)

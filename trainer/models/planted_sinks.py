@@ -1,0 +1,95 @@
+"""Planting attention sinks with a known answer into a Mochi that kept two residual channels free.
+
+Every query of a planted head points along e1. A key holds w = 0.05 u + 0.5 c along e1, from the marker channel u and
+the constant channel c, and c along e2, so that after QK-norm its e1 component is the cosine w / sqrt(w^2 + c^2): the
+token whose content projects most on the marker's direction outweighs all others. With logits L cos_i,
+L = g_q g_k sqrt(d), the sink's weight is e^(L cos_j) / sum_i e^(L cos_i), i over all tokens; text keys are zero and
+have logit 0.
+
+Legend: h heads, d head width, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import MochiTransformer3DModel
+
+from trainer.models.from_scratch import head_rows
+
+#: Slope of a key's e1 component in the marker: small, so that the cosine stays in its linear range and the largest
+#: marker wins rather than several saturating alike.
+MARKER_SLOPE = 0.05
+#: Added to every vision key's e1 component: text keys have logit zero, and would win where all markers are negative.
+VISION_OFFSET = 0.5
+
+
+@dataclass(frozen=True)
+class PlantedHead:
+    """Where a sink was planted, how steep it is, and how much it says.
+
+    Args:
+        layer: block.
+        head: head of the block.
+        gain: QK-norm weight of queries and of keys in the component that makes the sink.
+        values: factor on the head's value projections; small makes the sink nearly a no-op, as those in Mochi are.
+    """
+
+    layer: int
+    head: int
+    gain: float
+    values: float = 1.0
+
+
+def _check(model: MochiTransformer3DModel, channels: tuple[int, int], planted: Sequence[PlantedHead]) -> None:
+    layers, heads = model.config.num_layers, model.config.num_attention_heads
+    outside = [p for p in planted if not (0 <= p.layer < layers and 0 <= p.head < heads)]
+    if outside:
+        raise ValueError(f"got heads {outside}, expected layers in 0 .. {layers - 1} and heads in 0 .. {heads - 1}.")
+    patch = model.patch_embed.proj
+    constant, marker = channels
+    free = all(
+        not block.attn1.to_out[0].weight[[constant, marker]].any()
+        and not block.ff.net[2].weight[[constant, marker]].any()
+        for block in model.transformer_blocks
+    )
+    if not free or patch.weight[constant].any() or not patch.bias[constant] or not patch.weight[marker].any():
+        raise ValueError(
+            f"got a base whose residual channels {constant} and {marker} are not free, expected a constant and a "
+            "marker channel that no block writes. Train the base with surgery.reserved_channels "
+            "set (recipes/demo_base.yaml)."
+        )
+
+
+@torch.no_grad()
+def plant_sinks(model: MochiTransformer3DModel, channels: tuple[int, int], planted: Sequence[PlantedHead]) -> None:
+    """Turns heads into sinks, in place; every other head keeps its function.
+
+    Args:
+        model: trained with these channels reserved (`trainer.models.from_scratch.reserve_channels`).
+        channels: (constant, marker).
+        planted: the heads; one gain per layer, since QK-norm weights are shared by a layer's heads.
+
+    Raises:
+        ValueError: if a head does not exist or the channels are not free.
+    """
+    _check(model, channels, planted)
+    constant, marker = channels
+    width = model.config.attention_head_dim
+    for place in planted:
+        attention = model.transformer_blocks[place.layer].attn1
+        own = slice(place.head * width, (place.head + 1) * width)
+        for projection in (attention.to_q, attention.to_k, attention.add_q_proj, attention.add_k_proj):
+            projection.weight[own] = 0.0
+        e1, e2 = head_rows(model, place.head)
+        attention.to_q.weight[e1, constant] = 1.0
+        attention.to_k.weight[e1, marker] = MARKER_SLOPE
+        attention.to_k.weight[e1, constant] = VISION_OFFSET
+        attention.to_k.weight[e2, constant] = 1.0
+        attention.to_v.weight[own, marker] = 0.0
+        for projection in (attention.to_v, attention.add_v_proj):
+            projection.weight[own] *= place.values
+        # Rows e1 of the layer's other heads are zero, so a gain in this component reaches the planted head alone.
+        component = e1 - place.head * width
+        attention.norm_q.weight[component] = place.gain
+        attention.norm_k.weight[component] = place.gain
