@@ -3,7 +3,6 @@
 Legend: C latent channels, F latent frames, H W latent grid, T video frames.
 """
 
-import contextlib
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from data.files import beside, put_in_place
+from data.files import atomic_file
 from data.inspect.decode import evenly, some_frames
 from data.shards.archive import Members
 from data.shards.format import read_json, read_member
@@ -139,13 +138,8 @@ def _draw(strips: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
         axis.imshow(np.concatenate(list(frames), axis=1), interpolation="nearest", aspect="equal")
         # Dollar signs are no formulae here.
         axis.set_title(_drawable(title, fonts), fontsize=7, loc="left", fontfamily=fonts, parse_math=False)
-    part = beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, dpi=110, format="png")
-        put_in_place(part, path)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
     except OSError as error:
         raise OSError(error.errno, f"the contact sheet cannot be written: {error.strerror}", str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

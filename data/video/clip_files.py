@@ -3,8 +3,6 @@
 Legend: T frames, H W pixels.
 """
 
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from data.files import atomic_file
 from data.video.container import name_of, scan
 from data.video.frames import pictures
 
@@ -192,14 +191,8 @@ def write_video(path: Path | str, frames: NDArray[np.uint8], fps: float, *, crf:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"got frames of {height}x{width}, expected an even height and width (yuv420p); crop by one.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    try:
-        _encode(beside, frames, fps, crf)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_file(Path(path)) as temporary:
+        _encode(temporary, frames, fps, crf)
 
 
 def exact_x264() -> dict[str, str]:
