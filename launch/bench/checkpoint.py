@@ -22,9 +22,9 @@ from data.batch import Batch
 from launch.bench.command import Options, Result
 from launch.bench.step import CAPTIONS, CONFIG, RETRAINED, config_file, make_batch
 from trainer.callbacks.frozen_check import RandomStates
-from trainer.checkpoint.file import LAST
 from trainer.checkpoint.io import CheckpointFiles
 from trainer.module import RetrainBlocks, SurgeryConfig
+from trainer.run_files import LAST
 
 NONE, BACKGROUND, FOREGROUND = "no checkpoint", "written in the background", "written in the foreground"
 MODES = (NONE, BACKGROUND, FOREGROUND)

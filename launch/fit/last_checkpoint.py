@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from launch.fit.resume import set_aside
 from launch.signals import UNSAVED, Stopped
 from trainer.callbacks.rank_errors import together
-from trainer.checkpoint.file import PREVIOUS
 from trainer.checkpoint.io import CheckpointFiles
+from trainer.run_files import PREVIOUS
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
+from launch.run_folder import RunFolder
 from trainer.callbacks.rank_errors import together
-from trainer.checkpoint.file import PREVIOUS, damage
+from trainer.checkpoint.file import damage
 
 log = logging.getLogger(__name__)
 
@@ -18,19 +19,16 @@ log = logging.getLogger(__name__)
 _LAG = 120.0
 
 
-def find_checkpoint(last: Path) -> Path | None:
+def find_checkpoint(run: RunFolder) -> Path | None:
     """The checkpoint that a run goes on from: the last one, or the one before it where the last is damaged or missing.
 
     Says which, where it is not the last. None if there is no checkpoint at all.
 
-    Args:
-        last: RUN/checkpoints/last.ckpt.
-
     Raises:
         ValueError: if there are checkpoints, and all are damaged.
     """
-    faults: list[str] = []
-    for path in (last, last.with_name(PREVIOUS)):
+    last, faults = run.last_checkpoint, list[str]()
+    for path in (last, run.previous_checkpoint):
         if not path.is_file():
             continue
         fault = damage(path)
@@ -55,13 +53,13 @@ def set_aside(last: Path) -> None:
         print(f"the damaged {last} is now {damaged.name}")
 
 
-def clear_leftovers(run: Path) -> None:
+def clear_leftovers(run: RunFolder) -> None:
     """Removes the half files of a process that was killed while it wrote them; none of them has its final name."""
     for folder, pattern in (
-        (run, "*.tmp"),
-        (run / "checkpoints", "*.tmp"),
-        (run / "measurements", ".*.part"),
-        (run / "figures", ".*.part"),
+        (run.path, "*.tmp"),
+        (run.checkpoints, "*.tmp"),
+        (run.measurements, ".*.part"),
+        (run.figures, ".*.part"),
     ):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from launch.run_folder import RunFolder
 from trainer.callbacks.frozen_check import write_json
 
 PACKAGES = (
@@ -61,7 +62,7 @@ class VersionsFile(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
-            write_json(Path(trainer.default_root_dir) / "versions.json", versions())
+            write_json(RunFolder(Path(trainer.default_root_dir)).versions, versions())
 
 
 class EpochLines(Callback):

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from trainer import surgery
+from trainer import run_files, surgery
 from trainer.checkpoint.io import random_states, restore_random_states
 from trainer.graft import Graft, save_graft
 from trainer.module import RetrainBlocks
@@ -43,7 +43,7 @@ class FrozenGuard(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         after = surgery.frozen_fingerprint(_retrains(pl_module).room.model)
         if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "fingerprint.json"
+            path = Path(trainer.default_root_dir) / run_files.FINGERPRINT
             write_json(path, {"before": self._before, "after": after, "equal": after == self._before})
         if after != self._before:
             raise RuntimeError(
@@ -81,7 +81,7 @@ class GraftWriter(Callback):
         if not trainer.is_global_zero:
             return
         save_graft(
-            Path(trainer.default_root_dir) / "graft.safetensors",
+            Path(trainer.default_root_dir) / run_files.GRAFT,
             Graft(
                 raw=weights["raw"],
                 ema=weights["ema"],

@@ -12,18 +12,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
+from trainer.run_files import FIGURES, MEASUREMENTS
+
 #: Two-sided 95 % quantile of the standard normal.
 _Z95 = 1.959963984540054
 
 
 def measurement_path(run: str | Path, kind: str, stage: str) -> Path:
     """Where the arrays of a measurement lie: RUN/measurements/KIND-STAGE.npz."""
-    return Path(run) / "measurements" / f"{kind}-{stage}.npz"
+    return Path(run) / MEASUREMENTS / f"{kind}-{stage}.npz"
 
 
 def figure_path(run: str | Path, kind: str, stage: str) -> Path:
     """Where its figure lies: RUN/figures/KIND-STAGE.png."""
-    return Path(run) / "figures" / f"{kind}-{stage}.png"
+    return Path(run) / FIGURES / f"{kind}-{stage}.png"
 
 
 def write_whole(path: Path, content: bytes) -> None:

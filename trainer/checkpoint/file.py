@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-#: The checkpoint that a run goes on from, and the one before it, which is kept for when the last one is damaged.
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+from trainer.run_files import LAST, PREVIOUS
 
 #: What a run cannot be resumed without.
 _KEYS = ("global_step", "state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers")

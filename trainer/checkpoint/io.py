@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from trainer.checkpoint.file import LAST, in_short, write_checkpoint
+from trainer.checkpoint.file import in_short, write_checkpoint
 from trainer.checkpoint.host_snapshot import HostMemory, Snapshot
+from trainer.run_files import LAST
 
 log = logging.getLogger(__name__)
 

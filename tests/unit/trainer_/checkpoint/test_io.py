@@ -11,26 +11,12 @@ from lightning.pytorch import Trainer
 
 from launch.fit.last_checkpoint import LastCheckpoint
 from launch.signals import UNSAVED, Request, Stopped
-from trainer.checkpoint.file import LAST, PREVIOUS
+from tests.support.checkpoints import content, names, value_of
 from trainer.checkpoint.io import CheckpointFiles
+from trainer.run_files import LAST, PREVIOUS
 
 #: Seconds within which whatever is waited for must have come.
 LIMIT = 60
-
-
-def content(value: float) -> dict:
-    weights, moments = torch.full((300, 7), float(value)), torch.full((5,), float(value))
-    return {
-        "global_step": int(value), "state_dict": {"w": weights}, "loops": {"n": [int(value)]}, "callbacks": {},
-        "optimizer_states": [{"state": {0: {"m": moments}}}], "lr_schedulers": [],
-    }  # fmt: skip
-
-
-def value_of(path) -> float:
-    found = torch.load(path, weights_only=True)
-    values = {float(found["global_step"]), *found["state_dict"]["w"].unique().tolist(), float(found["loops"]["n"][0])}
-    (value,) = values | set(found["optimizer_states"][0]["state"][0]["m"].unique().tolist())
-    return value
 
 
 class SlowDisk:
@@ -67,10 +53,6 @@ def no_room():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def names(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def test_a_file_holds_what_was_there_when_it_was_saved(tmp_path, disk):
