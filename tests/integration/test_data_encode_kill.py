@@ -46,7 +46,7 @@ class Runner:
     def __init__(self, shards, base, log):
         self.started = []
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "encode_runner.py", shards, base],
+            [sys.executable, ROOT / "tests" / "support" / "encode_runner.py", shards, base],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip

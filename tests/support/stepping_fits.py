@@ -1,6 +1,7 @@
 """One rank of a fit with steps of a few milliseconds, under what steers a run: signals, watchdog, checkpoints.
 
-Run as a script: `stepping.py SHARDS FOLDER STEPS WATCHDOG TIMEOUT FAULT`. FAULT is what rank 1 does in its sixth batch:
+Run as a script: `stepping_fits.py SHARDS FOLDER STEPS WATCHDOG TIMEOUT FAULT`.
+FAULT is what rank 1 does in its sixth batch:
 `nothing`, `sleep`, `lock` (sleeps, and keeps the interpreter's lock).
 """
 

@@ -66,7 +66,7 @@ def test_ddp_sends_the_planned_bytes_in_the_planned_buckets(tmp_path, cap_mb):
     logs = [(tmp_path / f"rank-{rank}.log").open("w") for rank in (0, 1)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "ddp_buckets.py", tmp_path, str(rank), json.dumps(cap_mb)],
+            [sys.executable, ROOT / "tests" / "support" / "ddp_buckets.py", tmp_path, str(rank), json.dumps(cap_mb)],
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
         )
         for rank, log in enumerate(logs)
