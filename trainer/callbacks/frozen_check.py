@@ -41,7 +41,7 @@ class FrozenGuard(Callback):
         self._before = _retrains(pl_module).base_fingerprint
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        after = surgery.frozen_fingerprint(_retrains(pl_module).room.model)
+        after = surgery.frozen_fingerprint(_retrains(pl_module).split_model.transformer)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / run_files.FINGERPRINT
             write_json(path, {"before": self._before, "after": after, "equal": after == self._before})

@@ -138,7 +138,7 @@ class MaskingRobustness(ProbeCallback):
 
     def _layers_of(self, module: "RetrainBlocks") -> dict[str, list[int]]:
         """Scope -> the layers it masks, in the order of the arrays."""
-        retrained, every = list(module.blocks), list(range(module.room.num_blocks))
+        retrained, every = list(module.blocks), list(range(module.split_model.num_blocks))
         found: dict[str, list[int]] = {}
         for scope in self.scopes:
             name, *numbers = scope.split("-")
@@ -185,7 +185,7 @@ class MaskingRobustness(ProbeCallback):
         }
 
     def _dense_pass(self, module: "RetrainBlocks", probes: ProbeBatch, scopes: Mapping[str, list[int]]) -> _Dense:
-        room = module.room
+        split_model = module.split_model
         found: dict[str, Tensor] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -199,11 +199,11 @@ class MaskingRobustness(ProbeCallback):
         measures = f"{self.quantile} quantiles of layers {layers} at {self.ratios}, {self.keys} keys"
         state = self.store.state(module, probes, TrunkPass(functions, measures=measures, found=found))
         at, states = module.first, {}
-        with room.attention(functions):
+        with split_model.attention(functions):
             for start in sorted({layers[0] for layers in scopes.values() if layers[0] >= module.first}):
-                states[start] = state = room.run(state, at, start)
+                states[start] = state = split_model.run(state, at, start)
                 at = start
-            velocity = room.finish(room.run(state, at, room.num_blocks))
+            velocity = split_model.finish(split_model.run(state, at, split_model.num_blocks))
         return _Dense(velocity, {layer: found[str(layer)] for layer in layers}, states)
 
     def _num_keys(self, call: AttentionCall) -> int | None:
@@ -285,14 +285,14 @@ class MaskingRobustness(ProbeCallback):
 
 def _rerun(module: "RetrainBlocks", store: TrunkStore, probes: ProbeBatch, dense: _Dense, changed: TrunkPass) -> Tensor:
     """The velocity with the functions of `changed` in their layers; what lies before them is as in the dense pass."""
-    room, at = module.room, min(changed.functions)
+    split_model, at = module.split_model, min(changed.functions)
     if at in dense.states:
         state = dense.states[at]
     else:
         named = replace(changed, changes=f"{changed.changes} in layers {sorted(changed.functions)}")
         state, at = store.state(module, probes, named), module.first
-    with room.attention(changed.functions):
-        return room.finish(room.run(state, at, room.num_blocks))
+    with split_model.attention(changed.functions):
+        return split_model.finish(split_model.run(state, at, split_model.num_blocks))
 
 
 def _mean_square(x: Tensor) -> Tensor:

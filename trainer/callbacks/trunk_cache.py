@@ -123,7 +123,7 @@ class TrunkStore(Callback):
         x = module.flow.mix(probes.batch.latents, probes.noise, probes.sigma)
         if not functions:
             return module.trunk(x, probes.sigma, probes.batch)
-        with module.room.attention(functions):
+        with module.split_model.attention(functions):
             return module.trunk(x, probes.sigma, probes.batch)
 
     def _get(self, key: str, device: torch.device) -> Kept | None:

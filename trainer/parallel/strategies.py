@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from trainer.ema import Ema
 from trainer.models.load import resolve_base
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 from trainer.parallel.gathered_tensors import local, part
 from trainer.surgery import frozen_fingerprint
 
@@ -127,19 +127,19 @@ def build_device(strategy: Strategy, base: str) -> torch.device:
     return strategy.root_device
 
 
-def shard(room: MochiRoom, mesh: DeviceMesh, first: int) -> None:
+def shard(split_model: SplitModel, mesh: DeviceMesh, first: int) -> None:
     """Spreads the blocks from `first` on over the ranks of `mesh`; what else there is is frozen, and on every rank.
 
     A block is gathered when it runs and freed after it, also in the trunk. Weights travel in the dtype they are kept
     in, gradients in float32: the arithmetic is that of DDP.
     """
-    blocks = room.model.transformer_blocks[first:]
+    blocks = split_model.transformer.transformer_blocks[first:]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     inside = {id(p) for p in blocks.parameters()}
     # The root has no weights of its own. It lets the blocks share streams, so that the next one is gathered meanwhile.
-    fully_shard(room, mesh=mesh, ignored_params={p for p in room.parameters() if id(p) not in inside})
-    register_fsdp_forward_method(room, "run")
+    fully_shard(split_model, mesh=mesh, ignored_params={p for p in split_model.parameters() if id(p) not in inside})
+    register_fsdp_forward_method(split_model, "run")
 
 
 def spread(module: Any, strategy: Strategy) -> None:
@@ -152,15 +152,17 @@ def spread(module: Any, strategy: Strategy) -> None:
     Raises:
         ValueError: if the ranks loaded different bases.
     """
-    if isinstance(module.room, FSDPModule):
+    if isinstance(module.split_model, FSDPModule):
         return
     if isinstance(strategy, DDPStrategy):
         # DDP would send the frozen trunk, 20 GB, from the first rank to all others at the start.
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
     if isinstance(strategy, ShardedStrategy):
-        module._base_fingerprint = frozen_fingerprint(module.room.model)  # of what this rank loaded, not of all parts
-        shard(module.room, strategy.shard_mesh, 0 if strategy.shard_trunk else module.first)
+        module._base_fingerprint = frozen_fingerprint(
+            module.split_model.transformer
+        )  # of what this rank loaded, not of all parts
+        shard(module.split_model, strategy.shard_mesh, 0 if strategy.shard_trunk else module.first)
         module.ema = Ema(module.retrained_parameters(), decay=module.ema_decay)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         agree_on_base(module.base, module.base_fingerprint)

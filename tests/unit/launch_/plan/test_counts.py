@@ -32,7 +32,7 @@ def test_parameters_are_those_of_the_built_module(tmp_path, surgery, first, trun
         base=str(tmp_path / "config.json"), surgery=SurgeryConfig(**surgery), trunk_dtype=trunk_dtype
     )
     module.build("cpu")
-    every = list(module.room.model.parameters())
+    every = list(module.split_model.transformer.parameters())
     assert plan.parameters.retrained == sum(p.numel() for p in every if p.requires_grad) > 0
     assert plan.parameters.frozen == sum(p.numel() for p in every if not p.requires_grad) > 0
     assert plan.parameters.first == first

@@ -32,7 +32,8 @@ def kept(folder, trunk_dtype, precision):
         base=str(folder / "config.json"), surgery=SurgeryConfig(last=2, init="torch"), trunk_dtype=trunk_dtype
     )
     module.build("cpu")
-    module.room.model.pos_frequencies.normal_()  # zero in a base that was never trained: no angles, nothing to keep
+    # Zero in a base that was never trained: no angles, nothing to keep.
+    module.split_model.transformer.pos_frequencies.normal_()
     samples = [
         Sample(torch.randn(LATENT), torch.randn(SMALL["max_sequence_length"], SMALL["text_embed_dim"]), f"clip-{i}", i)
         for i in range(3)
