@@ -20,7 +20,7 @@ from data.inspect.decode import evenly, some_frames
 from data.shards.archive import Members
 from data.shards.format import read_json, read_member
 from data.storage.store import Store
-from data.video.workers import Failure, Guarded
+from data.video.worker_pool import Failure, WorkerPool
 
 _FRAMES = 5
 #: Stands for a character that no font here has.
@@ -30,14 +30,14 @@ _USUAL = "DejaVu Sans"
 Placed = tuple[str, str, Members]
 
 
-def draw_videos(chosen: Sequence[Placed], store: Store, path: Path, guarded: Guarded) -> None:
+def draw_videos(chosen: Sequence[Placed], store: Store, path: Path, pool: WorkerPool) -> None:
     """Strips of frames of clips, each under its key and caption; a clip that cannot be read shows why.
 
     Args:
         chosen: (shard, key, members).
         store: that reads them.
         path: PNG to write.
-        guarded: processes that decode.
+        pool: processes that decode.
 
     Raises:
         ValueError: if there is no clip.
@@ -48,7 +48,7 @@ def draw_videos(chosen: Sequence[Placed], store: Store, path: Path, guarded: Gua
     tasks = [(shard, members, store) for shard, _, members in chosen]
     frames = partial(some_frames, count=_FRAMES)
     strips = []
-    for (_, key, _), found in zip(chosen, guarded.map(frames, tasks), strict=True):
+    for (_, key, _), found in zip(chosen, pool.map(frames, tasks), strict=True):
         if isinstance(found, Failure):
             found = found.reason, np.full((1, 36, 36 * _FRAMES, 3), 200, np.uint8)
         strips.append((_title(key, found[0]), found[1]))

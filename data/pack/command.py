@@ -30,7 +30,7 @@ from data.pack.write_shard import Filler
 from data.shards.folder import ShardFolder
 from data.shards.format import VIDEO_FORMAT, Fault, check_fault_share
 from data.storage.store import Store
-from data.video.workers import Guarded
+from data.video.worker_pool import WorkerPool
 
 
 def pack(
@@ -202,7 +202,7 @@ class Writing:
             def write(name: str) -> list[Fault]:
                 if not hasattr(own, "filler"):
                     # Processes of its own for each thread: they start with the first clip that has to be cut.
-                    workers = stack.enter_context(Guarded(1, self.deadline))
+                    workers = stack.enter_context(WorkerPool(1, self.deadline))
                     own.filler = Filler(self.survey, self.store, workers, self.fps, self.reencode)
                 return self._write(name, own.filler, stop, advance)
 

@@ -15,7 +15,7 @@ from data.bucket import Bucket
 from data.encode.claims import process_start
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
-from data.video.clip_files import write_video
+from data.video.write import write_video
 from tests.support.clip_shards import write_encoders, write_video_shards
 from tests.support.encode_runner import FAILED
 
