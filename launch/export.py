@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
+from data.files import write_json
 from launch.run_folder import RunFolder
-from trainer.callbacks.frozen_check import write_json
 from trainer.graft import Graft, apply_graft, load_graft
 from trainer.models.load import load_transformer, resolve_base
 from trainer.surgery import freeze_all_but, frozen_fingerprint

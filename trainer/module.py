@@ -24,8 +24,8 @@ from trainer.models.mochi import SplitModel, State
 from trainer.objective import Flow, SigmaSampler
 from trainer.optimizer import OptimConfig, adamw, clip_or_drop, linear_warmup
 from trainer.parallel.combinations import check_shards, check_trainer
-from trainer.parallel.gathered_tensors import gathered, whole
-from trainer.parallel.strategies import build_device, spread
+from trainer.parallel.sharded_tensors import full_tensor, gather_full
+from trainer.parallel.strategies import build_device, distribute
 from trainer.surgery import SurgeryConfig as SurgeryConfig
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _IN_FILE, _IN_MODULE = "room.model.", "split_model.transformer."
 
 
-class _LiveWeightsBack(Callback):
+class _RestoreLiveWeights(Callback):
     """If validation raises, puts the live weights back: a checkpoint written then must not hold averages as them."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -148,7 +148,7 @@ class RetrainBlocks(LightningModule):
         self.check_trainer(self.trainer)
         if self.split_model is None:
             self.build(build_device(strategy, self.base))
-        spread(self, strategy)
+        distribute(self, strategy)
 
     def build(self, device: torch.device | str) -> None:
         """Loads the base onto `device` and operates on it: re-initialise, freeze, average."""
@@ -263,7 +263,7 @@ class RetrainBlocks(LightningModule):
         self._evaluation.close()
 
     def configure_callbacks(self) -> list[Callback]:
-        return [_LiveWeightsBack()]
+        return [_RestoreLiveWeights()]
 
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the retrained blocks hold their EMA weights."""
@@ -287,7 +287,7 @@ class RetrainBlocks(LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips, or drops every gradient of a non-finite step: AdamW leaves a parameter without gradient alone."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         self.log("train/grad_norm", norm, on_step=True)
         if clip_or_drop(parameters, norm, self.optim.clip_norm):
             self.skipped_in_row = 0
@@ -321,13 +321,13 @@ class RetrainBlocks(LightningModule):
         # Whole tensors on the first rank, whatever the strategy: any other resumes from them.
         keep = self._trainer is None or self.trainer.is_global_zero
         trained = {_IN_FILE + name: p for name, p in self.retrained_parameters().items()}
-        checkpoint["state_dict"] = gathered(trained, keep=keep)
+        checkpoint["state_dict"] = gather_full(trained, keep=keep)
         if "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = gathered(checkpoint["optimizer_states"], keep=keep)
+            checkpoint["optimizer_states"] = gather_full(checkpoint["optimizer_states"], keep=keep)
         checkpoint["reblock"] = {
             "blocks": list(self.blocks),
             "base_fingerprint": self.base_fingerprint,
-            "ema": gathered(self.ema.state_dict(), keep=keep),
+            "ema": gather_full(self.ema.state_dict(), keep=keep),
             "skipped": [self.skipped, self.skipped_in_row],
         }
 
@@ -356,3 +356,14 @@ class RetrainBlocks(LightningModule):
         if not hasattr(self, "_base_fingerprint"):
             self._base_fingerprint = operate.frozen_fingerprint(self.split_model.transformer)
         return self._base_fingerprint
+
+
+def as_retrain_blocks(module: LightningModule) -> RetrainBlocks:
+    """`module` itself, for callbacks that need retrained blocks.
+
+    Raises:
+        ValueError: if it is another kind of module.
+    """
+    if not isinstance(module, RetrainBlocks):
+        raise ValueError(f"got a {type(module).__name__}, expected RetrainBlocks; take this callback out.")
+    return module

@@ -13,9 +13,9 @@ from rich.progress import track
 from torch import Tensor
 
 from data.batch import Batch, Sample
+from data.files import write_json
 from data.modules.latents import LatentDataModule
 from trainer.attention import sink_statistics, sink_verdict
-from trainer.callbacks.frozen_check import write_json
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.planted_sinks import PlantedHead, plant_sinks
 from trainer.module import RetrainBlocks, SurgeryConfig

@@ -24,10 +24,12 @@ from launch.fit.stop_callback import StopTogether, leave
 from launch.fit.watchdog import Watchdog
 from launch.run_config import RunConfig, prepare_folder
 from launch.signals import Stopped
-from trainer.callbacks.data_faults import Damage
-from trainer.callbacks.frozen_check import FrozenGuard, GraftWriter, RandomStates
-from trainer.callbacks.throughput import Speed
-from trainer.checkpoint.io import CheckpointFiles
+from trainer.callbacks.data_faults import DataFaults
+from trainer.callbacks.frozen_check import FrozenCheck
+from trainer.callbacks.graft_writer import GraftWriter
+from trainer.callbacks.random_state import RandomStateCheckpoint
+from trainer.callbacks.throughput import ThroughputLogger
+from trainer.checkpoint.io import BackgroundCheckpointIO
 from trainer.module import RetrainBlocks
 
 
@@ -75,8 +77,8 @@ class RecipeCLI(LightningCLI):
             *([Watchdog(run.folder, run.watchdog_s)] if run.watchdog_s else []),
             SameEverywhere(self.facts),
             *(self._get(self.config_init, "trainer").get("callbacks") or []),
-            RandomStates(),
-            *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
+            RandomStateCheckpoint(),
+            *([FrozenCheck(), ThroughputLogger(), DataFaults(), GraftWriter()] if retrains else []),
             MetricsPosition(),
             BestCheckpoints(
                 dirpath=run.folder.checkpoints,
@@ -98,7 +100,7 @@ class RecipeCLI(LightningCLI):
             callbacks=callbacks,
             plugins=[
                 *(self._get(self.config_init, "trainer").get("plugins") or []),
-                CheckpointFiles(max_failures=run.save_failures),
+                BackgroundCheckpointIO(max_failures=run.save_failures),
             ],
             **kwargs,
         )

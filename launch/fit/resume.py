@@ -9,9 +9,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
+from data.files import temporaries
 from launch.run_folder import RunFolder
-from trainer.callbacks.rank_errors import together
-from trainer.checkpoint.file import damage
+from trainer.callbacks.rank_errors import raise_on_all_ranks
+from trainer.checkpoint.file import checkpoint_fault
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def find_checkpoint(run: RunFolder) -> Path | None:
     for path in (last, run.previous_checkpoint):
         if not path.is_file():
             continue
-        fault = damage(path)
+        fault = checkpoint_fault(path)
         if fault is None:
             if path != last:
                 print(f"{faults[0] if faults else f'{last} is missing'}; going on from the one before it, {path}")
@@ -54,14 +55,9 @@ def set_aside(last: Path) -> None:
 
 
 def clear_leftovers(run: RunFolder) -> None:
-    """Removes the half files of a process that was killed while it wrote them; none of them has its final name."""
-    for folder, pattern in (
-        (run.path, "*.tmp"),
-        (run.checkpoints, "*.tmp"),
-        (run.measurements, ".*.part"),
-        (run.figures, ".*.part"),
-    ):
-        for path in folder.glob(pattern):
+    """Removes the incomplete files of a process that was killed while it wrote them; none has its final name."""
+    for folder in (run.path, run.checkpoints, run.measurements, run.figures):
+        for path in (*temporaries(folder), *folder.glob("*.tmp")):  # *.tmp: of earlier versions
             path.unlink(missing_ok=True)
 
 
@@ -85,7 +81,7 @@ def shared(trainer: Trainer, path: str | Path | None) -> str | None:
     Raises:
         ValueError: on every rank, if one does not see the file in time.
     """
-    with together(trainer):
+    with raise_on_all_ranks(trainer):
         file = Path(path) if path and trainer.is_global_zero else None
         chosen, expected = trainer.strategy.broadcast((str(file) if file else None, _seen(file)))
         deadline, told = time.monotonic() + _LAG, False

@@ -1,6 +1,5 @@
 """What a run writes down of itself, for the person who finds its folder later."""
 
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from data.files import write_json
 from launch.run_folder import RunFolder
-from trainer.callbacks.frozen_check import write_json
+from trainer.versions import package_versions
 
 PACKAGES = (
     "torch", "lightning", "diffusers", "transformers", "webdataset", "decord2", "safetensors", "torchmetrics", "av",
@@ -41,16 +41,10 @@ def _cpu() -> str:
 
 def versions() -> dict[str, Any]:
     """Python, packages, git commit, hardware and command of this process."""
-    packages: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": package_versions(PACKAGES),
         "git": _git(),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "accelerators": devices},
         "command": shlex.join(sys.argv),

@@ -37,7 +37,7 @@ class StepTrace:
         moments: what was alive, in the last micro-batch and the update after it.
         parts: bytes of weights, gradients, optimiser state and averages once all are there.
         outcome: bytes of what the trunk hands on, text and modulation included, in the dtypes that it computed in: so
-            a `TrunkStore` keeps it, though the head takes it in its own.
+            a `TrunkCache` keeps it, though the head takes it in its own.
         rope: bytes of the rotary tables, the same for every sample.
     """
 

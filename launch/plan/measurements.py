@@ -22,7 +22,7 @@ from trainer.attention.statistics import EPS
 from trainer.callbacks.masking import MaskingRobustness
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeSet
-from trainer.callbacks.trunk_cache import GIB, TrunkStore
+from trainer.callbacks.trunk_cache import GIB, TrunkCache
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.mochi import State
 from trainer.module import RetrainBlocks
@@ -136,6 +136,6 @@ def host_bytes(job: Job, outcome: int, rope: int) -> int:
     if not probes or job.module.first == 0 or job.sharding.name not in ("single", "ddp"):
         return 0
     share = max(math.ceil(c.prompts * len(c.sigmas) / job.ranks) for c in probes)
-    stores = [c for c in job.callbacks if isinstance(c, TrunkStore)]
+    stores = [c for c in job.callbacks if isinstance(c, TrunkCache)]
     budget = stores[0]._memory._budget if stores else int(5.0 * GIB)
     return min(budget, share * outcome + rope)

@@ -23,8 +23,8 @@ from launch.fit.metrics_csv import MetricsFile, MetricsPosition
 from launch.fit.stop_callback import StopTogether
 from launch.fit.watchdog import Watchdog
 from launch.run_folder import RunFolder
-from trainer.callbacks.frozen_check import RandomStates
-from trainer.checkpoint.io import CheckpointFiles
+from trainer.callbacks.random_state import RandomStateCheckpoint
+from trainer.checkpoint.io import BackgroundCheckpointIO
 
 
 class Steps(LightningModule):
@@ -63,7 +63,8 @@ def build(
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=DDPStrategy(timeout=timedelta(seconds=timeout)), max_steps=steps,
         max_epochs=-1, default_root_dir=folder, logger=MetricsFile(RunFolder(folder)),
-        callbacks=[*callbacks, RandomStates(), MetricsPosition(), last, together], plugins=[CheckpointFiles()],
+        callbacks=[*callbacks, RandomStateCheckpoint(), MetricsPosition(), last, together],
+        plugins=[BackgroundCheckpointIO()],
         use_distributed_sampler=False, reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0,
         log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
         accumulate_grad_batches=accumulate,

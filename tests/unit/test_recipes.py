@@ -61,7 +61,7 @@ def test_every_recipe_builds_its_model(name, tmp_path):
     assert {p.device.type for p in cli.model.split_model.transformer.parameters()} == {"meta"}
     retrained = sum(p.numel() for p in cli.model.retrained_parameters().values())
     assert 0 < retrained <= sum(p.numel() for p in cli.model.split_model.transformer.parameters())
-    assert sorted({type(c).__name__ for c in cli.trainer.callbacks} & {"RandomStates", "LastCheckpoint"})
+    assert sorted({type(c).__name__ for c in cli.trainer.callbacks} & {"RandomStateCheckpoint", "LastCheckpoint"})
 
 
 def test_the_reference_job_retrains_792_8_million_of_10_billion(tmp_path):

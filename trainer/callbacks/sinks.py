@@ -17,7 +17,7 @@ from trainer.callbacks import figures
 from trainer.callbacks.measurement_files import planted_heads, wilson_interval
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
-from trainer.callbacks.trunk_cache import TrunkPass
+from trainer.callbacks.trunk_cache import TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class SinkFrequency(ProbeCallback):
 
         functions = dict.fromkeys(layers, attend)
         measures = f"sinks of layers {layers} at {self.eps}"
-        state = self.store.state(module, probes, TrunkPass(functions, measures=measures, found=found))
+        state = self.store.state(module, probes, TrunkForward(functions, measures=measures, found=found))
         with split_model.attention(functions):
             split_model.run(state, module.first, max(module.first, layers[-1] + 1))
         stacked = {name: torch.stack([found[f"{layer}/{name}"] for layer in layers], dim=1) for name in _PER_HEAD}

@@ -16,7 +16,7 @@ def tokens_of(batch: Batch, patch: int) -> int:
     return len(batch) * frames * (height // patch) * (width // patch) + sum(batch.text_lengths)
 
 
-class Speed(Callback):
+class ThroughputLogger(Callback):
     """Logs `train/samples_per_s` and `train/tokens_per_s`, means over the last steps, all ranks together.
 
     Args:

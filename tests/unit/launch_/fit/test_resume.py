@@ -49,6 +49,7 @@ def test_without_a_whole_one_the_run_is_refused(run):
 def test_half_files_are_cleared_away_and_nothing_else(tmp_path):
     half = [
         "metrics.csv.tmp", "graft.safetensors.tmp", "checkpoints/last.ckpt.tmp", "checkpoints/previous.ckpt.tmp",
+        "checkpoints/.last.ckpt.0123.part", ".graft.safetensors.0123.part",
         "measurements/.sinks-base.npz.0123.part", "figures/.sinks-base.png.0123.part",
     ]  # fmt: skip
     full = ["metrics.csv", "checkpoints/last.ckpt", "checkpoints/last.ckpt.damaged", "measurements/sinks-base.npz"]

@@ -12,8 +12,8 @@ from launch.plan import estimate
 from launch.plan.counts import Collective, Parameters, collectives, count_parameters, ddp_buckets
 from launch.plan.sharding import Sharding
 from tests.support.plans import CLIP, LATENT, SMALL, recipe
-from trainer.callbacks.frozen_check import RandomStates
-from trainer.checkpoint.io import CheckpointFiles
+from trainer.callbacks.random_state import RandomStateCheckpoint
+from trainer.checkpoint.io import BackgroundCheckpointIO
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -45,7 +45,7 @@ def test_a_checkpoint_is_as_large_as_the_file_that_is_written(tmp_path, make_bat
     plan = estimate([*recipe(tmp_path), *CLIP])
     module = RetrainBlocks(base=str(tmp_path / "config.json"), surgery=SurgeryConfig(last=2, init="torch"))
     batch = make_batch([5, 5], grid=LATENT[1:], channels=SMALL["in_channels"], text_width=SMALL["text_embed_dim"])
-    trainer = fit(module, [batch, batch], callbacks=[RandomStates()], plugins=[CheckpointFiles()])
+    trainer = fit(module, [batch, batch], callbacks=[RandomStateCheckpoint()], plugins=[BackgroundCheckpointIO()])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     trainer.strategy.checkpoint_io.wait()
     size = (tmp_path / "last.ckpt").stat().st_size

@@ -1,4 +1,4 @@
-"""Host memory of the trunk's outcome on the probes, against what a `TrunkStore` really keeps."""
+"""Host memory of the trunk's outcome on the probes, against what a `TrunkCache` really keeps."""
 
 import contextlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from data.batch import Sample
 from launch.plan import estimate
 from tests.support.plans import CLIP, LATENT, SMALL, recipe
 from trainer.callbacks.probe_set import ProbeSet
-from trainer.callbacks.trunk_cache import TrunkStore
+from trainer.callbacks.trunk_cache import TrunkCache
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 OVERLAYS = Path(__file__).resolve().parents[4] / "recipes" / "cluster"
@@ -38,7 +38,7 @@ def kept(folder, trunk_dtype, precision):
         Sample(torch.randn(LATENT), torch.randn(SMALL["max_sequence_length"], SMALL["text_embed_dim"]), f"clip-{i}", i)
         for i in range(3)
     ]
-    store = TrunkStore()
+    store = TrunkCache()
     narrow = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
     with narrow:
         for batch, _ in ProbeSet(samples, SIGMAS, seed=1).share(0, 1):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from launch.fit.resume import clear_leftovers, find_checkpoint
 from launch.run_folder import RunFolder
 from tests.support.checkpoints import content, value_of
-from trainer.checkpoint.file import damage, write_checkpoint
+from trainer.checkpoint.file import checkpoint_fault, write_checkpoint
 from trainer.run_files import LAST, PREVIOUS
 
 #: System calls that a process may be killed before or after; counted through all saves.
@@ -72,7 +72,7 @@ def test_killed_before_any_call_it_leaves_a_whole_checkpoint(tmp_path, links):
             assert value_of(found) in (saved, saved + 1)  # killed after the rename, before it could say so
         clear_leftovers(RunFolder(tmp_path))  # a run folder of another layout: nothing of this one
         for path in folder.glob("*.ckpt"):
-            assert damage(path) is None
+            assert checkpoint_fault(path) is None
     assert moments > 12
     assert {p.name for p in folder.iterdir()} == {LAST, PREVIOUS}
     assert [value_of(folder / name) for name in (PREVIOUS, LAST)] == [3, 4]
@@ -97,7 +97,7 @@ def test_a_damaged_byte_is_found_or_changes_nothing(whole, data):
     content_bytes[place] ^= data.draw(st.integers(1, 255))
     damaged = whole.with_name("byte.ckpt")
     damaged.write_bytes(content_bytes)
-    if damage(damaged) is None:
+    if checkpoint_fault(damaged) is None:
         assert same(torch.load(damaged, weights_only=True), torch.load(whole, weights_only=True))
 
 
@@ -107,7 +107,7 @@ def test_a_flipped_bit_in_a_tensor_is_found_though_torch_reads_it(whole):
     damaged = whole.with_name("bit.ckpt")
     damaged.write_bytes(content_bytes)
     assert not torch.equal(torch.load(damaged, weights_only=True)["state_dict"]["w"], torch.ones(300, 7))
-    assert "CRC-32" in damage(damaged)
+    assert "CRC-32" in checkpoint_fault(damaged)
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,10 +115,10 @@ def test_a_flipped_bit_in_a_tensor_is_found_though_torch_reads_it(whole):
 def test_a_truncated_file_is_found(whole, share):
     damaged = whole.with_name("cut.ckpt")
     damaged.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
-    assert damage(damaged) is not None
+    assert checkpoint_fault(damaged) is not None
 
 
 def test_a_file_without_what_a_run_needs_is_damaged(tmp_path):
     write_checkpoint({"state_dict": {}, "loops": {}}, tmp_path / LAST)
-    assert damage(tmp_path / LAST) == "it lacks global_step, callbacks, optimizer_states, lr_schedulers"
-    assert damage(tmp_path / "absent.ckpt") is not None
+    assert checkpoint_fault(tmp_path / LAST) == "it lacks global_step, callbacks, optimizer_states, lr_schedulers"
+    assert checkpoint_fault(tmp_path / "absent.ckpt") is not None
