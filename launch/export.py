@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 
+from data.base_folder import resolve_base
 from data.files import write_json
 from launch.run_folder import RunFolder
 from trainer.graft import Graft, apply_graft, load_graft
-from trainer.models.load import load_transformer, resolve_base
+from trainer.models.load import load_transformer
 from trainer.surgery import freeze_all_but, frozen_fingerprint
 
 

@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.base_folder import resolve_base
 from data.files import atomic_file
-from trainer.models.load import load_transformer, read_weights, resolve_base
+from trainer.models.load import load_transformer, read_weights
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from data.base_folder import resolve_base
 from trainer.ema import Ema
-from trainer.models.load import resolve_base
 from trainer.models.mochi import SplitModel
 from trainer.parallel.sharded_tensors import local_tensor, shard_like
 from trainer.surgery import frozen_fingerprint
