@@ -1,4 +1,4 @@
-"""What encoding must know of a base before it loads a weight."""
+"""Looking up a base: its folder, its configs and its weight files, before a weight is loaded."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,77 @@ from typing import Any
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-_EDGE = 1 << 20
+#: Bytes at each end of a weight file that its fingerprint covers.
+_HASHED_BYTES = 1 << 20
+
+
+def resolve_base(base: Path | str) -> Path:
+    """The local path of a base.
+
+    Args:
+        base: a diffusers folder, a `config.json`, or the id of a hub repository that was downloaded.
+
+    Raises:
+        ValueError: if nothing is there; the message holds the command that downloads it.
+    """
+    path, name = Path(base), str(base)
+    if path.exists():
+        return path
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        with contextlib.suppress(CacheNotFound):
+            found = [rev for repo in scan_cache_dir().repos if repo.repo_id == name for rev in repo.revisions]
+            if found:
+                return max(found, key=lambda rev: rev.last_modified).snapshot_path
+        raise ValueError(
+            f"base {name!r} is neither a local folder nor a downloaded hub id. Download it first: "
+            f"`hf download {name}` (set HF_HOME to choose where), then run again."
+        )
+    raise ValueError(f"base {name!r} does not exist; expected a diffusers folder, a config.json or a hub id.")
+
+
+def read_class_config(path: Path, expected: str) -> dict[str, Any]:
+    """The config of a part of a base, of the class that is `expected`.
+
+    Raises:
+        ValueError: if the file is no JSON object, or describes another class.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or download the base again.") from error
+    got = config
+    if isinstance(config, dict):
+        got = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    if got != expected:
+        raise ValueError(
+            f"{path} describes {got!r}, expected {expected!r}. Point `base` at a diffusers Mochi pipeline folder."
+        )
+    return config
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of a part of a base: `STEM.safetensors`, or those that its index names.
+
+    Raises:
+        ValueError: if the index is damaged, a file is missing, or the weights are pickled.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    names = [f"{stem}.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}). Download or copy it again.") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if missing and pickled and not index.is_file():
+        raise ValueError(
+            f"{folder} holds pickled weights only ({pickled[0]}), which can run code and are not read; expected "
+            f"{names[0]}. Download the safetensors, or load and save the model again with safe_serialization=True."
+        )
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; the base is incomplete. Download or copy it again.")
+    return [folder / name for name in names]
 
 
 @dataclass(frozen=True)
@@ -21,7 +91,7 @@ class BaseFacts:
     Args:
         channels: of a latent.
         mean: per channel, of raw latents.
-        std: per channel, of raw latents.
+        std: standard deviation per channel, of raw latents.
         text_width: of a caption embedding.
         fingerprint: changes when an encoder is exchanged.
     """
@@ -33,64 +103,6 @@ class BaseFacts:
     fingerprint: str
 
 
-def resolve_base(base: Path | str) -> Path:
-    """The folder that a path or the id of a downloaded hub repository names.
-
-    Raises:
-        ValueError: if there is none; the message holds the command that downloads it.
-    """
-    path, name = Path(base), str(base)
-    if path.is_dir():
-        return path
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        with contextlib.suppress(CacheNotFound):
-            found = [rev for repo in scan_cache_dir().repos if repo.repo_id == name for rev in repo.revisions]
-            if found:
-                return max(found, key=lambda rev: rev.last_modified).snapshot_path
-        raise ValueError(
-            f"base {name!r} is neither a local folder nor a downloaded hub id. Download it first: "
-            f"`hf download {name}` (set HF_HOME to choose where), then run again."
-        )
-    raise ValueError(f"base {name!r} is no folder; expected a diffusers pipeline folder or a hub id.")
-
-
-def _check_weights(folder: Path, stem: str) -> None:
-    """Weights are safetensors, in one file or in all that their index names; nothing is unpickled."""
-    index = folder / f"{stem}.safetensors.index.json"
-    names = [f"{stem}.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}). Download or copy it again.") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if not missing:
-        return
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled and not index.is_file():
-        raise ValueError(
-            f"{folder} holds pickled weights only ({pickled[0]}), which can run code and are not read; expected "
-            f"{names[0]}. Download the safetensors, or load and save the model again with safe_serialization=True."
-        )
-    raise ValueError(f"{folder} lacks {', '.join(missing)}; the base is incomplete. Download or copy it again.")
-
-
-def _config(base: Path, part: str, expected: str) -> dict[str, Any]:
-    path = base / part / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{base} lacks {part}/config.json; expected a diffusers pipeline folder with vae, text_encoder, tokenizer."
-        )
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy or download the base again.") from error
-    named = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
-    if named != expected:
-        raise ValueError(f"{path} describes {named!r}, expected {expected!r}; point base at a Mochi pipeline folder.")
-    return config
-
-
 def read_base(base: Path) -> BaseFacts:
     """Reads the configs of the encoders, and looks for their weights.
 
@@ -100,8 +112,8 @@ def read_base(base: Path) -> BaseFacts:
     Raises:
         ValueError: if a part of the base is missing, of another class, or pickled.
     """
-    vae = _config(base, "vae", "AutoencoderKLMochi")
-    text = _config(base, "text_encoder", "T5EncoderModel")
+    vae = _encoder_config(base, "vae", "AutoencoderKLMochi")
+    text = _encoder_config(base, "text_encoder", "T5EncoderModel")
     if not (base / "tokenizer" / "tokenizer_config.json").is_file():
         raise ValueError(f"{base} lacks tokenizer/tokenizer_config.json; copy or download the base's tokenizer.")
     ratios = (prod(vae.get("temporal_expansions", (1, 2, 3))), prod(vae.get("spatial_expansions", (2, 2, 2))))
@@ -110,11 +122,22 @@ def read_base(base: Path) -> BaseFacts:
     channels = vae.get("latent_channels", 12)
     lengths = {name: len(vae.get(name) or []) for name in ("latents_mean", "latents_std")}
     if set(lengths.values()) != {channels}:
-        raise ValueError(f"{base}/vae/config.json has {lengths} values for {channels} latent channels; mend the base.")
-    _check_weights(base / "vae", "diffusion_pytorch_model")
-    _check_weights(base / "text_encoder", "model")
+        raise ValueError(
+            f"{base}/vae/config.json has {lengths} values for {channels} latent channels; copy or download it again."
+        )
+    weight_files(base / "vae", "diffusion_pytorch_model")
+    weight_files(base / "text_encoder", "model")
     mean, std = list(vae["latents_mean"]), list(vae["latents_std"])
     return BaseFacts(channels, mean, std, text["d_model"], _fingerprint(base))
+
+
+def _encoder_config(base: Path, part: str, expected: str) -> dict[str, Any]:
+    path = base / part / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{base} lacks {part}/config.json; expected a diffusers pipeline folder with vae, text_encoder, tokenizer."
+        )
+    return read_class_config(path, expected)
 
 
 def _fingerprint(base: Path) -> str:
@@ -125,7 +148,7 @@ def _fingerprint(base: Path) -> str:
             size = path.stat().st_size
             digest.update(f"{part}/{path.name}:{size}\n".encode())
             with path.open("rb") as file:
-                digest.update(file.read(_EDGE))
-                file.seek(max(0, size - _EDGE))
-                digest.update(file.read(_EDGE))
+                digest.update(file.read(_HASHED_BYTES))
+                file.seek(max(0, size - _HASHED_BYTES))
+                digest.update(file.read(_HASHED_BYTES))
     return digest.hexdigest()[:16]

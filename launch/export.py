@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 
-from trainer.callbacks.frozen_check import write_json
+from data.base_folder import resolve_base
+from data.files import write_json
+from launch.run_folder import RunFolder
 from trainer.graft import Graft, apply_graft, load_graft
-from trainer.models.load import load_transformer, resolve_base
+from trainer.models.load import load_transformer
 from trainer.surgery import freeze_all_but, frozen_fingerprint
 
 
@@ -49,7 +51,7 @@ def export(
         raise ValueError(
             f"{out} exists; expected a new folder, since nothing is overwritten. Remove it or name another."
         )
-    graft = load_graft(run / "graft.safetensors" if run.is_dir() else run)
+    graft = RunFolder(run).read_graft() if run.is_dir() else load_graft(run)
     folder = resolve_base(base or graft.base)
     _check_base(folder, graft)
     model = load_transformer(str(folder), dtype=getattr(torch, dtype))

@@ -1,91 +1,205 @@
-"""The `run` part of a recipe: the run folder, and what is kept in it."""
+"""The run folder: paths and readers of everything that a run leaves there."""
 
+import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoint.file import LAST
+import yaml
+
+from trainer import run_files
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from trainer.graft import Graft
+
+#: Columns of metrics.csv that differ between two runs of one recipe though nothing is wrong.
+TIMING_COLUMNS = ("train/samples_per_s", "train/tokens_per_s")
 
 
-@dataclass(kw_only=True)
-class RunConfig:
-    """The run folder and what is kept in it.
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and readers of what a run leaves. A path says where a file belongs, not that it exists.
+
+    Readers return None, or an empty collection, for a file that does not exist.
 
     Args:
-        name: name of the run; its folder is ROOT/NAME.
-        root: folder that holds the runs.
-        resume: go on with a run of this name from its last checkpoint; without it, an existing name is refused.
-        save_every: optimiser steps between two saves of `last.ckpt`.
-        save_failures: writes of checkpoints that may fail in a row, on a full disk say; one more stops the run.
-        keep_best: how many checkpoints of lowest validation loss are kept.
-        wandb: also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
-        watchdog_s: seconds in which a rank must finish a step, a validation batch, a measured batch or a checkpoint
-            (the first step may take four times as long); past it all ranks leave their stacks and end. 0 turns it off.
-        collective_timeout_s: seconds that a rank waits for the others in a collective, through a broken network too;
-            None leaves it to the strategy (30 minutes).
+        path: the folder, ROOT/NAME.
     """
 
-    name: str
-    root: str = "runs"
-    resume: bool = False
-    save_every: int = 200
-    save_failures: int = 5
-    keep_best: int = 2
-    wandb: bool = True
-    watchdog_s: float = 1800.0
-    collective_timeout_s: float | None = None
+    path: Path
 
-    def __post_init__(self) -> None:
-        faults = []
-        if not self.name or self.name in (".", "..") or "/" in self.name:
-            faults.append(f"run.name {self.name!r}, expected the name of a folder inside run.root")
-        if self.save_every < 1:
-            faults.append(f"run.save_every {self.save_every}, expected at least 1 step")
-        if self.save_failures < 0:
-            faults.append(f"run.save_failures {self.save_failures}, expected a count")
-        if self.keep_best < -1:
-            faults.append(f"run.keep_best {self.keep_best}, expected a count, or -1 for every checkpoint")
-        if self.watchdog_s < 0 or (self.collective_timeout_s or 1) <= 0:
-            faults.append(
-                f"run.watchdog_s {self.watchdog_s}, run.collective_timeout_s {self.collective_timeout_s}, expected "
-                "seconds, 0 for no watchdog, null for the strategy's own timeout"
-            )
-        if faults:
-            raise ValueError(f"got {'; '.join(faults)}. Mend it in the recipe or on the command line.")
+    # -- written by `reblock fit` --------------------------------------------------------------------------------------
 
     @property
-    def folder(self) -> Path:
-        """ROOT/NAME."""
-        return Path(self.root) / self.name
+    def config(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "config.yaml"
 
     @property
-    def last(self) -> Path:
+    def metrics(self) -> Path:
+        """The table of logged values, one row for each logged step."""
+        return self.path / "metrics.csv"
+
+    @property
+    def versions(self) -> Path:
+        """Versions of packages, git commit, hardware and command of the last start."""
+        return self.path / "versions.json"
+
+    @property
+    def fingerprint(self) -> Path:
+        """Hashes of the frozen weights before and after training."""
+        return self.path / run_files.FINGERPRINT
+
+    @property
+    def graft(self) -> Path:
+        """The retrained blocks; there once training has ended."""
+        return self.path / run_files.GRAFT
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / run_files.CHECKPOINTS
+
+    @property
+    def last_checkpoint(self) -> Path:
         """The checkpoint that a resumed run goes on from."""
-        return self.folder / "checkpoints" / LAST
+        return self.checkpoints / run_files.LAST
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The checkpoint before it, for when the last one is damaged."""
+        return self.checkpoints / run_files.PREVIOUS
+
+    @property
+    def measurements(self) -> Path:
+        """Folder of KIND-STAGE.npz."""
+        return self.path / run_files.MEASUREMENTS
+
+    @property
+    def figures(self) -> Path:
+        """Folder of KIND-STAGE.png."""
+        return self.path / run_files.FIGURES
+
+    def stacks(self, rank: int) -> Path:
+        """Where the watchdog writes the stacks of a rank that it ends."""
+        return self.path / "stacks" / f"rank-{rank}.txt"
+
+    def faults(self, rank: int = 0) -> Path:
+        """The damaged samples that a rank has met."""
+        from data.stream.fault_log import fault_file
+
+        return fault_file(self.path, rank)
+
+    # -- written by other commands -------------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> Path:
+        """The page that `reblock report` writes."""
+        return self.path / "report.html"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of videos that `reblock sample` draws for the report."""
+        return self.path / "samples"
+
+    @property
+    def samples_index(self) -> Path:
+        """What each of them shows."""
+        return self.samples / "samples.json"
+
+    @property
+    def pipeline(self) -> Path:
+        """The diffusers pipeline folder, where nothing else is asked of `reblock export`."""
+        return self.path / "pipeline"
+
+    # -- written by `reblock submit` -----------------------------------------------------------------------------------
+
+    def script(self, stage: str) -> Path:
+        """The batch script of a stage (encode, fit, export); the fit's is `job.sbatch`."""
+        return self.path / ("job.sbatch" if stage == "fit" else f"{stage}.sbatch")
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the logs of batch scripts and their tasks."""
+        return self.path / "logs"
+
+    @property
+    def job_config(self) -> Path:
+        """The resolved recipe that a job reads: not `config`, which the fit itself writes."""
+        return self.path / "job" / "config.yaml"
+
+    @property
+    def job_versions(self) -> Path:
+        """Versions of what was submitted."""
+        return self.path / "job" / "versions.json"
+
+    @property
+    def job_changes(self) -> Path:
+        """How the code that was submitted differs from its commit."""
+        return self.path / "job" / "changes.diff"
+
+    @property
+    def job_list(self) -> Path:
+        """A line of JSON for each job that was queued."""
+        return self.path / "job" / "jobs.jsonl"
+
+    @property
+    def idle_starts(self) -> Path:
+        """How many starts in a row have written no new checkpoint; the batch script counts."""
+        return self.path / "job" / "idle-starts"
+
+    # -- readers -------------------------------------------------------------------------------------------------------
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved recipe: of the fit, or of the job that is to run it.
+
+        A file that is no YAML mapping, because it is being written or was edited by hand, is passed over.
+        """
+        for path in (self.config, self.job_config):
+            try:
+                found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (OSError, yaml.YAMLError):
+                continue
+            if isinstance(found, dict):
+                return found
+        return {}
+
+    def read_metrics(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Columns and rows of metrics.csv, all cells as text; a row that is being written may lack its last cells."""
+        if not self.metrics.is_file():
+            return [], []
+        with self.metrics.open(newline="") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or []), list(reader)
+
+    def read_measurements(self, kind: str) -> dict[str, dict[str, "np.ndarray"]]:
+        """Arrays of all measurements of a kind: stage (base, epoch-000, ..., validate) -> name -> array."""
+        from trainer.callbacks.measurement_files import load_arrays
+
+        paths = sorted(self.measurements.glob(f"{kind}-*.npz"))
+        return {path.stem.removeprefix(f"{kind}-"): load_arrays(path) for path in paths}
+
+    def read_graft(self) -> "Graft":
+        """The retrained blocks.
+
+        Raises:
+            ValueError: if the file is missing or damaged.
+        """
+        from trainer.graft import load_graft
+
+        return load_graft(self.graft)
+
+    def read_fingerprint(self) -> dict[str, Any] | None:
+        """{"before": hash, "after": hash, "equal": whether they are the same}."""
+        return _read_json(self.fingerprint)
+
+    def read_versions(self) -> dict[str, Any] | None:
+        """As `launch.versions.versions` gives them."""
+        return _read_json(self.versions)
 
 
-def refuse_taken(run: RunConfig) -> None:
-    """Raises ValueError if the run's name is taken and `resume` is off."""
-    taken = run.folder.exists() and any(run.folder.iterdir())
-    if taken and not run.resume:
-        raise ValueError(
-            f"run {run.name!r} exists in {run.folder}; expected a new name, since nothing is overwritten. "
-            "Give --run.name another name, or go on with it: --run.resume true."
-        )
-
-
-def prepare_folder(run: RunConfig) -> None:
-    """Makes the run folder, or finds the one to resume.
-
-    Raises:
-        ValueError: if the name is taken and `resume` is off, or the folder cannot be written.
-    """
-    refuse_taken(run)
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        probe = run.folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the run folder {run.folder} ({error.strerror}); expected a writable place. Set --run.root."
-        ) from error
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from trainer.parallel.gathered_tensors import local, part
+from trainer.parallel.sharded_tensors import local_tensor, shard_like
 
 
 def check_decay(decay: float) -> None:
@@ -40,8 +40,8 @@ class Ema:
     def update(self) -> None:
         """One step of the average; call it once per optimiser step, not per micro-batch."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        live = [local(p.detach()).float() for p in self._live.values()]
-        get_ema_multi_avg_fn(decay)([local(average) for average in self.average.values()], live, None)
+        live = [local_tensor(p.detach()).float() for p in self._live.values()]
+        get_ema_multi_avg_fn(decay)([local_tensor(average) for average in self.average.values()], live, None)
         self.updates += 1
 
     def to(self, device: torch.device | str) -> None:
@@ -70,7 +70,7 @@ class Ema:
                 f"the EMA in the checkpoint holds other parameters (e.g. {odd}); expected this run's blocks."
             )
         for name, value in state["average"].items():
-            local(self.average[name]).copy_(part(value, self.average[name]))
+            local_tensor(self.average[name]).copy_(shard_like(value, self.average[name]))
         self.updates = int(state["updates"])
 
 
@@ -85,10 +85,10 @@ def holding(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterato
         live: whole or sharded.
         values: likewise, or whole where `live` is sharded.
     """
-    kept = {name: local(t.detach()).clone() if isinstance(t, DTensor) else t.data for name, t in live.items()}
+    kept = {name: local_tensor(t.detach()).clone() if isinstance(t, DTensor) else t.data for name, t in live.items()}
     try:
         for name, tensor in live.items():
-            _put(tensor, part(values[name], tensor))
+            _put(tensor, shard_like(values[name], tensor))
         yield
     finally:
         for name, tensor in live.items():
@@ -97,6 +97,6 @@ def holding(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterato
 
 def _put(tensor: Tensor, value: Tensor) -> None:
     if isinstance(tensor, DTensor):
-        local(tensor.detach()).copy_(value)
+        local_tensor(tensor.detach()).copy_(value)
     else:
         tensor.data = value.to(device=tensor.device, dtype=tensor.dtype)

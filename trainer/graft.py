@@ -1,7 +1,6 @@
 """Grafts: files with the retrained blocks only, which go back onto the base."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer.models.load import load_transformer, read_weights, resolve_base
+from data.base_folder import resolve_base
+from data.files import atomic_file
+from trainer.models.load import load_transformer, read_weights
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Graft:
 
 
 def save_graft(path: Path, graft: Graft) -> None:
-    """Writes a graft as safetensors, beside and then renamed."""
+    """Writes a graft as safetensors, atomically."""
     tensors = {f"raw.{name}": value for name, value in graft.raw.items()}
     tensors |= {f"ema.{name}": value for name, value in graft.ema.items()}
     metadata = {
@@ -49,11 +50,8 @@ def save_graft(path: Path, graft: Graft) -> None:
         "step": str(graft.step),
         "trunk_dtype": graft.trunk_dtype,
     }
-    beside = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, metadata=metadata)
-    with open(beside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with atomic_file(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
 
 
 def load_graft(path: Path) -> Graft:

@@ -20,12 +20,12 @@ from trainer.ema import Ema, check_decay, holding
 from trainer.graft import base_block_weights
 from trainer.models.from_scratch import fresh_frequencies, reserve_channels
 from trainer.models.load import check_base, load_transformer, read_config
-from trainer.models.mochi import MochiRoom, State
+from trainer.models.mochi import SplitModel, State
 from trainer.objective import Flow, SigmaSampler
 from trainer.optimizer import OptimConfig, adamw, clip_or_drop, linear_warmup
 from trainer.parallel.combinations import check_shards, check_trainer
-from trainer.parallel.gathered_tensors import gathered, whole
-from trainer.parallel.strategies import build_device, spread
+from trainer.parallel.sharded_tensors import full_tensor, gather_full
+from trainer.parallel.strategies import build_device, distribute
 from trainer.surgery import SurgeryConfig as SurgeryConfig
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,12 @@ log = logging.getLogger(__name__)
 #: Edges of the sigma bands that the loss is reported in.
 SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
+#: What a checkpoint's `state_dict` puts before the name in the diffusers transformer, and what this module does. The
+#: file format keeps its names whatever the attributes are called.
+_IN_FILE, _IN_MODULE = "room.model.", "split_model.transformer."
 
-class _LiveWeightsBack(Callback):
+
+class _RestoreLiveWeights(Callback):
     """If validation raises, puts the live weights back: a checkpoint written then must not hold averages as them."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -99,7 +103,7 @@ class RetrainBlocks(LightningModule):
         self.stock_attention = stock_attention
         self.split_trunk = split_trunk
         self.val_sigmas = val_sigmas
-        self.room: MochiRoom | None = None
+        self.split_model: SplitModel | None = None
         self.ema: Ema | None = None
         self._evaluation = contextlib.ExitStack()  # holds the averages in place while validation lasts
         self.skipped = 0
@@ -139,12 +143,12 @@ class RetrainBlocks(LightningModule):
 
     def configure_model(self) -> None:
         if self._trainer is None:
-            return self.build("cpu") if self.room is None else None
+            return self.build("cpu") if self.split_model is None else None
         strategy = self.trainer.strategy
         self.check_trainer(self.trainer)
-        if self.room is None:
+        if self.split_model is None:
             self.build(build_device(strategy, self.base))
-        spread(self, strategy)
+        distribute(self, strategy)
 
     def build(self, device: torch.device | str) -> None:
         """Loads the base onto `device` and operates on it: re-initialise, freeze, average."""
@@ -153,7 +157,9 @@ class RetrainBlocks(LightningModule):
             self.base, device=device, dtype=self.trunk_dtype, seed=self.surgery.seed, float32_from=self.first
         )
         model.train()  # as Lightning expects a module under training; Mochi has no dropout
-        self.room = MochiRoom(model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head)
+        self.split_model = SplitModel(
+            model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head
+        )
         retrained = [model.transformer_blocks[i] for i in self.blocks]
         for index, block in zip(self.blocks, retrained, strict=True):
             if torch.device(device).type != "meta":
@@ -164,7 +170,7 @@ class RetrainBlocks(LightningModule):
             fresh_frequencies(model, self.surgery.seed)
         if self.surgery.reserved_channels:
             reserve_channels(model, self.surgery.reserved_channels)
-        wanted = {"trunk": range(self.first), "head": range(self.first, self.room.num_blocks)}
+        wanted = {"trunk": range(self.first), "head": range(self.first, self.split_model.num_blocks)}
         compile_blocks(
             model.transformer_blocks[i]
             for part, indices in wanted.items()
@@ -180,7 +186,7 @@ class RetrainBlocks(LightningModule):
 
     def retrained_parameters(self) -> dict[str, Tensor]:
         """Trained parameters by their name in the diffusers transformer."""
-        return {name: p for name, p in self.room.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.split_model.transformer.named_parameters() if p.requires_grad}
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -190,14 +196,16 @@ class RetrainBlocks(LightningModule):
         narrow = self.trunk_dtype != torch.float32
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             with torch.autocast(x.device.type, self.trunk_dtype) if narrow else contextlib.nullcontext():
-                state = self.room.embed(x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths)
-                state = self.room.run(state, 0, self.first)
+                state = self.split_model.embed(
+                    x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
+                )
+                state = self.split_model.run(state, 0, self.first)
         # What the trunk computed in a narrow dtype goes on in the head's.
         return state if trains else state.map(lambda t: t.to(x.dtype) if t.is_floating_point() else t)
 
     def head(self, state: State) -> Tensor:
         """From the first retrained block to the velocity."""
-        return self.room.finish(self.room.run(state, self.first, self.room.num_blocks))
+        return self.split_model.finish(self.split_model.run(state, self.first, self.split_model.num_blocks))
 
     def velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """Predicted velocity at x_sigma, (B, C, F, H, W)."""
@@ -255,7 +263,7 @@ class RetrainBlocks(LightningModule):
         self._evaluation.close()
 
     def configure_callbacks(self) -> list[Callback]:
-        return [_LiveWeightsBack()]
+        return [_RestoreLiveWeights()]
 
     def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the retrained blocks hold their EMA weights."""
@@ -279,7 +287,7 @@ class RetrainBlocks(LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips, or drops every gradient of a non-finite step: AdamW leaves a parameter without gradient alone."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         self.log("train/grad_norm", norm, on_step=True)
         if clip_or_drop(parameters, norm, self.optim.clip_norm):
             self.skipped_in_row = 0
@@ -312,14 +320,14 @@ class RetrainBlocks(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         # Whole tensors on the first rank, whatever the strategy: any other resumes from them.
         keep = self._trainer is None or self.trainer.is_global_zero
-        trained = {f"room.model.{name}": p for name, p in self.retrained_parameters().items()}
-        checkpoint["state_dict"] = gathered(trained, keep=keep)
+        trained = {_IN_FILE + name: p for name, p in self.retrained_parameters().items()}
+        checkpoint["state_dict"] = gather_full(trained, keep=keep)
         if "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = gathered(checkpoint["optimizer_states"], keep=keep)
+            checkpoint["optimizer_states"] = gather_full(checkpoint["optimizer_states"], keep=keep)
         checkpoint["reblock"] = {
             "blocks": list(self.blocks),
             "base_fingerprint": self.base_fingerprint,
-            "ema": gathered(self.ema.state_dict(), keep=keep),
+            "ema": gather_full(self.ema.state_dict(), keep=keep),
             "skipped": [self.skipped, self.skipped_in_row],
         }
 
@@ -337,6 +345,8 @@ class RetrainBlocks(LightningModule):
                 f"the checkpoint belongs to a base with fingerprint {saved['base_fingerprint'][:16]}..., this run's "
                 f"base {self.base} has {self.base_fingerprint[:16]}...; point `model.base` at its own base."
             )
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {_IN_MODULE + name.removeprefix(_IN_FILE): value for name, value in weights.items()}
         self.ema.load_state_dict(saved["ema"])
         self.skipped, self.skipped_in_row = saved["skipped"]
 
@@ -344,5 +354,16 @@ class RetrainBlocks(LightningModule):
     def base_fingerprint(self) -> str:
         """SHA-256 of the frozen weights, taken once when first asked for."""
         if not hasattr(self, "_base_fingerprint"):
-            self._base_fingerprint = operate.frozen_fingerprint(self.room.model)
+            self._base_fingerprint = operate.frozen_fingerprint(self.split_model.transformer)
         return self._base_fingerprint
+
+
+def as_retrain_blocks(module: LightningModule) -> RetrainBlocks:
+    """`module` itself, for callbacks that need retrained blocks.
+
+    Raises:
+        ValueError: if it is another kind of module.
+    """
+    if not isinstance(module, RetrainBlocks):
+        raise ValueError(f"got a {type(module).__name__}, expected RetrainBlocks; take this callback out.")
+    return module

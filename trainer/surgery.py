@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.parallel.gathered_tensors import whole
+from trainer.parallel.sharded_tensors import full_tensor
 
 Initialisation = Literal["dit", "torch", "normal", "keep"]
 
@@ -155,7 +155,7 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

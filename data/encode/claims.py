@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from data.files import beside
+from data.files import temporary_path
 
 _GOLDEN = 0.6180339887498949
 
@@ -162,7 +162,7 @@ class Claims:
         path = self.folder / name
         for _ in range(100):
             self._make_folder()
-            part = beside(path)
+            part = temporary_path(path)
             # Another process may clear the folder between any two steps.
             with contextlib.suppress(FileNotFoundError):
                 try:

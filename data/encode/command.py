@@ -29,7 +29,7 @@ from data.shards.folder import ShardFolder
 from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT, Fault, text_digest
 from data.storage.store import Store
 from data.stream.shard_index import find_shards
-from data.video.workers import Guarded
+from data.video.worker_pool import WorkerPool
 
 _DTYPES = ("float32", "bfloat16", "float16")
 #: Decoded batches that are ready for the model, besides the one that is being put together.
@@ -121,7 +121,7 @@ def encode(
             measured = encode_pending(
                 todo,
                 load,
-                lambda: Guarded(processes, deadline),
+                lambda: WorkerPool(processes, deadline),
                 batch_size=batch_size,
                 poll=min(2.0, claim_timeout / 10) if wait else None,
             )
@@ -174,7 +174,7 @@ def choose_device(device: str) -> str:
 def encode_pending(
     todo: Pending,
     load: Callable[[], Encoders],
-    make_pool: Callable[[], contextlib.AbstractContextManager[Guarded]],
+    make_pool: Callable[[], contextlib.AbstractContextManager[WorkerPool]],
     *,
     batch_size: int,
     poll: float | None,
@@ -197,7 +197,7 @@ def encode_pending(
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(disable=not todo.pending))
         task = progress.add_task("encode", total=todo.total)
-        pool: Guarded | None = None
+        pool: WorkerPool | None = None
         while todo.pending:
             progress.update(task, completed=todo.finished_samples)
             works = todo.claimed()

@@ -22,8 +22,8 @@ from data.bucket import Bucket
 from data.shards.archive import Members
 from data.shards.format import Fault, read_clip, read_json, read_member, read_samples
 from data.storage.store import Store, StoreError, join
-from data.video.clip_files import decode_video
-from data.video.workers import Failure, Guarded
+from data.video.decode import decode_video
+from data.video.worker_pool import Failure, WorkerPool
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ def decode(item: Item | Fault) -> tuple[Clip, NDArray[np.uint8]] | Fault:
     return Clip(item.key, caption, str(facts.get("source", item.key)), indices), video
 
 
-def decoded(works: Iterable[Work], pool: Guarded, batch_size: int) -> Iterator[Batch]:
+def decoded(works: Iterable[Work], pool: WorkerPool, batch_size: int) -> Iterator[Batch]:
     """Batches of the shards one after another; the next shard's clips are decoded while this one's are waited for.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Any
 from data.encode.claims import Claims, start_position
 from data.encode.decoding import Work, open_shard
 from data.encode.output_folder import SETTINGS
+from data.files import temporaries
 from data.shards.folder import ShardFolder
 from data.shards.format import Fault, check_fault_share, record_name
 from data.storage.store import Store
@@ -129,7 +130,7 @@ class Pending:
         assert index is not None, "every shard is finished"
         for name in self.entries:
             self._clear(name)
-        for part in self.folder.folder.glob(".*.part"):
+        for part in temporaries(self.folder.folder):
             if self.claims.is_old(part):  # another process may be writing the same index
                 part.unlink(missing_ok=True)
         self.claims.clear([SETTINGS, *(claim_name(name) for name in self.entries)])
@@ -142,5 +143,5 @@ class Pending:
     def _clear(self, name: str) -> None:
         """Removes what killed processes left of a shard that is this process's now."""
         for path in (self.folder.folder / name, self.folder.folder / record_name(name)):
-            for part in path.parent.glob(f".{path.name}.*.part"):
+            for part in temporaries(path.parent, path.name):
                 part.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from data.shards.format import FACTS, LATENT_FORMAT, VIDEO_FORMAT, read_index, r
 from data.storage.store import Store, expand, join
 from data.stream.latents import LatentDataset
 from data.stream.shard_index import Source, find_shards, sample_count
-from data.video.workers import Guarded
+from data.video.worker_pool import WorkerPool
 
 #: Facts of a large folder are taken from so many samples, spread evenly; `verify` reads all.
 _SAMPLED = 512
@@ -77,8 +77,8 @@ def inspect(
     if contact_sheet is not None:
         shown = _spread_over(sources, store, 16)
         if videos:
-            with Guarded(min(processes or os.cpu_count() or 1, len(shown) or 1), deadline) as guarded:
-                draw_videos(shown, store, Path(contact_sheet), guarded)
+            with WorkerPool(min(processes or os.cpu_count() or 1, len(shown) or 1), deadline) as pool:
+                draw_videos(shown, store, Path(contact_sheet), pool)
         else:
             draw_latents(shown, store, Path(contact_sheet))
         console.print(f"contact sheet: {contact_sheet}", markup=False)

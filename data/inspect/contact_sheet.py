@@ -3,7 +3,6 @@
 Legend: C latent channels, F latent frames, H W latent grid, T video frames.
 """
 
-import contextlib
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -16,12 +15,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from data.files import beside, put_in_place
+from data.files import atomic_file
 from data.inspect.decode import evenly, some_frames
 from data.shards.archive import Members
 from data.shards.format import read_json, read_member
 from data.storage.store import Store
-from data.video.workers import Failure, Guarded
+from data.video.worker_pool import Failure, WorkerPool
 
 _FRAMES = 5
 #: Stands for a character that no font here has.
@@ -31,14 +30,14 @@ _USUAL = "DejaVu Sans"
 Placed = tuple[str, str, Members]
 
 
-def draw_videos(chosen: Sequence[Placed], store: Store, path: Path, guarded: Guarded) -> None:
+def draw_videos(chosen: Sequence[Placed], store: Store, path: Path, pool: WorkerPool) -> None:
     """Strips of frames of clips, each under its key and caption; a clip that cannot be read shows why.
 
     Args:
         chosen: (shard, key, members).
         store: that reads them.
         path: PNG to write.
-        guarded: processes that decode.
+        pool: processes that decode.
 
     Raises:
         ValueError: if there is no clip.
@@ -49,7 +48,7 @@ def draw_videos(chosen: Sequence[Placed], store: Store, path: Path, guarded: Gua
     tasks = [(shard, members, store) for shard, _, members in chosen]
     frames = partial(some_frames, count=_FRAMES)
     strips = []
-    for (_, key, _), found in zip(chosen, guarded.map(frames, tasks), strict=True):
+    for (_, key, _), found in zip(chosen, pool.map(frames, tasks), strict=True):
         if isinstance(found, Failure):
             found = found.reason, np.full((1, 36, 36 * _FRAMES, 3), 200, np.uint8)
         strips.append((_title(key, found[0]), found[1]))
@@ -139,13 +138,8 @@ def _draw(strips: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
         axis.imshow(np.concatenate(list(frames), axis=1), interpolation="nearest", aspect="equal")
         # Dollar signs are no formulae here.
         axis.set_title(_drawable(title, fonts), fontsize=7, loc="left", fontfamily=fonts, parse_math=False)
-    part = beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, dpi=110, format="png")
-        put_in_place(part, path)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
     except OSError as error:
         raise OSError(error.errno, f"the contact sheet cannot be written: {error.strerror}", str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Clips of shards, decoded in processes that may hang or crash: what `data.video.workers` is given to do.
+"""Clips of shards, decoded in processes that may hang or crash: what `data.video.worker_pool` is given to do.
 
 Legend: T video frames, H W pixels.
 """
@@ -11,7 +11,7 @@ from data.shards.archive import Members
 from data.shards.format import read_clip, read_member
 from data.storage.store import Store
 from data.stream.clips import read_window
-from data.video.clip_files import decode_video
+from data.video.decode import decode_video
 
 
 def check_clip(task: tuple[str, Bucket, Members, Store]) -> None:

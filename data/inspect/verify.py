@@ -15,7 +15,7 @@ from data.shards.format import VIDEO_FORMAT, read_samples
 from data.storage.store import Store, join
 from data.stream.latents import LatentDataset
 from data.stream.shard_index import Source, sample_count
-from data.video.workers import Failure, Guarded
+from data.video.worker_pool import Failure, WorkerPool
 
 _CHUNK = 1 << 24
 
@@ -31,10 +31,10 @@ def verify_shards(
         processes: that decode clips; None takes one for each core.
         deadline: seconds that one clip may take.
     """
-    with Progress(transient=True) as progress, Guarded(processes or os.cpu_count() or 1, deadline) as guarded:
+    with Progress(transient=True) as progress, WorkerPool(processes or os.cpu_count() or 1, deadline) as pool:
         task = progress.add_task("verify", total=sample_count(sources))
         videos = sources[0].index["format"] == VIDEO_FORMAT
-        check = _clips(guarded) if videos else _latents(LatentDataset(sources, store=store))
+        check = _clips(pool) if videos else _latents(LatentDataset(sources, store=store))
         for source in sources:
             for entry in source.index["shards"]:
                 yield from _verify(source.folder, entry, store, check)
@@ -89,9 +89,9 @@ def _places(scan: Scan, samples: list[tuple[str, Members]], expected: int) -> It
         yield f"{key}: it is in the archive and not in the record"
 
 
-def _clips(guarded: Guarded) -> _Check:
+def _clips(pool: WorkerPool) -> _Check:
     def check(path: str, bucket: Bucket, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
-        answers = guarded.map(check_clip, [(path, bucket, members, store) for _, members in samples])
+        answers = pool.map(check_clip, [(path, bucket, members, store) for _, members in samples])
         for (key, _), answer in zip(samples, answers, strict=True):
             if isinstance(answer, Failure):
                 yield f"{key}: {answer.reason}"

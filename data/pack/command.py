@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.bucket import parse_buckets
-from data.files import beside, put_in_place
+from data.files import atomic_file, temporaries
 from data.pack.entries import Columns
 from data.pack.plan import Plan, make_plan
 from data.pack.sources import Folder, open_source
@@ -30,7 +30,7 @@ from data.pack.write_shard import Filler
 from data.shards.folder import ShardFolder
 from data.shards.format import VIDEO_FORMAT, Fault, check_fault_share
 from data.storage.store import Store
-from data.video.workers import Guarded
+from data.video.worker_pool import WorkerPool
 
 
 def pack(
@@ -202,7 +202,7 @@ class Writing:
             def write(name: str) -> list[Fault]:
                 if not hasattr(own, "filler"):
                     # Processes of its own for each thread: they start with the first clip that has to be cut.
-                    workers = stack.enter_context(Guarded(1, self.deadline))
+                    workers = stack.enter_context(WorkerPool(1, self.deadline))
                     own.filler = Filler(self.survey, self.store, workers, self.fps, self.reencode)
                 return self._write(name, own.filler, stop, advance)
 
@@ -250,8 +250,8 @@ def _alone(out: Path) -> Iterator[None]:
         ) from error
     with held:
         for folder in (out, out / "records", out / "survey"):
-            for part in folder.glob(".*.part"):
-                part.unlink()
+            for leftover in temporaries(folder):
+                leftover.unlink()
         yield
 
 
@@ -280,30 +280,20 @@ def _progress() -> Progress:
 def _write_lists(out: Path, survey: Survey, plan: Plan) -> tuple[list[Fault], Counter[str]]:
     """Writes what is left out and what is there twice; the faults, and how many clips each filter took."""
     faults, filtered = [], Counter[str]()
-    part = beside(out / "filtered.jsonl")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for _, _, row in survey.rows():
-                if "fault" in row:
-                    faults.append(Fault(row["key"], row["fault"], row["shard"]))
-                elif "filtered" in row:
-                    filtered[row["filtered"]] += 1
-                    line = {"key": row["key"], "filter": row["filtered"], "reason": row["reason"]}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        put_in_place(part, out / "filtered.jsonl")
-    finally:
-        part.unlink(missing_ok=True)
-    part = beside(out / "duplicates.jsonl")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for twin in plan.duplicates:
-                line = {"key": twin.key, "same_as": twin.same_as, "kind": twin.kind}
-                # Keys do not tell a.mov from a.mp4.
-                line |= {"source": survey.row(*twin.place)["source"], "first": survey.row(*twin.first)["source"]}
+    with atomic_file(out / "filtered.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+        for _, _, row in survey.rows():
+            if "fault" in row:
+                faults.append(Fault(row["key"], row["fault"], row["shard"]))
+            elif "filtered" in row:
+                filtered[row["filtered"]] += 1
+                line = {"key": row["key"], "filter": row["filtered"], "reason": row["reason"]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        put_in_place(part, out / "duplicates.jsonl")
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(out / "duplicates.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+        for twin in plan.duplicates:
+            line = {"key": twin.key, "same_as": twin.same_as, "kind": twin.kind}
+            # Keys do not tell a.mov from a.mp4.
+            line |= {"source": survey.row(*twin.place)["source"], "first": survey.row(*twin.first)["source"]}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return faults, filtered
 
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
-from data.files import beside, put_in_place, write_json
+from data.files import atomic_file, write_json
 from data.pack.entries import VIDEO_EXTENSIONS, Columns, Entry, Piece, make_key, printable, split_suffix
 from data.pack.tables import TABLE_SUFFIXES, Table
 from data.shards.archive import Member, Members, Scan, scan_tar
@@ -193,14 +193,8 @@ class Archives:
         return scan, place
 
     def _fetch(self, command: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = beside(path)
-        try:
-            with self.store.local(command, allow_pipe=True) as copy:
-                shutil.copyfile(copy, part)
-            put_in_place(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_file(path) as temporary, self.store.local(command, allow_pipe=True) as copy:
+            shutil.copyfile(copy, temporary)
 
 
 def _name(location: str) -> str:

@@ -26,9 +26,9 @@ from data.pack.windows import Cutting, Filters
 from data.shards.archive import refusal
 from data.shards.format import FACTS, Fault, check_fault_share
 from data.storage.store import Store, StoreError
-from data.video.clip_files import VideoInfo, probe_times
+from data.video.probe import VideoInfo, probe_times
 from data.video.scene_cuts import scene_cuts
-from data.video.workers import Failure, Guarded
+from data.video.worker_pool import Failure, WorkerPool
 
 #: Entries of one file of the journal: what a kill costs at most.
 CHUNK = 256
@@ -268,7 +268,7 @@ class Survey:
                 chunk += 1
 
         rows: list[Row] = []
-        with Guarded(processes, deadline) as workers:
+        with WorkerPool(processes, deadline) as workers:
             # Lines are small: one slow clip should not keep the others waiting.
             ahead = 32 * processes
             for result in workers.map(partial(survey_clip, rules=rules), waiting(), ahead=ahead):

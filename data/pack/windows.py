@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.bucket import Bucket, choose_bucket
-from data.video.clip_files import VideoInfo, window_indices
+from data.video.probe import VideoInfo
 
 #: What a clip is used for: the first window, the middle one, or as many as it holds, one after another.
 WINDOWS = ("first", "middle", "all")
@@ -153,3 +153,37 @@ class Cutting:
             return window_indices(times, count, self.fps, start)
         first = int(start)
         return list(range(first, first + count)) if first + count <= len(times) else None
+
+
+def window_indices(
+    times: NDArray[np.float64], frames: int, fps: float | None = None, start: float = 0.0
+) -> list[int] | None:
+    """Indices of the frames that are shown nearest to start, start + 1 / fps, start + 2 / fps, ...
+
+    A clip of fewer frames per second than `fps` gives some of them twice.
+
+    Args:
+        times: (T,) of the clip, seconds, ascending.
+        frames: how many indices.
+        fps: of the window; None takes every frame from the one nearest to `start`.
+        start: seconds from the first frame.
+
+    Returns:
+        `frames` indices, ascending; None if the clip ends before.
+
+    Raises:
+        ValueError: if frames < 1, fps <= 0 or start < 0.
+    """
+    if frames < 1 or fps is not None and not fps > 0 or not start >= 0:
+        raise ValueError(f"got frames {frames}, fps {fps}, start {start}; expected frames >= 1, fps > 0, start >= 0.")
+    wanted = start + (np.arange(frames) / fps if fps else np.zeros(1))
+    step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    if wanted[-1] > times[-1] + step / 2 + 1e-9:
+        return None
+    after = np.searchsorted(times, wanted).clip(1, max(len(times) - 1, 1))
+    # Of two frames equally near, the earlier; a rounding error must not decide.
+    nearest = [int(i) if i < len(times) and times[i] - w < w - times[i - 1] - 1e-9 else int(i) - 1
+               for i, w in zip(after, wanted, strict=True)]  # fmt: skip
+    if fps is not None:
+        return nearest
+    return list(range(nearest[0], nearest[0] + frames)) if nearest[0] + frames <= len(times) else None

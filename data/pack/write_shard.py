@@ -14,9 +14,11 @@ from data.pack.plan import Sample, is_part
 from data.pack.survey import Survey, clip_facts, piece
 from data.shards.format import Fault
 from data.storage.store import Store
-from data.video.clip_files import decode_video, probe_video, write_video
+from data.video.decode import decode_video
+from data.video.probe import probe_video
 from data.video.trim import clip_suffix, trim_video
-from data.video.workers import Failure, Guarded
+from data.video.worker_pool import Failure, WorkerPool
+from data.video.write import write_video
 
 _CHANGED = "it is not the clip that was surveyed: it changed since; choose another folder to pack it as it is now"
 
@@ -113,7 +115,7 @@ class Filler:
         reencode: whether frames are encoded.
     """
 
-    def __init__(self, survey: Survey, store: Store, workers: Guarded, fps: float | None, reencode: bool) -> None:
+    def __init__(self, survey: Survey, store: Store, workers: WorkerPool, fps: float | None, reencode: bool) -> None:
         self._survey, self._store, self._workers = survey, store, workers
         self._cut_out = partial(cut_out, store=store, fps=fps, reencode=reencode)
         self._reencode = reencode

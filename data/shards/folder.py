@@ -10,7 +10,7 @@ from typing import Any
 import webdataset
 
 from data.bucket import Bucket
-from data.files import beside, put_in_place, settings_hash, sha256, write_json, write_text
+from data.files import atomic_file, settings_hash, sha256, write_json, write_text
 from data.shards.archive import Member, scan_tar
 from data.shards.format import Fault, caption_key, record_name
 
@@ -23,23 +23,17 @@ Sample = Mapping[str, bytes | str]
 def write_tar(path: Path, samples: Iterable[Sample]) -> dict[str, str]:
     """Writes samples ({"__key__": name, extension: bytes}) as a webdataset archive; equal samples give equal bytes.
 
-    Members of a sample are sorted by extension. The archive is written beside its place, forced to the disk, renamed.
+    Members of a sample are sorted by extension. The archive is complete or absent.
 
     Returns:
         Key -> digest of its caption, of the samples that name one under `TEXT`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = beside(path)
     texts: dict[str, str] = {}
-    try:
-        with webdataset.TarWriter(str(part), encoder=False, mtime=0) as writer:
-            for sample in samples:
-                if TEXT in sample:
-                    texts[str(sample["__key__"])] = str(sample[TEXT])
-                writer.write({k: _bytes(v) if k != "__key__" else v for k, v in sample.items() if k != TEXT})
-        put_in_place(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path) as temporary, webdataset.TarWriter(str(temporary), encoder=False, mtime=0) as writer:
+        for sample in samples:
+            if TEXT in sample:
+                texts[str(sample["__key__"])] = str(sample[TEXT])
+            writer.write({k: _bytes(v) if k != "__key__" else v for k, v in sample.items() if k != TEXT})
     return texts
 
 

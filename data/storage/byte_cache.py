@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from data.files import beside
+from data.files import atomic_file
 
 
 @dataclass
@@ -45,17 +45,11 @@ class ByteCache:
         """Keeps `content`; a full disk only means that it is not kept."""
         if len(content) > self.limit // 4:
             return  # it would push out too much else
-        path = self._path(name)
-        part = beside(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            os.replace(part, path)
+            with atomic_file(self._path(name), durable=False) as temporary:
+                temporary.write_bytes(content)
         except OSError:
             return
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
         self._added += len(content)
         if self._added >= self.limit // 16:
             self._added = 0

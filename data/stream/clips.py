@@ -16,8 +16,8 @@ from data.bucket import Bucket
 from data.shards.format import VIDEO_FORMAT, Members, read_clip, read_json, read_member
 from data.storage.store import Store
 from data.stream.reader import ShardDataset
-from data.video.clip_files import decode_video
-from data.video.isolated_call import Fenced
+from data.video.decode import decode_video
+from data.video.isolated_call import IsolatedCall
 
 
 @dataclass
@@ -102,7 +102,7 @@ class ClipDataset(ShardDataset[Clip]):
         deadline: float = 60.0,
     ) -> None:
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
-        self._fenced = Fenced(deadline)
+        self._isolated_call = IsolatedCall(deadline)
 
     def load(self, shard: str, key: str, members: Members, uid: int, bucket: Bucket | None = None) -> Clip:
         """One clip.
@@ -113,7 +113,7 @@ class ClipDataset(ShardDataset[Clip]):
         bucket = bucket or Bucket.parse(str(read_json(shard, members, self.store).get("bucket")))
         window = read_window(shard, members, self.store, bucket.frames)
         clip = read_clip(shard, members, self.store)
-        video = self._fenced(_decode, (clip, window, bucket.height, bucket.width))
+        video = self._isolated_call(_decode, (clip, window, bucket.height, bucket.width))
         caption = read_member(shard, members["txt"], self.store).decode()
         return Clip(torch.from_numpy(video), caption, key, uid)
 
@@ -150,7 +150,7 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
         deadline: float = 60.0,
     ) -> None:
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
-        self._fenced = Fenced(deadline)
+        self._isolated_call = IsolatedCall(deadline)
         self.frames, self.height, self.width = frames, height, width
         short = sorted({b.name for b in self.buckets if b.frames < frames})
         if short:
@@ -163,7 +163,7 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
             ValueError, KeyError, OSError: if it cannot be read or decoded.
         """
         window = read_window(shard, members, self.store, self.frames)
-        video = self._fenced(_decode, (read_clip(shard, members, self.store), window, self.height, self.width))
+        video = self._isolated_call(_decode, (read_clip(shard, members, self.store), window, self.height, self.width))
         # In numpy: torch would use all cores for a small array, and several loaders then fight over them.
         pixels = np.ascontiguousarray(video.transpose(3, 0, 1, 2), dtype=np.float32) / np.float32(127.5) - np.float32(1)
         caption = read_member(shard, members["txt"], self.store).decode()

@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
 
+from data.files import append_line
 from data.shards.format import Fault, cut_samples
 from data.storage.store import Store
 from data.stream.shard_index import Source
@@ -65,19 +65,7 @@ class FaultLog:
 
     def _append(self, fault: Fault) -> None:
         assert self.path is not None
-        line = fault.line().encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            if self._torn():
-                line = b"\n" + line  # a killed writer's half line must not swallow this one
-            os.write(descriptor, line)
-        finally:
-            os.close(descriptor)
-
-    def _torn(self) -> bool:
-        assert self.path is not None
-        with self.path.open("rb") as file:
-            return bool(file.seek(0, os.SEEK_END)) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        append_line(self.path, fault.line().removesuffix("\n"))
 
     def _catch_up(self) -> None:
         """Reads what other processes, other ranks and earlier starts have written."""

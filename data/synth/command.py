@@ -10,7 +10,7 @@ from rich.progress import track
 from data.files import write_json, write_text
 from data.synth.draw import render
 from data.synth.scenes import CAPTION_WORDS, choose_scene
-from data.video.clip_files import write_video
+from data.video.write import write_video
 
 __all__ = ["CAPTION_WORDS", "choose_scene", "render", "synth"]
 

@@ -1,6 +1,7 @@
-"""One process beside this one, for a call that may hang or crash where `data.video.workers` cannot be.
+"""One process for calls that may hang or crash, for use inside the processes of a `DataLoader`.
 
-Loader processes may not start any by `multiprocessing`, and there is one of this kind for each of them.
+`data.video.worker_pool` cannot serve there: loader processes are daemons, and `multiprocessing` lets a daemon start no
+process. So this module forks with `os.fork`. It runs one call at a time, because each loader process has its own.
 """
 
 import multiprocessing
@@ -10,64 +11,51 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 from data.modules.loader_processes import fork
-from data.video.worker_process import Failure, Raised, answer, why_it_ended
+from data.video.worker_process import Failure, RaisedError, describe_exit, prepare, serve_calls
 
 
 class _Child:
-    """A forked process that answers calls. It ends with this one, however that ends."""
+    """A forked process that serves calls. It ends when this process ends."""
 
     def __init__(self) -> None:
-        self.connection, theirs = multiprocessing.Pipe()
-        watched, self._alive = multiprocessing.Pipe(duplex=False)
+        self.connection, childs_end = multiprocessing.Pipe()
+        # Nothing is sent through the second pipe: it closes when this process ends.
+        parent_exit, self._parent_lives = multiprocessing.Pipe(duplex=False)
         self._pid = fork()
         if self._pid == 0:
             try:
                 self.connection.close()
-                self._alive.close()
-                _serve(theirs, watched)
+                self._parent_lives.close()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                prepare(parent_exit)
+                serve_calls(childs_end)
             finally:
-                os._exit(0)  # nothing of the parent is cleaned up here
-        theirs.close()
-        watched.close()
+                os._exit(0)  # the parent's cleanup handlers must not run here
+        childs_end.close()
+        parent_exit.close()
 
     def end(self) -> int:
-        """Its exit code, negative for a signal; it is killed if it is still there."""
-        self.connection.close()  # one that waits for calls ends by itself
-        self._alive.close()
-        os.kill(self._pid, signal.SIGKILL)  # until it is waited for, its number is no other's
+        """Kills the process if it still runs; returns its exit code, negative for a signal."""
+        self.connection.close()  # a process that waits for calls ends by itself
+        self._parent_lives.close()
+        os.kill(self._pid, signal.SIGKILL)  # until `waitpid`, no other process can have its id
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
-def _serve(connection: Connection, watched: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
-    torch.set_num_threads(1)  # the parent's other threads are not here
-    answer(connection)
+class IsolatedCall:
+    """Runs calls in a process of their own, one at a time: a hang or a crash costs only that call.
 
-
-def _end_with_parent(watched: Connection) -> None:
-    watched.poll(None)  # nothing is ever sent: it ends
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Fenced:
-    """Calls in a process of their own, one at a time: a hang or a crash costs the call.
-
-    The process is forked by the first call and lives on for the next ones. Only Linux forks safely; elsewhere the calls
-    are made here, without a deadline.
+    The first call forks the process, later calls reuse it. Only Linux forks safely; on other systems the calls run in
+    this process, without a deadline.
 
     Args:
         deadline: seconds for a call.
 
     Raises:
-        ValueError: if there is no time.
+        ValueError: if the deadline is not positive.
     """
 
     def __init__(self, deadline: float) -> None:
@@ -75,13 +63,13 @@ class Fenced:
             raise ValueError(f"got deadline {deadline}; expected more than 0 seconds.")
         self.deadline = deadline
         self.reset()
-        _fences.add(self)
+        _instances.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Fenced, (self.deadline,)
+        return IsolatedCall, (self.deadline,)
 
     def reset(self) -> None:
-        """Forgets the process: in a forked process it is another one's."""
+        """Forgets the process. A forked copy of this object must not use the process of its parent."""
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
@@ -89,44 +77,45 @@ class Fenced:
         """function(item).
 
         Raises:
-            ValueError: that the function raised, or OSError; or because it took too long or ended its process.
+            ValueError: if the function raises ValueError or OSError, takes longer than the deadline, or ends its
+                process.
             Exception: any other error of the function.
         """
         if sys.platform != "linux":
             return function(item)
         with self._lock:
-            reply = self._ask(function, item)
+            reply = self._request(function, item)
         if isinstance(reply, Failure):
             raise ValueError(reply.reason)
-        if isinstance(reply, Raised):
+        if isinstance(reply, RaisedError):
             raise reply.error
         return reply
 
-    def _ask(self, function: Callable[[Any], Any], item: Any) -> Any:
+    def _request(self, function: Callable[[Any], Any], item: Any) -> Any:
         child, self._child = self._child or _Child(), None
-        why = ""
+        reason = ""
         try:
             child.connection.send((function, item))
             if child.connection.poll(self.deadline):
                 reply = child.connection.recv()
                 self._child = child
                 return reply
-            why = f"took longer than {self.deadline:g} s"
+            reason = f"took longer than {self.deadline:g} s"
         except (EOFError, OSError):
-            pass  # it has ended
+            pass  # the process has ended
         finally:
-            # Also after Ctrl-C: the next call must not take the answer of this one.
+            # Also after Ctrl-C: the next call must not receive the result of this one.
             code = None if self._child else child.end()
         assert code is not None
-        return Failure(why or why_it_ended(code))
+        return Failure(reason or describe_exit(code))
 
 
-_fences: "weakref.WeakSet[Fenced]" = weakref.WeakSet()
+_instances: "weakref.WeakSet[IsolatedCall]" = weakref.WeakSet()
 
 
 def _reset_all() -> None:
-    for fence in list(_fences):
-        fence.reset()
+    for instance in list(_instances):
+        instance.reset()
 
 
 os.register_at_fork(after_in_child=_reset_all)

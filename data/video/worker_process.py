@@ -1,4 +1,7 @@
-"""The child's side of `data.video.workers`: takes items from a pipe and answers them."""
+"""The code that runs inside a worker process: it receives calls through a pipe and sends back their results.
+
+`data.video.worker_pool` and `data.video.isolated_call` start such processes.
+"""
 
 import multiprocessing
 import os
@@ -15,69 +18,80 @@ import torch
 
 @dataclass(frozen=True)
 class Failure:
-    """What came of an item instead of a result.
+    """The result of an item that could not be processed.
 
     Args:
-        reason: in words.
+        reason: for a message.
     """
 
     reason: str
 
 
 @dataclass
-class Raised:
-    """An error that is not the item's fault."""
+class RaisedError:
+    """An error that the item did not cause; the parent process raises it."""
 
     error: BaseException
 
 
-def serve(connection: Connection) -> None:
-    """A worker: says that it is ready, then answers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+def run_pool_worker(connection: Connection) -> None:
+    """Main function of a pool's worker: sends None when it is ready, then serves calls."""
+    # The parent of this process is the fork server, which outlives the pool's process as long as this process runs.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    prepare(parent.sentinel)
     connection.send(None)
-    answer(connection)
+    serve_calls(connection)
 
 
-def answer(connection: Connection) -> None:
-    """Answers each (function, item) that comes with its result, until the other side is closed."""
+def prepare(parent_exit: int | Connection) -> None:
+    """Sets up a worker process: it ignores Ctrl-C, computes in one thread, and ends with its parent.
+
+    Args:
+        parent_exit: becomes readable when the parent process ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
+    threading.Thread(target=_end_with_parent, args=(parent_exit,), daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def serve_calls(connection: Connection) -> None:
+    """Sends the result of each (function, item) that arrives, until the other side closes the pipe."""
     while True:
         try:
             function, item = connection.recv()
-            reply = _attempt(function, item)
+            reply = _call(function, item)
         except EOFError:
             return
-        except Exception as error:  # a function that cannot be imported here
-            reply = Raised(error)
+        except Exception as error:  # the function cannot be imported here
+            reply = RaisedError(error)
         try:
             connection.send(reply)
         except OSError:
             return
-        except Exception as error:  # a result that cannot travel
-            connection.send(Raised(TypeError(f"{type(reply).__name__} cannot be sent to another process: {error}")))
+        except Exception as error:  # the result cannot be pickled
+            connection.send(
+                RaisedError(TypeError(f"{type(reply).__name__} cannot be sent to another process: {error}"))
+            )
 
 
-def _attempt(function: Callable[[Any], Any], item: Any) -> Any:
+def _call(function: Callable[[Any], Any], item: Any) -> Any:
     try:
         return function(item)
     except (ValueError, OSError) as error:
         return Failure(str(error) or type(error).__name__)
     except Exception as error:
-        error.add_note("".join(traceback.format_exception(error)).rstrip())  # tracebacks do not travel
-        return Raised(error)
+        error.add_note("".join(traceback.format_exception(error)).rstrip())  # pickling drops the traceback
+        return RaisedError(error)
 
 
-def _end_with_parent() -> None:
-    # The parent of this process is the fork server, which outlives ours while this process runs.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
+def _end_with_parent(parent_exit: int | Connection) -> None:
+    wait([parent_exit])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def why_it_ended(code: int) -> str:
-    """What an exit code says, negative for a signal."""
+def describe_exit(code: int) -> str:
+    """What an exit code means for a reader; a negative one is a signal."""
     if code == -signal.SIGKILL:
         return "its process was killed (signal 9; out of memory?)"
     return f"the decoder crashed (signal {-code})" if code < 0 else f"its process ended by itself (exit status {code})"

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from data.batch import Batch
 from launch.bench.command import Options, Result
 from launch.bench.step import CAPTIONS, CONFIG, RETRAINED, config_file, make_batch
-from trainer.callbacks.frozen_check import RandomStates
-from trainer.checkpoint.file import LAST
-from trainer.checkpoint.io import CheckpointFiles
+from trainer.callbacks.random_state import RandomStateCheckpoint
+from trainer.checkpoint.io import BackgroundCheckpointIO
 from trainer.module import RetrainBlocks, SurgeryConfig
+from trainer.run_files import LAST
 
 NONE, BACKGROUND, FOREGROUND = "no checkpoint", "written in the background", "written in the foreground"
 MODES = (NONE, BACKGROUND, FOREGROUND)
@@ -57,7 +57,7 @@ class Times:
 class _Stretches(Callback):
     """Saves at the start of each stretch as its mode says, and keeps the times."""
 
-    def __init__(self, files: CheckpointFiles, path: Path, rounds: int) -> None:
+    def __init__(self, files: BackgroundCheckpointIO, path: Path, rounds: int) -> None:
         self.files, self.path = files, path
         # The first round is not counted: it makes the optimiser's state and the snapshot's memory.
         self.modes = list(MODES) * (rounds + 1)
@@ -97,14 +97,14 @@ def measure(config: dict, latent: tuple, captions: tuple, *, last: int, device: 
     """Times of `rounds` stretches of each mode: mode -> Times; and "bytes" of the file."""
     torch.manual_seed(0)
     with config_file(config) as base, tempfile.TemporaryDirectory(prefix="reblock-bench-") as folder:
-        files, path = CheckpointFiles(), Path(folder) / "checkpoints" / LAST
+        files, path = BackgroundCheckpointIO(), Path(folder) / "checkpoints" / LAST
         stretches = _Stretches(files, path, rounds)
         module = RetrainBlocks(base=base, surgery=SurgeryConfig(last=last))
         trainer = Trainer(
             accelerator="gpu" if device.startswith("cuda") else device, devices=1, precision="32-true", logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, plugins=[files],
-            callbacks=[RandomStates(), stretches], default_root_dir=folder, max_epochs=1, num_sanity_val_steps=0,
-            limit_val_batches=0,
+            callbacks=[RandomStateCheckpoint(), stretches], default_root_dir=folder, max_epochs=1,
+            num_sanity_val_steps=0, limit_val_batches=0,
         )  # fmt: skip
         trainer.fit(module, DataLoader(_Always(make_batch(config, latent, captions)), batch_size=None))
         found: dict[str, Any] = {

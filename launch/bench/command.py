@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 #: Name -> module with `run(options) -> list[Row]`, its columns, and what it measures in one line.
@@ -155,12 +154,10 @@ def environment(device: str) -> str:
     """Versions and hardware, in one line."""
     import torch
 
-    packages = []
-    for package in ("torch", "triton", "lightning", "diffusers"):
-        try:
-            packages.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            packages.append(f"{package} ?")
+    from trainer.versions import package_versions
+
+    found = package_versions(("torch", "triton", "lightning", "diffusers"))
+    packages = [f"{package} {version or '?'}" for package, version in found.items()]
     if device.startswith("cuda"):
         hardware = torch.cuda.get_device_name(device)
     else:

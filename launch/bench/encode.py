@@ -29,7 +29,7 @@ from data.shards.format import VIDEO_FORMAT, read_index
 from data.storage.store import Store
 from data.stream.shard_index import find_shards
 from data.synth.command import synth
-from data.video.workers import Guarded
+from data.video.worker_pool import WorkerPool
 from launch.bench.command import Options, Result
 
 BATCH, SHARD = 8, 32
@@ -51,7 +51,7 @@ def decode_all(shards: str, processes: int) -> list[Batch]:
     """The batches of the stage, in memory."""
     store = Store()
     works = [open_shard(shards, entry, store) for entry in read_index(shards, store, VIDEO_FORMAT)["shards"]]
-    with Guarded(processes, _DEADLINE) as pool:
+    with WorkerPool(processes, _DEADLINE) as pool:
         return list(decoded(works, pool, BATCH))
 
 
@@ -88,7 +88,7 @@ def stage(shards: str, out: Path, encoders: Encoders, processes: int) -> Report:
     with Claims(out / "claims") as claims, contextlib.redirect_stdout(io.StringIO()):
         todo = Pending(ShardFolder(out, {}), find_shards([shards], VIDEO_FORMAT, store), store, claims, 0.0)
         return encode_pending(
-            todo, lambda: encoders, lambda: Guarded(processes, _DEADLINE), batch_size=BATCH, poll=None
+            todo, lambda: encoders, lambda: WorkerPool(processes, _DEADLINE), batch_size=BATCH, poll=None
         )
 
 

@@ -113,7 +113,7 @@ def _table(options: Options, module: RetrainBlocks, config: dict, shapes: list, 
             str(frames), f"{tokens:,} + {options.text_tokens}", f"{min(seconds[1:] or seconds):.3f}",
             " ".join(f"{s:.3f}" for s in seconds), f"{clock.peak[shape]:.1f}",
         ])  # fmt: skip
-    every = sum(p.numel() for p in module.room.model.parameters())
+    every = sum(p.numel() for p in module.split_model.transformer.parameters())
     retrained = sum(p.numel() for p in module.retrained_parameters().values())
     return Result(
         title=f"Training step, {config['num_layers']} blocks, last {options.last} retrained, "

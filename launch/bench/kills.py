@@ -19,12 +19,13 @@ from pathlib import Path
 import yaml
 
 from data.bucket import Bucket
+from data.files import temporaries
 from launch.bench.command import Options, Result
 from launch.bench.compare import Comparison, compare
 from launch.bench.ranks import Ranks, wait_for
 from launch.bench.stream import CHANNELS, write_shards
 from launch.bench.trace import START, count_steps, moment
-from trainer.checkpoint.file import damage
+from trainer.checkpoint.file import checkpoint_fault
 
 #: 72 samples, 8 of them held out, 4 in a step.
 SAMPLES, HELD_OUT, BATCH, STEPS = 72, 8, 4, 16
@@ -131,14 +132,16 @@ def end_of(job: Ranks, run: Path, victims: list[int], ranks: int, *, now: str | 
     for victim in victims:
         job.processes[victim].wait()
     found = now or moment(run, victims[0])
-    writing = bool(list((run / "checkpoints").glob("*.tmp")))
+    writing = bool(temporaries(run / "checkpoints"))
     start = time.monotonic()
     with suppress(TimeoutError):  # what is left is counted
         wait_for(job.ended, _END_LIMIT, "the ranks to end")
         wait_for(lambda: not job.left_over(), _ORPHAN_LIMIT, "helpers to end")
     statuses = [process.poll() for process in job.processes]
     seconds, orphans = time.monotonic() - start, len(job.left_over())
-    damaged = [f"{path.name}: {fault}" for path in (run / "checkpoints").glob("*.ckpt") if (fault := damage(path))]
+    damaged = [
+        f"{path.name}: {fault}" for path in (run / "checkpoints").glob("*.ckpt") if (fault := checkpoint_fault(path))
+    ]
     return Kill(victims, found, writing, statuses, seconds, orphans, damaged)
 
 

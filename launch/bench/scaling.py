@@ -97,7 +97,9 @@ def rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -> None
     if trainer.is_global_zero:
         named = module.retrained_parameters().values()
         gradients = sum(p.numel() * p.element_size() for p in named)
-        blocks = sum(p.numel() * p.element_size() for p in module.room.model.transformer_blocks.parameters())
+        blocks = sum(
+            p.numel() * p.element_size() for p in module.split_model.transformer.transformer_blocks.parameters()
+        )
         told = {"seconds": clock.seconds, "bytes": clock.bytes, "gradients": gradients, "blocks": blocks}
         Path(out).write_text(json.dumps(told))
     if torch.distributed.is_initialized():

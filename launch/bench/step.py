@@ -98,11 +98,11 @@ class Variant:
         self.noise = flow.noise(0, batch.uids, batch.latents.shape[1:]).to(device)
         self.velocity: Callable[..., Tensor] = self.module.velocity if name == TRUNK_HEAD else self._stock
         if name == TRAP:
-            self.module.room.model.pos_frequencies.requires_grad_(True)
+            self.module.split_model.transformer.pos_frequencies.requires_grad_(True)
 
     def _stock(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         timestep = self.module.flow.timestep(sigma)
-        return self.module.room.model(x, batch.text, timestep, batch.text_mask, return_dict=False)[0]
+        return self.module.split_model.transformer(x, batch.text, timestep, batch.text_mask, return_dict=False)[0]
 
     def loss(self) -> Tensor:
         """The loss with autograd."""
@@ -133,7 +133,7 @@ def _wait(device: torch.device) -> None:
 
 def saved_bytes(variant: Variant) -> int:
     """Bytes that autograd keeps for the backward pass, each storage once and without the weights."""
-    weights = {p.untyped_storage().data_ptr() for p in variant.module.room.model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in variant.module.split_model.transformer.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from launch.cluster.options import control_faults, has_control, raw_options, sec
 from launch.cluster.stages import Plan, usual_command
 from launch.fit.checks import check_fit
 from launch.plan import estimate
-from launch.run_folder import RunConfig
+from launch.run_config import RunConfig
 
 #: Names that Lightning takes for a shell someone types into: it then starts no ranks.
 _INTERACTIVE = ("bash", "interactive")

@@ -19,8 +19,8 @@ from typing import Any
 from data.files import write_json, write_text
 from launch.cluster.script import Job, render
 from launch.cluster.stages import Plan
+from launch.run_folder import RunFolder
 
-JOBS = Path("job") / "jobs.jsonl"
 _CODE = Path(__file__).resolve().parents[2]
 
 
@@ -51,35 +51,35 @@ def write_folder(plan: Plan, recipe: str, jobs: Sequence[Job], versions: dict[st
         ValueError: if the folder cannot be written.
     """
     try:
-        (plan.run / "logs").mkdir(parents=True, exist_ok=True)
-        write_text(plan.config, recipe)
-        write_json(plan.run / "job" / "versions.json", versions)
-        write_text(plan.run / "job" / "changes.diff", changes())
+        plan.run.logs.mkdir(parents=True, exist_ok=True)
+        write_text(plan.run.job_config, recipe)
+        write_json(plan.run.job_versions, versions)
+        write_text(plan.run.job_changes, changes())
         for job in jobs:
-            write_text(Path(job.path), render(job))
+            write_text(job.path, render(job))
     except OSError as error:
         raise ValueError(
-            f"cannot write the run folder {plan.run} ({error.strerror}); expected a writable place that the nodes see "
-            "too. Set --run.root."
+            f"cannot write the run folder {plan.run.path} ({error.strerror}); expected a writable place that the nodes "
+            "see too. Set --run.root."
         ) from error
 
 
-def note_job(run: Path, stage: str, number: str, after: Sequence[str], nodes: int) -> None:
+def note_job(run: RunFolder, stage: str, number: str, after: Sequence[str], nodes: int) -> None:
     """Appends a job to the run's list."""
     entry = {"job": number, "stage": stage, "after": list(after), "nodes": nodes, "time": f"{datetime.now():%F %T}"}
-    with (run / JOBS).open("a") as file:
+    with run.job_list.open("a") as file:
         file.write(json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def noted_jobs(run: Path) -> list[dict[str, Any]]:
+def noted_jobs(run: RunFolder) -> list[dict[str, Any]]:
     """The jobs of a run, the first one first; lines that are cut short are left out.
 
     A job is noted by who submits it, and by its script where that was done by hand: whichever comes first counts.
     """
     found: dict[str, dict[str, Any]] = {}
-    path = run / JOBS
+    path = run.job_list
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)

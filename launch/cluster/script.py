@@ -8,8 +8,11 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from launch.run_folder import RunFolder
 
 #: A comment, or an option of sbatch with its value; None for one that takes none.
 Line = str | tuple[str, str | None]
@@ -37,7 +40,6 @@ class Job:
         versions: of what it was submitted with, in one line.
         by_hand: how it is submitted again, lines of comment.
         path: of the script.
-        logs: folder of the tasks' logs.
         groups: what is asked of Slurm.
         modules: to load.
         setup: lines of shell, as they are.
@@ -59,14 +61,13 @@ class Job:
     written: str
     versions: str
     by_hand: Sequence[str]
-    path: str
-    logs: str
+    path: Path
     groups: Sequence[Group]
     modules: Sequence[str]
     setup: Sequence[str]
     env: Mapping[str, str | int]
     ranks: bool
-    run: str
+    run: RunFolder
     signal: str
     stops: str = ""
     verb: str

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.cluster.options import JobConfig, raw_options
 from launch.cluster.script import Group, Job, Line, file_pattern
+from launch.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Plan:
 
     job: JobConfig
     recipe: dict[str, Any]
-    run: Path
+    run: RunFolder
     here: Path
     nodes: int
     devices: int
@@ -54,18 +55,9 @@ class Plan:
         return self.nodes * self.devices
 
     @property
-    def config(self) -> Path:
-        """The resolved recipe that the job reads: not config.yaml, which the fit itself writes."""
-        return self.run / "job" / "config.yaml"
-
-    def script(self, stage: str) -> Path:
-        """Where a stage's script lies; the fit's is `job.sbatch`."""
-        return self.run / ("job.sbatch" if stage == "fit" else f"{stage}.sbatch")
-
-    @property
     def name(self) -> str:
         """The run's name, and the job's."""
-        return self.run.name
+        return self.run.path.name
 
     @property
     def latents(self) -> str:
@@ -103,14 +95,14 @@ def _fit(plan: Plan) -> Job:
         title=f"{plan.name}: reblock fit on {plan.nodes} nodes{gpus} = {plan.ranks} ranks",
         by_hand=[
             "To submit it again by hand; the run goes on from its last checkpoint, if it has one:",
-            f"    sbatch {shlex.quote(str(plan.script('fit')))}",
+            f"    sbatch {shlex.quote(str(plan.run.script('fit')))}",
             "With other nodes: `sbatch --nodes=4 ...`. A global batch (data.global_batch_size) stays what it is.",
         ],
         size=size, ends=ends, slurm=[], ranks=True,
         srun=["--kill-on-bad-exit=0", f"--wait={plan.wait_seconds}"], stops="save at the end of this step",
         verb="the fit; it goes on from the last checkpoint, where there is one",
         command=[
-            _line(*_reblock(plan), "fit", "--config", str(plan.config)),
+            _line(*_reblock(plan), "fit", "--config", str(plan.run.job_config)),
             "--run.resume true",
             '--trainer.num_nodes "$SLURM_JOB_NUM_NODES"',
             '--trainer.devices "$SLURM_NTASKS_PER_NODE"',
@@ -128,7 +120,7 @@ def _encode(plan: Plan) -> Job:
         title=f"{plan.name}: reblock encode, an array of {stage.tasks} tasks that share the shards among them",
         by_hand=[
             "To submit it again by hand; finished shards are kept, and so are the claims of tasks that still run:",
-            f"    sbatch {shlex.quote(str(plan.script('encode')))}",
+            f"    sbatch {shlex.quote(str(plan.run.script('encode')))}",
         ],
         size=[
             "Each task takes the next shard that nobody has claimed, so any number of them will do.",
@@ -153,12 +145,12 @@ def _export(plan: Plan) -> Job:
         plan,
         "export",
         title=f"{plan.name}: reblock export, the retrained blocks on their base as a pipeline folder",
-        by_hand=["To submit it again by hand:", f"    sbatch {shlex.quote(str(plan.script('export')))}"],
+        by_hand=["To submit it again by hand:", f"    sbatch {shlex.quote(str(plan.run.script('export')))}"],
         size=[("nodes", "1"), ("ntasks-per-node", "1")],
         ends=_requeue(job),
         slurm=stage.slurm, ranks=False, srun=[], verb="export",
         command=[
-            _line(*_reblock(plan), "export", str(plan.run), stage.out or str(plan.run / "pipeline")),
+            _line(*_reblock(plan), "export", str(plan.run.path), stage.out or str(plan.run.pipeline)),
             *map(_line, stage.options),
         ],
     )  # fmt: skip
@@ -171,7 +163,7 @@ def _job(
     """What all stages have in common; raw options win over the others."""
     job, own = plan.job, raw_options([*plan.job.slurm, *slurm])
     number = "%A_%a" if stage == "encode" else "%j"
-    logs = plan.run / "logs"
+    logs = file_pattern(str(plan.run.logs))
     where: list[Line] = [
         ("job-name", plan.name if stage == "fit" else f"{plan.name}-{stage}"),
         *_options(
@@ -189,11 +181,11 @@ def _job(
         "Relative paths of the recipe start here.",
         ("chdir", str(plan.here)),
         "This script's own lines; a requeued job goes on in the same file.",
-        ("output", f"{file_pattern(str(logs))}/%x-{number}.log"),
+        ("output", f"{logs}/%x-{number}.log"),
         ("open-mode", "append"),
     ]
     # One log for each task and each start: what a rank said before a requeue is not written over.
-    task_log = f'--output={shlex.quote(file_pattern(str(logs)))}/%x-{number}-r"$restarts"-%t.log'
+    task_log = f'--output={shlex.quote(logs)}/%x-{number}-r"$restarts"-%t.log'
     groups = [
         Group(title="who and where", lines=_without(where, own)),
         Group(title="how much", lines=_without(amount, own)),
@@ -203,11 +195,11 @@ def _job(
     ]
     return Job(
         stage=stage, title=title, written=plan.written, versions=plan.versions, by_hand=by_hand,
-        path=str(plan.script(stage)), logs=str(logs), groups=groups, modules=job.modules, setup=job.setup, env=job.env,
+        path=plan.run.script(stage), groups=groups, modules=job.modules, setup=job.setup, env=job.env,
         ranks=ranks, signal=job.signal,
         stops=stops, verb=verb,
         job_id='"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if stage == "encode" else "$SLURM_JOB_ID",
-        max_requeues=job.max_requeues, wait_seconds=plan.wait_seconds, run=str(plan.run),
+        max_requeues=job.max_requeues, wait_seconds=plan.wait_seconds, run=plan.run,
         srun=[*srun, task_log, *_pyxis(plan)], command=command,
     )  # fmt: skip
 
@@ -264,8 +256,8 @@ def _mounts(plan: Plan) -> str:
     listed = [data.get("shards"), data.get("val_shards"), plan.job.encode.shards, model.get("base")]
     named = [name for value in listed for name in (value if isinstance(value, list) else [value]) if name]
     # What is no path, such as a hub id or a URL, does not exist; one with a colon or comma cannot be mounted so.
-    paths = [plan.run, *(path.absolute() for name in named if (path := Path(str(name))).exists())]
-    folders = [plan.here, *(path if path.is_dir() or path == plan.run else path.parent for path in paths)]
+    paths = [plan.run.path, *(path.absolute() for name in named if (path := Path(str(name))).exists())]
+    folders = [plan.here, *(path if path.is_dir() or path == plan.run.path else path.parent for path in paths)]
     apart = [folder for folder in dict.fromkeys(folders) if not any(o in folder.parents for o in folders)]
     apart = [folder for folder in apart if folder == plan.here or not {":", ","} & set(str(folder))]
     return ",".join(f"{folder}:{folder}" for folder in apart)

@@ -1,6 +1,5 @@
 """`reblock status RUN`: what a run's jobs do and what it has come to. Reads files and asks Slurm; changes nothing."""
 
-import csv
 import math
 import re
 import time
@@ -8,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch import slurm
 from launch.cluster.job_folder import noted_jobs
+from launch.run_folder import RunFolder
 
 #: In this order; of the measurements, what the retraining is for.
 _FIGURES = (
@@ -39,9 +37,10 @@ def status(run: Path, *, lines: int = 12) -> None:
             f"{run} is no folder; expected a run folder, which `reblock submit` or `reblock fit` has made."
         )
     print(run)
+    folder = RunFolder(run)
     for title, found in (
-        ("jobs", job_lines(run)), ("progress", progress_lines(run)), ("checkpoint", checkpoint_lines(run)),
-        ("errors", trouble_lines(run, lines)),
+        ("jobs", job_lines(folder)), ("progress", progress_lines(folder)), ("checkpoint", checkpoint_lines(folder)),
+        ("errors", trouble_lines(folder, lines)),
     ):  # fmt: skip
         print(f"{title}:")
         print("\n".join(f"  {line}" for line in found))
@@ -50,7 +49,7 @@ def status(run: Path, *, lines: int = 12) -> None:
 # -- jobs ----------------------------------------------------------------------------------------------------------
 
 
-def job_lines(run: Path) -> list[str]:
+def job_lines(run: RunFolder) -> list[str]:
     """A line for each job that was submitted; of an array, one for each state of its tasks."""
     jobs = noted_jobs(run)
     if not jobs:
@@ -60,7 +59,7 @@ def job_lines(run: Path) -> list[str]:
     return found if known else [*found, "(Slurm's commands are not here: what runs now is not known)"]
 
 
-def _job_lines(run: Path, entry: dict[str, Any]) -> list[str]:
+def _job_lines(run: RunFolder, entry: dict[str, Any]) -> list[str]:
     tasks = slurm.job(entry["job"])
     if not tasks:
         return [f"{_unknown(run, entry)} (Slurm knows nothing of it any more)"]
@@ -87,14 +86,14 @@ def _job_line(entry: dict[str, Any], state: str, tasks: list[dict[str, str]], to
     return ", ".join([*parts, f"requeued {_times(restarts)}"])
 
 
-def _unknown(run: Path, entry: dict[str, Any]) -> str:
+def _unknown(run: RunFolder, entry: dict[str, Any]) -> str:
     restarts = [int(found[3]) for found in _starts(run) if found[1].split("_")[0] == entry["job"]]
     seen = f", started, requeued {_times(max(restarts))}" if restarts else ""
     return f"{entry['stage']} {entry['job']}, submitted {entry.get('time')}{seen}"
 
 
-def _starts(run: Path) -> Iterator[re.Match[str]]:
-    for path in (run / "logs").glob("*.log"):
+def _starts(run: RunFolder) -> Iterator[re.Match[str]]:
+    for path in run.logs.glob("*.log"):
         if not re.search(r"-r\d+-\d+\.log$", path.name):
             yield from _START.finditer(_end_of(path))
 
@@ -110,18 +109,18 @@ def _when(stamp: str | None) -> str:
 # -- progress ------------------------------------------------------------------------------------------------------
 
 
-def progress_lines(run: Path) -> list[str]:
+def progress_lines(run: RunFolder) -> list[str]:
     """Step, speed and the last value of each figure, from metrics.csv."""
-    path = run / "metrics.csv"
-    rows = _rows(path)
+    # A row that is being written may be cut short: without a step it is none.
+    rows = [row for row in run.read_metrics()[1] if (row.get("step") or "").isdigit()]
     trained = [row for row in rows if row.get("train/loss")]
     if not trained:
         return ["no step was logged yet"]
-    last, recipe = trained[-1], _recipe(run)
+    last, recipe = trained[-1], run.read_config()
     epochs = recipe.get("trainer", {}).get("max_epochs")
     # An epoch under way is named by its number from one, as in the log's own lines.
     epoch = int(float(last["epoch"])) + 1 if last.get("epoch") else "?"
-    age = _ago(time.time() - path.stat().st_mtime)
+    age = _ago(time.time() - run.metrics.stat().st_mtime)
     found = [f"step {int(last['step']) + 1}, epoch {epoch}{f' of {epochs}' if epochs else ''}, written {age}"]
     samples = next(
         (float(row["train/samples_per_s"]) for row in reversed(rows) if row.get("train/samples_per_s")), None
@@ -134,25 +133,6 @@ def progress_lines(run: Path) -> list[str]:
         found.append("speed: not measured yet, it takes some steps in a row")
     values = {name: row[name] for row in rows for name in row if row.get(name)}
     return [*found, *(f"{name} {float(values[name]):.5g}" for name in _FIGURES if name in values)]
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        # A row that is being written may be cut short: without a step it is none.
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-
-
-def _recipe(run: Path) -> dict[str, Any]:
-    for path in (run / "config.yaml", run / "job" / "config.yaml"):
-        try:
-            found = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError):
-            continue
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def _samples_per_step(recipe: dict[str, Any]) -> int | None:
@@ -168,16 +148,16 @@ def _samples_per_step(recipe: dict[str, Any]) -> int | None:
 # -- checkpoint ----------------------------------------------------------------------------------------------------
 
 
-def checkpoint_lines(run: Path) -> list[str]:
+def checkpoint_lines(run: RunFolder) -> list[str]:
     """Age, step and size of `last.ckpt`, and whether the fit is over."""
-    path, found = run / "checkpoints" / "last.ckpt", []
+    path, found = run.last_checkpoint, list[str]()
     if path.is_file():
         facts = path.stat()
         age = _ago(time.time() - facts.st_mtime)
         found.append(f"last.ckpt: {_step(path)}, written {age}, {facts.st_size / 2**20:,.1f} MiB")
     else:
         found.append("none yet")
-    if (run / "graft.safetensors").is_file():
+    if run.graft.is_file():
         found.append("graft.safetensors is there: the fit has come to its end")
     return found
 
@@ -195,10 +175,10 @@ def _step(path: Path) -> str:
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
-def trouble_lines(run: Path, lines: int) -> list[str]:
+def trouble_lines(run: RunFolder, lines: int) -> list[str]:
     """The ends of those logs of the newest start that speak of errors."""
     found: list[str] = []
-    for path in _newest(run / "logs"):
+    for path in _newest(run.logs):
         said = [line.rstrip() for line in _end_of(path).splitlines() if line.strip()]
         marks = [i for i, line in enumerate(said) if _TROUBLE.search(line)]
         if marks:

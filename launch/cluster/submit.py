@@ -24,7 +24,8 @@ from launch.cluster.script import Job, render
 from launch.cluster.stages import Plan, make_jobs
 from launch.fit.cli import RecipeCLI, recipe_cli
 from launch.fit.run_record import versions
-from launch.run_folder import RunConfig, refuse_taken
+from launch.run_config import RunConfig, refuse_taken
+from launch.run_folder import RunFolder
 
 _OPTIONS = tuple(option.name for option in fields(JobConfig))
 
@@ -131,8 +132,9 @@ def _plan(job: JobConfig, recipe: dict[str, Any], settings: RunConfig, found: di
     nodes = job.nodes or trainer.get("num_nodes") or 1
     trainer |= {"num_nodes": nodes, "devices": int(devices)}
     plan = Plan(
-        job=job, recipe=recipe, run=Path(os.path.abspath(settings.folder)), here=Path.cwd(), nodes=nodes,
-        devices=int(devices), gpus=int(devices) if job.gpus_per_node or accelerator in ("gpu", "cuda") else None,
+        job=job, recipe=recipe, run=RunFolder(Path(os.path.abspath(settings.folder.path))), here=Path.cwd(),
+        nodes=nodes, devices=int(devices),
+        gpus=int(devices) if job.gpus_per_node or accelerator in ("gpu", "cuda") else None,
         versions=_in_one_line(found), written=f"{datetime.now():%F %H:%M}", node_timeout=slurm.node_timeout(),
     )  # fmt: skip
     return plan, faults
@@ -184,11 +186,11 @@ def _submit(plan: Plan, jobs: Sequence[Job], found: dict[str, Any]) -> None:
     after, queued = list(plan.job.after_list), list[str]()
     for job in jobs:
         try:
-            number = slurm.submit(Path(job.path), after, alone=job.ranks)
+            number = slurm.submit(job.path, after, alone=job.ranks)
         except ValueError as error:
             slurm.cancel(queued)
             kept = f" The jobs before it were taken back: {', '.join(queued)}." if queued else ""
-            raise ValueError(f"{error}.{kept} {plan.run} stays as it is; go on with --run.resume true.") from error
+            raise ValueError(f"{error}.{kept} {plan.run.path} stays as it is; go on with --run.resume true.") from error
         note_job(plan.run, job.stage, number, after, plan.nodes if job.ranks else 1)
         waits = f", waits for {', '.join(after)}" if after else ""
         print(f"job {number}: {job.title}{waits}")
@@ -196,10 +198,10 @@ def _submit(plan: Plan, jobs: Sequence[Job], found: dict[str, Any]) -> None:
         after = [number]
     again = "fit" if "fit" in plan.job.stage_list else plan.job.stage_list[-1]
     print(
-        f"run folder: {plan.run}\n"
-        f"look:       reblock status {plan.run}\n"
-        f"follow:     tail -F {plan.run}/logs/*\n"
-        f"end:        scancel {' '.join(queued)}; go on: sbatch {plan.script(again)}"
+        f"run folder: {plan.run.path}\n"
+        f"look:       reblock status {plan.run.path}\n"
+        f"follow:     tail -F {plan.run.logs}/*\n"
+        f"end:        scancel {' '.join(queued)}; go on: sbatch {plan.run.script(again)}"
     )
 
 

@@ -13,9 +13,9 @@ from rich.progress import track
 from torch import Tensor
 
 from data.batch import Batch, Sample
+from data.files import write_json
 from data.modules.latents import LatentDataModule
 from trainer.attention import sink_statistics, sink_verdict
-from trainer.callbacks.frozen_check import write_json
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.planted_sinks import PlantedHead, plant_sinks
 from trainer.module import RetrainBlocks, SurgeryConfig
@@ -64,8 +64,8 @@ class _HeldOut:
             verdicts[call.layer].append(sink_verdict(found.fraction[..., 0]))
             return dense_attention(q, k, v, call)
 
-        assert module.room is not None
-        with module.room.attention(dict.fromkeys(layers, observe)):
+        assert module.split_model is not None
+        with module.split_model.attention(dict.fromkeys(layers, observe)):
             self.loss(module)
         return {layer: torch.cat(found).float().mean(dim=0) for layer, found in verdicts.items()}
 
@@ -79,8 +79,8 @@ def _cheapest_heads(
     values: float,
 ) -> list[PlantedHead]:
     """Per layer, the head whose function the base misses least once it is a sink."""
-    assert module.room is not None
-    model = module.room.model
+    assert module.split_model is not None
+    model = module.split_model.transformer
     original = {name: value.clone() for name, value in model.state_dict().items()}
     heads = range(model.config.num_attention_heads)
     chosen = []
@@ -142,13 +142,13 @@ def plant(
             f"{out} exists; expected a new folder, since nothing is overwritten. Remove it or name another."
         )
     module = _open(base)
-    assert module.room is not None
-    model = module.room.model
-    if not 1 <= last <= module.room.num_blocks:
-        raise ValueError(f"got last {last}, expected 1 .. {module.room.num_blocks}, the blocks of {base}.")
+    assert module.split_model is not None
+    model = module.split_model.transformer
+    if not 1 <= last <= module.split_model.num_blocks:
+        raise ValueError(f"got last {last}, expected 1 .. {module.split_model.num_blocks}, the blocks of {base}.")
     held_out = _HeldOut(shards, val_samples, module)
     before = held_out.loss(module)
-    blocks = range(module.room.num_blocks - last, module.room.num_blocks)
+    blocks = range(module.split_model.num_blocks - last, module.split_model.num_blocks)
     planted = (
         _parse(heads, gain, values) if heads else _cheapest_heads(module, held_out, blocks, channels, gain, values)
     )

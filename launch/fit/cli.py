@@ -22,12 +22,14 @@ from launch.fit.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from launch.fit.run_record import EpochLines, VersionsFile
 from launch.fit.stop_callback import StopTogether, leave
 from launch.fit.watchdog import Watchdog
-from launch.run_folder import RunConfig, prepare_folder
+from launch.run_config import RunConfig, prepare_folder
 from launch.signals import Stopped
-from trainer.callbacks.data_faults import Damage
-from trainer.callbacks.frozen_check import FrozenGuard, GraftWriter, RandomStates
-from trainer.callbacks.throughput import Speed
-from trainer.checkpoint.io import CheckpointFiles
+from trainer.callbacks.data_faults import DataFaults
+from trainer.callbacks.frozen_check import FrozenCheck
+from trainer.callbacks.graft_writer import GraftWriter
+from trainer.callbacks.random_state import RandomStateCheckpoint
+from trainer.callbacks.throughput import ThroughputLogger
+from trainer.checkpoint.io import BackgroundCheckpointIO
 from trainer.module import RetrainBlocks
 
 
@@ -70,16 +72,16 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run = self.run_config
         retrains = isinstance(self.model, RetrainBlocks)
-        last = LastCheckpoint(run.last, run.save_every)
+        last = LastCheckpoint(run.folder.last_checkpoint, run.save_every)
         callbacks: list[Callback] = [
             *([Watchdog(run.folder, run.watchdog_s)] if run.watchdog_s else []),
             SameEverywhere(self.facts),
             *(self._get(self.config_init, "trainer").get("callbacks") or []),
-            RandomStates(),
-            *([FrozenGuard(), Speed(), Damage(), GraftWriter()] if retrains else []),
+            RandomStateCheckpoint(),
+            *([FrozenCheck(), ThroughputLogger(), DataFaults(), GraftWriter()] if retrains else []),
             MetricsPosition(),
             BestCheckpoints(
-                dirpath=run.last.parent,
+                dirpath=run.folder.checkpoints,
                 filename="best-{step}",
                 monitor="val/loss",
                 save_top_k=run.keep_best,
@@ -93,12 +95,12 @@ class RecipeCLI(LightningCLI):
             RichProgressBar(leave=True),
         ]
         trainer = super().instantiate_trainer(
-            default_root_dir=str(run.folder),
+            default_root_dir=str(run.folder.path),
             logger=loggers(run.folder, wandb=run.wandb) if self.subcommand == "fit" else False,
             callbacks=callbacks,
             plugins=[
                 *(self._get(self.config_init, "trainer").get("plugins") or []),
-                CheckpointFiles(max_failures=run.save_failures),
+                BackgroundCheckpointIO(max_failures=run.save_failures),
             ],
             **kwargs,
         )
@@ -122,21 +124,23 @@ class RecipeCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return  # rank zero decides, and tells the others once they can speak to each other
         prepare_folder(self.run_config)
-        clear_leftovers(self.run_config.folder)
+        folder = self.run_config.folder
+        clear_leftovers(folder)
         if self.run_config.resume:
-            self._resume_from = find_checkpoint(self.run_config.last)
+            self._resume_from = find_checkpoint(folder)
         if self._resume_from is None:  # killed before its first checkpoint: it starts over
-            rewind(self.run_config.folder, {"rows": 0, "row": {}})
+            rewind(folder, {"rows": 0, "row": {}})
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         check_fit(self.model, self.datamodule, callbacks=callbacks, trainer=self.trainer)
-        self._resume_from = find_checkpoint(self.run_config.last)
+        folder = self.run_config.folder
+        self._resume_from = find_checkpoint(folder)
         if self._resume_from is None:
             raise ValueError(
-                f"{self.run_config.last} does not exist; expected the checkpoint of a run, whose blocks are measured. "
-                "Name a run that was fitted: --run.name, --run.root."
+                f"{folder.last_checkpoint} does not exist; expected the checkpoint of a run, whose blocks are "
+                "measured. Name a run that was fitted: --run.name, --run.root."
             )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

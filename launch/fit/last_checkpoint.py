@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from launch.fit.resume import set_aside
 from launch.signals import UNSAVED, Stopped
-from trainer.callbacks.rank_errors import together
-from trainer.checkpoint.file import PREVIOUS
-from trainer.checkpoint.io import CheckpointFiles
+from trainer.callbacks.rank_errors import raise_on_all_ranks
+from trainer.checkpoint.io import BackgroundCheckpointIO
+from trainer.run_files import PREVIOUS
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class LastCheckpoint(Checkpoint):
     So nothing is saved while a validation or a measurement runs, which may take long. The step before the one that
     they follow is always saved: a run that ends in one of them takes one step again.
 
-    Files are written while training goes on (`CheckpointFiles`); a fit that ends waits for them, and fails if the last
-    state is not on the disk.
+    Files are written while training goes on (`BackgroundCheckpointIO`); a fit that ends waits for them, and fails if
+    the last state is not on the disk.
 
     Args:
         path: the file.
@@ -76,7 +76,7 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with together(trainer):
+        with raise_on_all_ranks(trainer):
             _files(trainer).wait()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -120,13 +120,13 @@ def make_ready(trainer: Trainer) -> None:
 
     Alone it would leave the others in the save's barrier.
     """
-    with together(trainer):
+    with raise_on_all_ranks(trainer):
         _files(trainer).make_ready()
 
 
-def _files(trainer: Trainer) -> CheckpointFiles:
+def _files(trainer: Trainer) -> BackgroundCheckpointIO:
     files = trainer.strategy.checkpoint_io
-    assert isinstance(files, CheckpointFiles)
+    assert isinstance(files, BackgroundCheckpointIO)
     return files
 
 

@@ -12,20 +12,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from launch.run_folder import RunFolder
+
 
 class _KeepingWriter(_ExperimentWriter):
     """Lightning's writer deletes the file of an earlier start; a resumed run's figures must stay."""
 
     def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+        self.metrics_keys = RunFolder(Path(self.log_dir)).read_metrics()[0]
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         # Lightning's empties the file first: a process that is killed then would lose every row.
         path = Path(self.metrics_file_path)
-        _replace_rows(path, fieldnames, _read_rows(path)[1])
+        _replace_rows(path, fieldnames, RunFolder(Path(self.log_dir)).read_metrics()[1])
 
     def log_hparams(self, params: dict) -> None:
         """The resolved config is saved as config.yaml already."""
@@ -43,14 +42,6 @@ def _replace_rows(path: Path, keys: list[str], rows: list[dict[str, Any]]) -> No
     os.replace(beside, path)
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    if not path.is_file():
-        return [], []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or []), list(reader)
-
-
 def _without_empty_bands(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Without the sigma bands that had no samples: their cells stay empty."""
     return {k: v for k, v in metrics.items() if not ("_sigma_" in k and math.isnan(v))}
@@ -59,8 +50,8 @@ def _without_empty_bands(metrics: Mapping[str, Any]) -> dict[str, Any]:
 class MetricsFile(CSVLogger):
     """`metrics.csv` in the run folder, continued by a resumed run."""
 
-    def __init__(self, run: Path) -> None:
-        super().__init__(run, name="", version="")
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(run.path, name="", version="")
         #: Rows in the file and on their way to it; counted at the first use, and anew after `rewind`.
         self.rows = 0
         #: The last step whose loss was logged.
@@ -70,7 +61,7 @@ class MetricsFile(CSVLogger):
     def experiment(self) -> _ExperimentWriter:
         if self._experiment is None:
             self._experiment = _KeepingWriter(log_dir=self.log_dir)
-            self.rows = len(_read_rows(Path(self._experiment.metrics_file_path))[1])
+            self.rows = len(RunFolder(Path(self.log_dir)).read_metrics()[1])
         return self._experiment
 
     def reopen(self) -> None:
@@ -107,30 +98,30 @@ class MetricsPosition(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Comes after the module has accepted the checkpoint: a refused resume must not touch the file.
         if trainer.state.fn == "fit" and trainer.is_global_zero:
-            print(f"resuming {trainer.default_root_dir} after step {checkpoint['global_step']}")
+            run = RunFolder(Path(trainer.default_root_dir))
+            print(f"resuming {run.path} after step {checkpoint['global_step']}")
             file = next((logger for logger in trainer.loggers if isinstance(logger, MetricsFile)), None)
             if file is not None and "metrics" in checkpoint:
-                rewind(Path(trainer.default_root_dir), checkpoint["metrics"])
+                rewind(run, checkpoint["metrics"])
                 file.reopen()
             done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            forget_measurements(Path(trainer.default_root_dir), done)
+            forget_measurements(run, done)
 
 
-def rewind(run: Path, position: Mapping[str, Any]) -> None:
+def rewind(run: RunFolder, position: Mapping[str, Any]) -> None:
     """Brings `metrics.csv` back to where a checkpoint was saved.
 
     Args:
         run: the run folder.
         position: {"rows": how many come before it, "row": the one of its own step, or empty}.
     """
-    path = run / "metrics.csv"
-    keys, rows = _read_rows(path)
+    keys, rows = run.read_metrics()
     if keys:
         own = [position["row"]] if position["row"] else []
-        _replace_rows(path, sorted({*keys, *position["row"]}), rows[: position["rows"]] + own)
+        _replace_rows(run.metrics, sorted({*keys, *position["row"]}), rows[: position["rows"]] + own)
 
 
-def forget_measurements(run: Path, epochs: int) -> None:
+def forget_measurements(run: RunFolder, epochs: int) -> None:
     """Removes the measurements of epochs that a checkpoint has not seen the end of: they are made again.
 
     A fit that stopped in mid-epoch has measured there, under that epoch's name.
@@ -139,13 +130,13 @@ def forget_measurements(run: Path, epochs: int) -> None:
         run: the run folder.
         epochs: that are over.
     """
-    for path in (run / "measurements").glob("*-epoch-*.npz"):
+    for path in run.measurements.glob("*-epoch-*.npz"):
         number = path.stem.rpartition("-")[2]
         if number.isdigit() and int(number) > epochs:
             path.unlink()
 
 
-def loggers(run: Path, *, wandb: bool) -> list[Logger]:
+def loggers(run: RunFolder, *, wandb: bool) -> list[Logger]:
     """The run's loggers.
 
     Args:
@@ -158,5 +149,5 @@ def loggers(run: Path, *, wandb: bool) -> list[Logger]:
         offline = os.environ.get("WANDB_MODE", "offline") == "offline"
         os.environ.setdefault("WANDB_SILENT", "true")
         project = os.environ.get("WANDB_PROJECT", "reblock")
-        found.append(WandbLogger(name=run.name, save_dir=run, project=project, offline=offline))
+        found.append(WandbLogger(name=run.path.name, save_dir=run.path, project=project, offline=offline))
     return found

@@ -1,13 +1,11 @@
 """Whether all ranks are the same program on the same job, before anything is loaded."""
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from data.modules.latents import ShardDataModule
 from launch.fit.run_record import PACKAGES
 from launch.fit.stop_agreement import Agreement
+from trainer.versions import package_versions, source_digest
 
 #: Faults that are listed one by one; beyond them only their number is.
 _LISTED = 12
@@ -51,22 +50,11 @@ class SameEverywhere(Callback):
 
 def _program() -> dict[str, Any]:
     """Python, packages and our own source. Not the git commit: not every node has git."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in (*PACKAGES, "reblock"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {"source of reblock": source_digest()}
-
-
-def source_digest() -> str:
-    """Changes with any file of Python of ours."""
-    home, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
-    for package in ("trainer", "data", "launch"):
-        for path in sorted((home / package).rglob("*.py")):
-            digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return {
+        "python": platform.python_version(),
+        **package_versions((*PACKAGES, "reblock")),
+        "source of reblock": source_digest("trainer", "data", "launch")[:16],
+    }
 
 
 def flat(config: Any, name: str = "") -> dict[str, Any]:

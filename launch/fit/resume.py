@@ -9,8 +9,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from trainer.callbacks.rank_errors import together
-from trainer.checkpoint.file import PREVIOUS, damage
+from data.files import temporaries
+from launch.run_folder import RunFolder
+from trainer.callbacks.rank_errors import raise_on_all_ranks
+from trainer.checkpoint.file import checkpoint_fault
 
 log = logging.getLogger(__name__)
 
@@ -18,22 +20,19 @@ log = logging.getLogger(__name__)
 _LAG = 120.0
 
 
-def find_checkpoint(last: Path) -> Path | None:
+def find_checkpoint(run: RunFolder) -> Path | None:
     """The checkpoint that a run goes on from: the last one, or the one before it where the last is damaged or missing.
 
     Says which, where it is not the last. None if there is no checkpoint at all.
 
-    Args:
-        last: RUN/checkpoints/last.ckpt.
-
     Raises:
         ValueError: if there are checkpoints, and all are damaged.
     """
-    faults: list[str] = []
-    for path in (last, last.with_name(PREVIOUS)):
+    last, faults = run.last_checkpoint, list[str]()
+    for path in (last, run.previous_checkpoint):
         if not path.is_file():
             continue
-        fault = damage(path)
+        fault = checkpoint_fault(path)
         if fault is None:
             if path != last:
                 print(f"{faults[0] if faults else f'{last} is missing'}; going on from the one before it, {path}")
@@ -55,15 +54,10 @@ def set_aside(last: Path) -> None:
         print(f"the damaged {last} is now {damaged.name}")
 
 
-def clear_leftovers(run: Path) -> None:
-    """Removes the half files of a process that was killed while it wrote them; none of them has its final name."""
-    for folder, pattern in (
-        (run, "*.tmp"),
-        (run / "checkpoints", "*.tmp"),
-        (run / "measurements", ".*.part"),
-        (run / "figures", ".*.part"),
-    ):
-        for path in folder.glob(pattern):
+def clear_leftovers(run: RunFolder) -> None:
+    """Removes the incomplete files of a process that was killed while it wrote them; none has its final name."""
+    for folder in (run.path, run.checkpoints, run.measurements, run.figures):
+        for path in (*temporaries(folder), *folder.glob("*.tmp")):  # *.tmp: of earlier versions
             path.unlink(missing_ok=True)
 
 
@@ -87,7 +81,7 @@ def shared(trainer: Trainer, path: str | Path | None) -> str | None:
     Raises:
         ValueError: on every rank, if one does not see the file in time.
     """
-    with together(trainer):
+    with raise_on_all_ranks(trainer):
         file = Path(path) if path and trainer.is_global_zero else None
         chosen, expected = trainer.strategy.broadcast((str(file) if file else None, _seen(file)))
         deadline, told = time.monotonic() + _LAG, False

@@ -1,6 +1,5 @@
 """What a run writes down of itself, for the person who finds its folder later."""
 
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from trainer.callbacks.frozen_check import write_json
+from data.files import write_json
+from launch.run_folder import RunFolder
+from trainer.versions import package_versions
 
 PACKAGES = (
     "torch", "lightning", "diffusers", "transformers", "webdataset", "decord2", "safetensors", "torchmetrics", "av",
@@ -40,16 +41,10 @@ def _cpu() -> str:
 
 def versions() -> dict[str, Any]:
     """Python, packages, git commit, hardware and command of this process."""
-    packages: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": package_versions(PACKAGES),
         "git": _git(),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "accelerators": devices},
         "command": shlex.join(sys.argv),
@@ -61,7 +56,7 @@ class VersionsFile(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
-            write_json(Path(trainer.default_root_dir) / "versions.json", versions())
+            write_json(RunFolder(Path(trainer.default_root_dir)).versions, versions())
 
 
 class EpochLines(Callback):

@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from launch.run_folder import RunFolder
 from trainer.callbacks.probe_callback import ProbeCallback
 
 #: Exit status of a rank that was ended (EX_SOFTWARE).
@@ -32,12 +32,12 @@ class Watchdog(Callback):
     the others wait for is that whose stack is not in a collective.
 
     Args:
-        folder: the run folder.
+        run: the run folder.
         deadline: seconds.
     """
 
-    def __init__(self, folder: Path, deadline: float) -> None:
-        self.folder = folder
+    def __init__(self, run: RunFolder, deadline: float) -> None:
+        self.run = run
         self.deadline = deadline
         self._last = (time.monotonic(), "start")
         self._stepped = False
@@ -111,7 +111,7 @@ class Watchdog(Callback):
         verdict = f"{when} {verdict} (run.watchdog_s {self.deadline:g}). All threads:\n"
         print(verdict, file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(_STDERR)
-        path = self.folder / "stacks" / f"rank-{rank}.txt"
+        path = self.run.stacks(rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(verdict)

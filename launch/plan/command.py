@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.files import write_bytes
 from launch.plan.estimates import estimate_job
 from launch.plan.inputs import read_job
 from launch.plan.table import show
-from trainer.callbacks.measurement_files import write_whole
 
 
 def run(argv: list[str]) -> None:
@@ -25,4 +25,4 @@ def run(argv: list[str]) -> None:
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     """Writes figures beside their place and renames the file."""
-    write_whole(path, (json.dumps(figures, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(figures, indent=2) + "\n").encode())

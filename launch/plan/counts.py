@@ -52,7 +52,7 @@ class Parameters:
 
 def count_parameters(module: RetrainBlocks) -> Parameters:
     """Counts a module that was built, on whatever device."""
-    model = module.room.model
+    model = module.split_model.transformer
     retrained = list(module.retrained_parameters().values())
     blocks = [_bytes(block.parameters()) for block in model.transformer_blocks]
     trained = [_bytes(p for p in block.parameters() if p.requires_grad) for block in model.transformer_blocks]

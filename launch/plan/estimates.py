@@ -115,7 +115,7 @@ def estimate_job(job: Job) -> Estimate:
     narrow = job.autocast is not None
     layout: dict[str, Any] = {"accumulate": job.accumulate, "narrow": narrow}
     spent = work(step.flops, counted.retrained, job.accumulate, job.hardware, narrow=narrow)
-    patch = job.module.room.model.config.patch_size
+    patch = job.module.split_model.transformer.config.patch_size
     return Estimate(
         strategy=job.sharding.name,
         refused=job.refused,

@@ -37,7 +37,7 @@ class StepTrace:
         moments: what was alive, in the last micro-batch and the update after it.
         parts: bytes of weights, gradients, optimiser state and averages once all are there.
         outcome: bytes of what the trunk hands on, text and modulation included, in the dtypes that it computed in: so
-            a `TrunkStore` keeps it, though the head takes it in its own.
+            a `TrunkCache` keeps it, though the head takes it in its own.
         rope: bytes of the rotary tables, the same for every sample.
     """
 
@@ -53,16 +53,16 @@ def fake_job(job: Job) -> Iterator[Ledger]:
     """Inside, `job.module` is built of tensors without content, which the ledger counts."""
     job.module.stock_attention = False  # diffusers' own processor asks the device for lengths: it needs content
     job.module.build("meta")
-    room = job.module.room
-    assert room is not None
+    split_model = job.module.split_model
+    assert split_model is not None
     job.module.train()
     with warnings.catch_warnings(), FakeTensorMode(), Ledger() as ledger:
         warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
-        without_content(room)
-        for block in room.model.transformer_blocks:
+        without_content(split_model)
+        for block in split_model.transformer.transformer_blocks:
             block.__dict__.pop("forward", None)  # as it is written, whatever compiles it
         job.module.ema = Ema(job.module.retrained_parameters(), decay=job.module.ema_decay)
-        ledger.claim("weights", [*room.parameters(), *room.buffers()])
+        ledger.claim("weights", [*split_model.parameters(), *split_model.buffers()])
         ledger.claim("ema", job.module.ema.average.values())
         yield ledger
 
@@ -148,18 +148,18 @@ def _own(state: State) -> tuple[Tensor, ...]:
 @contextlib.contextmanager
 def _noting_widths(module: RetrainBlocks, widths: list[list[int]]) -> Iterator[None]:
     """Inside, `widths` gets the bytes a number of each tensor that blocks hand on, the trunk's first."""
-    whole = module.room.run
+    whole = module.split_model.run
 
     def run(*args: Any) -> State:
         state = whole(*args)
         widths.append([t.element_size() for t in _own(state)])  # not the tensors: they would stay alive
         return state
 
-    module.room.run = run  # type: ignore[method-assign]
+    module.split_model.run = run  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del module.room.run
+        del module.split_model.run
 
 
 def _bytes(*tensors: Tensor) -> int:

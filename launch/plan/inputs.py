@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from data.base_folder import resolve_base
 from data.bucket import Bucket
 from data.modules.latents import LatentSource, ShardDataModule
 from data.storage.store import StoreError
@@ -17,7 +18,7 @@ from launch.fit.checks import check_combination
 from launch.fit.cli import RecipeCLI, recipe_cli
 from launch.plan.hardware import Hardware
 from launch.plan.sharding import Sharding, read_sharding
-from trainer.models.load import read_config, resolve_base
+from trainer.models.load import read_config
 from trainer.module import RetrainBlocks
 
 #: The reference base, whose config lies in `recipes/`: it need not be downloaded for a plan.

@@ -22,7 +22,7 @@ from trainer.attention.statistics import EPS
 from trainer.callbacks.masking import MaskingRobustness
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeSet
-from trainer.callbacks.trunk_cache import GIB, TrunkStore
+from trainer.callbacks.trunk_cache import GIB, TrunkCache
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.mochi import State
 from trainer.module import RetrainBlocks
@@ -85,34 +85,34 @@ def _trunk(job: Job, size: int) -> State:
 
 @contextlib.contextmanager
 def _short_trunk(module: RetrainBlocks) -> Iterator[None]:
-    whole = module.room.run
-    module.room.run = lambda state, start, stop: whole(state, start, min(stop, start + 2))  # type: ignore[method-assign]
+    whole = module.split_model.run
+    module.split_model.run = lambda state, start, stop: whole(state, start, min(stop, start + 2))  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del module.room.run
+        del module.split_model.run
 
 
 def _measure(job: Job, callback: ProbeCallback) -> None:
     """A dense pass of the head with the engine in every attention, the states that masking goes back to, and a second
     pass."""
-    module, room, size = job.module, job.module.room, probe_batch(job, callback)
+    module, split_model, size = job.module, job.module.split_model, probe_batch(job, callback)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        torch.empty(engine_bytes(job.gpu, size, room.num_heads, q.shape[2]), dtype=torch.uint8)
+        torch.empty(engine_bytes(job.gpu, size, split_model.num_heads, q.shape[2]), dtype=torch.uint8)
         return dense_attention(q, k, v, call)
 
     state = _trunk(job, size)
     starts = set(_starts(module, callback))
     kept = [state]
-    with room.attention(dict.fromkeys(range(module.first, room.num_blocks), attend)):
-        for layer in range(module.first, room.num_blocks):
-            state = room.run(state, layer, layer + 1)
+    with split_model.attention(dict.fromkeys(range(module.first, split_model.num_blocks), attend)):
+        for layer in range(module.first, split_model.num_blocks):
+            state = split_model.run(state, layer, layer + 1)
             if layer + 1 in starts:
                 kept.append(state)
-        velocity = room.finish(state)
+        velocity = split_model.finish(state)
         del state
-        again = room.finish(room.run(kept[0], module.first, room.num_blocks))
+        again = split_model.finish(split_model.run(kept[0], module.first, split_model.num_blocks))
     del velocity, again, kept
 
 
@@ -136,6 +136,6 @@ def host_bytes(job: Job, outcome: int, rope: int) -> int:
     if not probes or job.module.first == 0 or job.sharding.name not in ("single", "ddp"):
         return 0
     share = max(math.ceil(c.prompts * len(c.sigmas) / job.ranks) for c in probes)
-    stores = [c for c in job.callbacks if isinstance(c, TrunkStore)]
+    stores = [c for c in job.callbacks if isinstance(c, TrunkCache)]
     budget = stores[0]._memory._budget if stores else int(5.0 * GIB)
     return min(budget, share * outcome + rope)

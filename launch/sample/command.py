@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from data.video.clip_files import decode_video, write_video
+from data.base_folder import resolve_base
+from data.video.decode import decode_video
+from data.video.write import write_video
 from launch.sample.contact_sheet import draw_sheet
 from launch.sample.generate import Painter, Settings, bottom_masked, likeness
 from trainer.models.layout import AttentionFunction
-from trainer.models.load import resolve_base
 
 #: Drawn when no captions are given: sentences of `reblock synth`.
 CAPTIONS = (

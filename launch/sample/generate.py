@@ -17,7 +17,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from trainer.attention import masked_attention, pooled_quantiles
 from trainer.models.layout import AttentionCall, AttentionFunction
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 
 #: PSNR of equal videos: infinity is no JSON number.
 IDENTICAL_DB = 100.0
@@ -96,7 +96,7 @@ class Painter:
         self.pipe = pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.vae.enable_tiling()  # does nothing up to 256 pixels; past that, whole frames would not fit
-        self.room = MochiRoom(self.pipe.transformer)
+        self.split_model = SplitModel(self.pipe.transformer)
 
     @torch.no_grad()
     def draw(
@@ -117,7 +117,7 @@ class Painter:
         narrow = self.dtype != torch.float32
         with (
             torch.autocast(self.device.type, self.dtype) if narrow else contextlib.nullcontext(),
-            self.room.attention(functions),
+            self.split_model.attention(functions),
         ):
             video = self.pipe(
                 prompt_embeds=text,

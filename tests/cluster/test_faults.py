@@ -14,7 +14,7 @@ import yaml
 from launch.bench.compare import compare
 from launch.bench.kills import make_world
 from launch.bench.trace import count_steps
-from trainer.checkpoint.file import damage
+from trainer.checkpoint.file import checkpoint_fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,7 @@ def same(run: Run, whole: Path, *, again: bool) -> None:
     found.files = [name for name in found.files if not name.startswith("logs/")]
     assert not found.faults(), (found.faults(), run.says())
     assert (found.again > 0) == again, found
-    assert not any(damage(path) for path in (run.folder / "checkpoints").glob("*.ckpt"))
+    assert not any(checkpoint_fault(path) for path in (run.folder / "checkpoints").glob("*.ckpt"))
     run.lab.until(lambda: not [*run.ranks("node1"), *run.ranks("node2")], "all processes to be gone")
 
 

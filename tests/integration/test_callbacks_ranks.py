@@ -94,8 +94,8 @@ def run(tmp_path: Path, base: Path, fails: str) -> list[tuple[int, str]]:
 def test_a_failure_on_rank_1_ends_both(tmp_path, base_folder, fails, message):
     (zero, zero_said), (one, one_said) = run(tmp_path, base_folder, fails)
     assert zero != 0 and one != 0
-    assert f"RankFailed: rank 1 failed, so all ranks stop. Its message: {message}" in zero_said
-    assert message in one_said and "on rank 1 of 2" in one_said and "RankFailed" not in one_said
+    assert f"RankFailedError: rank 1 failed, so all ranks stop. Its message: {message}" in zero_said
+    assert message in one_said and "on rank 1 of 2" in one_said and "RankFailedError" not in one_said
     assert "has finished" not in zero_said + one_said
     assert not (tmp_path / "run" / "measurements").exists()
 
@@ -107,7 +107,7 @@ def test_arrays_that_rank_0_cannot_save_end_both(tmp_path, base_folder):
     (zero, zero_said), (one, one_said) = run(tmp_path, base_folder, "save")
     assert zero != 0 and one != 0
     assert "FileExistsError" in zero_said and "on rank 0 of 2" in zero_said
-    assert "RankFailed: rank 0 failed, so all ranks stop. Its message: FileExistsError" in one_said
+    assert "RankFailedError: rank 0 failed, so all ranks stop. Its message: FileExistsError" in one_said
     assert "has finished" not in zero_said + one_said
 
 

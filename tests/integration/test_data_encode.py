@@ -15,7 +15,7 @@ from data.encode.command import encode
 from data.encode.encoders import Encoders
 from data.inspect.command import inspect
 from data.shards.format import read_json, read_samples, text_digest
-from data.video.clip_files import decode_video
+from data.video.decode import decode_video
 from launch.bench.command import Options
 from launch.bench.encode import BARE, STAGE, run
 from tests.support.clip_shards import TEXT_WIDTH, write_encoders, write_video_shards

@@ -103,7 +103,7 @@ def test_faults_are_found_before_anything_is_loaded(shards, base, tmp_path, monk
         ({"max_fault_share": float("nan")}, "got max_fault_share nan"),
         ({"base": tmp_path}, r"lacks vae/config\.json"),
         ({"base": "genmo/none"}, r"neither a local folder nor a downloaded hub id.*`hf download genmo/none`"),
-        ({"base": tmp_path / "none"}, "is no folder"),
+        ({"base": tmp_path / "none"}, "does not exist; expected a diffusers folder"),
     ]:
         with pytest.raises(ValueError, match=message):
             encode(str(shards), tmp_path / "out", **{"base": base, **options})

@@ -15,7 +15,7 @@ from data.bucket import Bucket
 from data.encode.claims import process_start
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
-from data.video.clip_files import write_video
+from data.video.write import write_video
 from tests.support.clip_shards import write_encoders, write_video_shards
 from tests.support.encode_runner import FAILED
 
@@ -46,7 +46,7 @@ class Runner:
     def __init__(self, shards, base, log):
         self.started = []
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "encode_runner.py", shards, base],
+            [sys.executable, ROOT / "tests" / "support" / "encode_runner.py", shards, base],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip

@@ -19,7 +19,7 @@ from data.encode.writer import Caption, Latent
 from data.shards.format import Fault, text_digest
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
-from data.video.workers import Guarded
+from data.video.worker_pool import WorkerPool
 from tests.support.clip_shards import write_encoders
 
 TALL, FIRST = Bucket(7, 32, 32), "7x32x32-000000.tar"
@@ -128,7 +128,7 @@ def test_clips_are_decoded_ahead_but_not_without_bound():
             taken += 1
             yield Work(f"{number}", TALL, [Fault("a", "damaged", f"{number}")])
 
-    with Guarded(1, 60.0) as pool, contextlib.closing(ahead(decoded(works(), pool, batch_size=2), 2)) as ready:
+    with WorkerPool(1, 60.0) as pool, contextlib.closing(ahead(decoded(works(), pool, batch_size=2), 2)) as ready:
         names = [next(ready).found[0].shard for _ in range(3)]
         # Three that were used, two that wait, one to be put, one being put together, two batches in the pool.
         deadline = time.monotonic() + 10

@@ -21,7 +21,8 @@ from data.storage.store import Store
 from data.stream.clips import ClipDataset
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
-from data.video.clip_files import decode_video, write_video
+from data.video.decode import decode_video
+from data.video.write import write_video
 from tests.support.clip_shards import TEXT_WIDTH, write_encoders, write_video_shards
 
 STORE = Store()
@@ -157,7 +158,7 @@ def digest(content):
     return hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="decoders are fenced on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="decoders run in processes of their own on Linux only")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("disaster", "reason"),

@@ -14,7 +14,7 @@ from launch.export import export
 from launch.fit.cli import recipe_cli
 from trainer.graft import load_graft
 from trainer.models.load import load_transformer
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def stock(model, batch):
         )[0]  # fmt: skip
 
 
-def velocity(room: MochiRoom, batch):
-    """Velocity by a room."""
+def velocity(split_model: SplitModel, batch):
+    """Velocity by a `SplitModel`."""
     with torch.no_grad():
         text = batch.text, batch.text_mask, batch.text_lengths
-        state = room.embed(batch.latents, torch.tensor([100.0, 700.0]), *text)
-        return room.finish(room.run(state, 0, room.num_blocks))
+        state = split_model.embed(batch.latents, torch.tensor([100.0, 700.0]), *text)
+        return split_model.finish(split_model.run(state, 0, split_model.num_blocks))
 
 
 @pytest.mark.slow
@@ -51,9 +51,9 @@ def test_diffusers_loads_exactly_what_was_trained(fitted, whole_base, make_batch
     export(run, tmp_path / "out", weights=weights)
     whole = MochiPipeline.from_pretrained(tmp_path / "out")
     # torch's CPU kernels may add in another order for weights at other offsets, or that take no gradient.
-    module.room.model.requires_grad_(False)
+    module.split_model.transformer.requires_grad_(False)
     whole.transformer.requires_grad_(False)
-    for p in (*whole.transformer.parameters(), *module.room.model.parameters()):
+    for p in (*whole.transformer.parameters(), *module.split_model.transformer.parameters()):
         p.data = p.data.clone()
     trained = module.ema.average if weights == "ema" else live
     exported = whole.transformer.state_dict()
@@ -65,13 +65,13 @@ def test_diffusers_loads_exactly_what_was_trained(fitted, whole_base, make_batch
     expected = stock(whole.transformer, batch)
     module.eval()
     with module.evaluation_weights() if weights == "ema" else contextlib.nullcontext():
-        own = velocity(module.room, batch)
-        model = copy.deepcopy(module.room.model)
+        own = velocity(module.split_model, batch)
+        model = copy.deepcopy(module.split_model.transformer)
         for block in model.transformer_blocks:
             block.attn1.processor = MochiAttnProcessor2_0()
-        got = velocity(MochiRoom(model, stock_attention=True), batch)
+        got = velocity(SplitModel(model, stock_attention=True), batch)
         assert torch.equal(got, expected), "diffusers' own attention on both sides"
-    assert torch.equal(velocity(MochiRoom(whole.transformer), batch), own), "ours on both sides"
+    assert torch.equal(velocity(SplitModel(whole.transformer), batch), own), "ours on both sides"
     other = module.ema.average if weights == "raw" else live
     assert any(not torch.equal(exported[name], value) for name, value in other.items())
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):

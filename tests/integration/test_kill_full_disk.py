@@ -11,8 +11,9 @@ import yaml
 from launch.bench.compare import table_rows
 from launch.bench.kills import arguments, make_world
 from launch.bench.ranks import Ranks
-from tests.unit.trainer_.checkpoint.test_io import content, names, value_of
-from trainer.checkpoint.file import LAST, PREVIOUS, damage, write_checkpoint
+from tests.support.checkpoints import content, names, value_of
+from trainer.checkpoint.file import checkpoint_fault, write_checkpoint
+from trainer.run_files import LAST, PREVIOUS
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system")
 
@@ -77,7 +78,7 @@ def undisturbed(tmp_path_factory) -> Path:
 def whole_files(run: Path) -> set[str]:
     """Files beside the run's checkpoints, none of which is damaged."""
     found = names(run / "checkpoints")
-    assert not [fault for name in found if (fault := damage(run / "checkpoints" / name))]
+    assert not [fault for name in found if (fault := checkpoint_fault(run / "checkpoints" / name))]
     return found
 
 

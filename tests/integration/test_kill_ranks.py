@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.files import temporaries
 from launch.bench.compare import Comparison, compare
 from launch.bench.kills import arguments, make_world
 from launch.bench.ranks import Ranks, wait_for
 from launch.bench.trace import read_trace
-from trainer.checkpoint.file import damage
+from trainer.checkpoint.file import checkpoint_fault
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +64,7 @@ def killed(job: Ranks, victims: list[int]) -> None:
 
 def whole_files(run: Path) -> set[str]:
     """Checkpoints, none of which is damaged."""
-    found = {path.name: damage(path) for path in (run / "checkpoints").glob("*.ckpt")}
+    found = {path.name: checkpoint_fault(path) for path in (run / "checkpoints").glob("*.ckpt")}
     assert not any(found.values()), found
     return set(found)
 
@@ -75,7 +76,7 @@ def test_a_rank_killed_at_any_moment_costs_nothing_but_time(world, whole):
     assert whole_files(run) == {"last.ckpt"}
     killed(start(world, "killed", kill="write:0:9"), [0])
     assert whole_files(run) >= {"last.ckpt", "previous.ckpt"}
-    assert (run / "checkpoints" / "last.ckpt.tmp").is_file()  # half of it
+    assert temporaries(run / "checkpoints", "last.ckpt")  # half of it
     killed(start(world, "killed", kill="measurement:1:16"), [1])
     assert whole_files(run) >= {"last.ckpt", "previous.ckpt"}
     killed(start(world, "killed", kill="all-reduce:0:25"), [0])

@@ -10,7 +10,6 @@ from data.bucket import Bucket
 from launch.bench.kills import SAMPLES, arguments, make_world
 from launch.bench.ranks import Ranks
 from launch.bench.stream import write_shards
-from launch.fit.rank_consistency import source_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,17 +52,3 @@ def test_other_packages_recipes_and_data_on_a_rank_are_refused(home):
         assert "order of the training data: " in said
         assert "Traceback" not in said
     assert not (home / "runs" / "tiny" / "config.yaml").exists()
-
-
-def test_the_digest_of_the_source_changes_with_a_file(tmp_path, monkeypatch):
-    for package in ("trainer", "data", "launch"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(
-        "launch.fit.rank_consistency.__file__", str(tmp_path / "launch" / "fit" / "rank_consistency.py")
-    )
-    before = source_digest()
-    (tmp_path / "data" / "notes.txt").write_text("not source")
-    assert source_digest() == before
-    with (tmp_path / "data" / "bucket.py").open("a") as file:
-        file.write("\n")
-    assert source_digest() != before

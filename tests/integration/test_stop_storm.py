@@ -26,7 +26,8 @@ class Rank:
                  "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.log = folder / f"rank-{rank}.log"
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "storm.py"), *arguments], env=os.environ | place, cwd=folder,
+            [sys.executable, str(ROOT / "tests" / "support" / "signal_storm.py"), *arguments],
+            env=os.environ | place, cwd=folder,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True,
         )  # fmt: skip
         self.said: list[str] = []

@@ -17,7 +17,7 @@ def start(
     folder: Path, shards: Path, *, steps=10**6, watchdog=WATCHDOG, timeout=600.0, fault="nothing", **how
 ) -> Ranks:
     arguments = [shards, folder / "run", steps, watchdog, timeout, fault]
-    return Ranks(folder, *[[ROOT / "tests" / "stepping.py", *map(str, arguments)]] * 2, **how)
+    return Ranks(folder, *[[ROOT / "tests" / "support" / "stepping_fits.py", *map(str, arguments)]] * 2, **how)
 
 
 def test_a_rank_that_hangs_ends_all_and_leaves_every_stack(tmp_path, shards):
@@ -29,7 +29,7 @@ def test_a_rank_that_hangs_ends_all_and_leaves_every_stack(tmp_path, shards):
         assert "last: training batch 4 of epoch 0 (run.watchdog_s 8)" in stack
         assert stack.splitlines()[0] in ranks.logs[rank].read_text()
     # Where each stood: rank 1 in its fault, rank 0 waiting for it.
-    assert "on_train_batch_start" in stacks[1] and "stepping.py" in stacks[1]
+    assert "on_train_batch_start" in stacks[1] and "stepping_fits.py" in stacks[1]
     assert "on_train_batch_start" not in stacks[0]
 
 

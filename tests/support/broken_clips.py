@@ -16,7 +16,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from data.video.clip_files import exact_x264
+from data.video.write import deterministic_x264
 
 #: Frames of a clip where its kind says nothing else.
 FRAMES = 20
@@ -76,9 +76,9 @@ def scene(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> NDA
 
 def _exact(codec: str, options: dict[str, str]) -> dict[str, str]:
     """The same bytes in every run."""
-    if codec != "libx264" or not exact_x264():
+    if codec != "libx264" or not (exact := deterministic_x264()):
         return options
-    return {**options, "x264-params": ":".join([*exact_x264().values(), *filter(None, [options.get("x264-params")])])}
+    return {**options, "x264-params": ":".join([*exact.values(), *filter(None, [options.get("x264-params")])])}
 
 
 def write_clip(

@@ -18,10 +18,10 @@ def main(shards: str, base: Path) -> None:
     import torch
 
     from data.encode.command import encode
-    from data.video.workers import Guarded
+    from data.video.worker_pool import WorkerPool
 
     torch.set_num_threads(1)
-    Guarded(1, 60.0)  # names what the fork server loads
+    WorkerPool(1, 60.0)  # names what the fork server loads
     server = multiprocessing.forkserver._forkserver
     server.ensure_running()
     # The processes of all runs are forked from one server: loading it again for each would be most of the test.

@@ -9,7 +9,7 @@ from data.shards.format import read_json, read_member, read_samples
 from data.storage.store import Store
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
-from data.video.clip_files import write_video
+from data.video.write import write_video
 
 WIDE, TALL = Bucket(7, 32, 48), Bucket(7, 32, 32)
 STORE = Store()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from trainer.models.layout import AttentionCall, AttentionFunction, dense_attention
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: Back ends that a known answer must come out of; kernels are interpreted where the variable was set before the start.
@@ -158,22 +158,22 @@ def sink_weight(strength: float, tokens: int, sinks: int = 1) -> float:
 
 
 @torch.no_grad()
-def velocity(room: MochiRoom, batch: Batch, functions: Mapping[int, AttentionFunction] | None = None) -> Tensor:
+def velocity(split_model: SplitModel, batch: Batch, functions: Mapping[int, AttentionFunction] | None = None) -> Tensor:
     """The whole forward pass, (B, C, F, H, W); the layers named attend through their function."""
-    with room.attention(functions or {}):
+    with split_model.attention(functions or {}):
         time = torch.linspace(100.0, 900.0, len(batch))
-        return room(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        return split_model(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
 
 
 def stock_velocity(model: MochiTransformer3DModel, batch: Batch) -> Tensor:
     """diffusers' own forward with its own attention processors, which stay in the model."""
-    MochiRoom(model, stock_attention=True)
+    SplitModel(model, stock_attention=True)
     time = torch.linspace(100.0, 900.0, len(batch))
     with torch.no_grad():
         return model(batch.latents, batch.text, time, batch.text_mask, return_dict=False)[0]
 
 
-def watch(room: MochiRoom, batch: Batch, layer: int, measure: Callable[..., Any]) -> Any:
+def watch(split_model: SplitModel, batch: Batch, layer: int, measure: Callable[..., Any]) -> Any:
     """What measure(q, k, v, call) finds in one layer of the whole forward pass."""
     found = []
 
@@ -181,7 +181,7 @@ def watch(room: MochiRoom, batch: Batch, layer: int, measure: Callable[..., Any]
         found.append(measure(q, k, v, call))
         return dense_attention(q, k, v, call)
 
-    assert velocity(room, batch, {layer: attend}).isfinite().all()
+    assert velocity(split_model, batch, {layer: attend}).isfinite().all()
     return found[0]
 
 

@@ -1,6 +1,7 @@
 """One rank of a storm of signals: fit after fit in one process, each ended by a real signal and gone on with.
 
-Run as a script: `storm.py SHARDS FOLDER TRIALS`. It says `running N` when trial N trains; the parent signals, and then
+Run as a script: `signal_storm.py SHARDS FOLDER TRIALS`.
+It says `running N` when trial N trains; the parent signals, and then
 writes a line to its input.
 """
 

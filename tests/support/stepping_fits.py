@@ -1,10 +1,10 @@
 """One rank of a fit with steps of a few milliseconds, under what steers a run: signals, watchdog, checkpoints.
 
-Run as a script: `stepping.py SHARDS FOLDER STEPS WATCHDOG TIMEOUT FAULT`. FAULT is what rank 1 does in its sixth batch:
+Run as a script: `stepping_fits.py SHARDS FOLDER STEPS WATCHDOG TIMEOUT FAULT`.
+FAULT is what rank 1 does in its sixth batch:
 `nothing`, `sleep`, `lock` (sleeps, and keeps the interpreter's lock).
 """
 
-import csv
 import ctypes
 import sys
 import time
@@ -22,8 +22,9 @@ from launch.fit.last_checkpoint import LastCheckpoint
 from launch.fit.metrics_csv import MetricsFile, MetricsPosition
 from launch.fit.stop_callback import StopTogether
 from launch.fit.watchdog import Watchdog
-from trainer.callbacks.frozen_check import RandomStates
-from trainer.checkpoint.io import CheckpointFiles
+from launch.run_folder import RunFolder
+from trainer.callbacks.random_state import RandomStateCheckpoint
+from trainer.checkpoint.io import BackgroundCheckpointIO
 
 
 class Steps(LightningModule):
@@ -57,12 +58,13 @@ def build(
 ) -> tuple[Trainer, LatentDataModule, StopTogether]:
     """Two ranks; epochs of 40 batches with a validation each."""
     seed_everything(0, verbose=False)
-    last = LastCheckpoint(folder / "checkpoints" / "last.ckpt", 50)
+    last = LastCheckpoint(RunFolder(folder).last_checkpoint, 50)
     together = StopTogether(last)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=DDPStrategy(timeout=timedelta(seconds=timeout)), max_steps=steps,
-        max_epochs=-1, default_root_dir=folder, logger=MetricsFile(folder),
-        callbacks=[*callbacks, RandomStates(), MetricsPosition(), last, together], plugins=[CheckpointFiles()],
+        max_epochs=-1, default_root_dir=folder, logger=MetricsFile(RunFolder(folder)),
+        callbacks=[*callbacks, RandomStateCheckpoint(), MetricsPosition(), last, together],
+        plugins=[BackgroundCheckpointIO()],
         use_distributed_sampler=False, reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0,
         log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
         accumulate_grad_batches=accumulate,
@@ -72,8 +74,7 @@ def build(
 
 def losses(folder: Path) -> list[tuple[str, str]]:
     """(step, loss) as written."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [(row["step"], row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    return [(row["step"], row["train/loss"]) for row in RunFolder(folder).read_metrics()[1] if row["train/loss"]]
 
 
 class Fault(Callback):
@@ -101,7 +102,7 @@ class Pace(Callback):
 def main(shards: str, folder: Path, steps: int, watchdog: float, timeout: float, fault: str) -> None:
     signals.listen("fit")
     torch.set_num_threads(1)
-    callbacks = [Watchdog(folder, watchdog), Fault(fault), *([Pace()] if fault == "nothing" else [])]
+    callbacks = [Watchdog(RunFolder(folder), watchdog), Fault(fault), *([Pace()] if fault == "nothing" else [])]
     trainer, data, _ = build(shards, folder, steps=steps, callbacks=callbacks, timeout=timeout)
     trainer.fit(Steps(), datamodule=data)
     torch.distributed.destroy_process_group()

@@ -58,10 +58,10 @@ def test_every_recipe_builds_its_model(name, tmp_path):
         return
     assert isinstance(cli.model, RetrainBlocks)
     cli.model.build("meta")
-    assert {p.device.type for p in cli.model.room.model.parameters()} == {"meta"}
+    assert {p.device.type for p in cli.model.split_model.transformer.parameters()} == {"meta"}
     retrained = sum(p.numel() for p in cli.model.retrained_parameters().values())
-    assert 0 < retrained <= sum(p.numel() for p in cli.model.room.model.parameters())
-    assert sorted({type(c).__name__ for c in cli.trainer.callbacks} & {"RandomStates", "LastCheckpoint"})
+    assert 0 < retrained <= sum(p.numel() for p in cli.model.split_model.transformer.parameters())
+    assert sorted({type(c).__name__ for c in cli.trainer.callbacks} & {"RandomStateCheckpoint", "LastCheckpoint"})
 
 
 def test_the_reference_job_retrains_792_8_million_of_10_billion(tmp_path):
@@ -69,7 +69,7 @@ def test_the_reference_job_retrains_792_8_million_of_10_billion(tmp_path):
     model.build("meta")
     assert model.blocks == (44, 45, 46, 47)
     assert round(sum(p.numel() for p in model.retrained_parameters().values()) / 1e6, 1) == 792.8
-    trunk = [p for n, p in model.room.model.named_parameters() if n not in model.retrained_parameters()]
+    trunk = [p for n, p in model.split_model.transformer.named_parameters() if n not in model.retrained_parameters()]
     assert {p.dtype for p in trunk} == {torch.bfloat16, torch.float32} or {p.dtype for p in trunk} == {torch.bfloat16}
     assert {p.dtype for p in model.retrained_parameters().values()} == {torch.float32}
 

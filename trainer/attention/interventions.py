@@ -3,7 +3,7 @@
 Each builder returns a function (q, k, v, call) -> out for the seam of a model, set for chosen layers and taken off by
 that seam's own context manager, also when something raises:
 
-    with room.attention({46: skip_heads([3, 7]), 47: temperature(0.5)}):
+    with split_model.attention({46: skip_heads([3, 7]), 47: temperature(0.5)}):
         ...
 
 They compose: `attend` is what happens apart from the intervention, and `heads` leaves the other heads to it. `at_steps`

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from data.batch import Batch
 
 
-class Damage(Callback):
+class DataFaults(Callback):
     """Logs `data/faults`: damaged samples that were passed over for the step's batch, on the first rank.
 
     Those of all ranks are named in `faults*.jsonl` of the run folder.

@@ -19,7 +19,7 @@ from trainer.attention import masked_attention, pooled_quantiles, row_quantiles,
 from trainer.callbacks import figures
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
-from trainer.callbacks.trunk_cache import TrunkPass, TrunkStore
+from trainer.callbacks.trunk_cache import TrunkCache, TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.mochi import State
 
@@ -138,7 +138,7 @@ class MaskingRobustness(ProbeCallback):
 
     def _layers_of(self, module: "RetrainBlocks") -> dict[str, list[int]]:
         """Scope -> the layers it masks, in the order of the arrays."""
-        retrained, every = list(module.blocks), list(range(module.room.num_blocks))
+        retrained, every = list(module.blocks), list(range(module.split_model.num_blocks))
         found: dict[str, list[int]] = {}
         for scope in self.scopes:
             name, *numbers = scope.split("-")
@@ -175,7 +175,7 @@ class MaskingRobustness(ProbeCallback):
                 velocity, removed = self._masked(module, probes, dense, layers, index)
                 row.append(compared(velocity) | removed)
             masked.append({name: torch.stack([figures[name] for figures in row], dim=1) for name in row[0]})
-            evenly = TrunkPass(dict.fromkeys(layers, lambda q, k, v, call: uniform_attention(v)), changes="uniform")
+            evenly = TrunkForward(dict.fromkeys(layers, lambda q, k, v, call: uniform_attention(v)), changes="uniform")
             uniform.append(compared(_rerun(module, self.store, probes, dense, evenly)))
         return {
             "energy": _mean_square(dense.velocity),
@@ -185,7 +185,7 @@ class MaskingRobustness(ProbeCallback):
         }
 
     def _dense_pass(self, module: "RetrainBlocks", probes: ProbeBatch, scopes: Mapping[str, list[int]]) -> _Dense:
-        room = module.room
+        split_model = module.split_model
         found: dict[str, Tensor] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -197,13 +197,13 @@ class MaskingRobustness(ProbeCallback):
         layers = sorted(set().union(*scopes.values()))
         functions = dict.fromkeys(layers, attend)
         measures = f"{self.quantile} quantiles of layers {layers} at {self.ratios}, {self.keys} keys"
-        state = self.store.state(module, probes, TrunkPass(functions, measures=measures, found=found))
+        state = self.store.state(module, probes, TrunkForward(functions, measures=measures, found=found))
         at, states = module.first, {}
-        with room.attention(functions):
+        with split_model.attention(functions):
             for start in sorted({layers[0] for layers in scopes.values() if layers[0] >= module.first}):
-                states[start] = state = room.run(state, at, start)
+                states[start] = state = split_model.run(state, at, start)
                 at = start
-            velocity = room.finish(room.run(state, at, room.num_blocks))
+            velocity = split_model.finish(split_model.run(state, at, split_model.num_blocks))
         return _Dense(velocity, {layer: found[str(layer)] for layer in layers}, states)
 
     def _num_keys(self, call: AttentionCall) -> int | None:
@@ -230,7 +230,7 @@ class MaskingRobustness(ProbeCallback):
             return out
 
         settings = f"{self.ratios[index]} of {self.ratios}, {self.quantile}, {self.keys} keys, {self.removed}"
-        masking = TrunkPass(dict.fromkeys(layers, attend), f"masked at {settings}", "what was removed", found)
+        masking = TrunkForward(dict.fromkeys(layers, attend), f"masked at {settings}", "what was removed", found)
         velocity = _rerun(module, self.store, probes, dense, masking)
         removed = {
             name: torch.stack([found[f"{layer}/{name}"] for layer in layers]).mean(dim=0)
@@ -283,16 +283,18 @@ class MaskingRobustness(ProbeCallback):
         return {"masking": figures.masking(arrays, stage, TOLERATED)}
 
 
-def _rerun(module: "RetrainBlocks", store: TrunkStore, probes: ProbeBatch, dense: _Dense, changed: TrunkPass) -> Tensor:
+def _rerun(
+    module: "RetrainBlocks", store: TrunkCache, probes: ProbeBatch, dense: _Dense, changed: TrunkForward
+) -> Tensor:
     """The velocity with the functions of `changed` in their layers; what lies before them is as in the dense pass."""
-    room, at = module.room, min(changed.functions)
+    split_model, at = module.split_model, min(changed.functions)
     if at in dense.states:
         state = dense.states[at]
     else:
         named = replace(changed, changes=f"{changed.changes} in layers {sorted(changed.functions)}")
         state, at = store.state(module, probes, named), module.first
-    with room.attention(changed.functions):
-        return room.finish(room.run(state, at, room.num_blocks))
+    with split_model.attention(changed.functions):
+        return split_model.finish(split_model.run(state, at, split_model.num_blocks))
 
 
 def _mean_square(x: Tensor) -> Tensor:

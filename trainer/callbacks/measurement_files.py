@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,32 +10,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
+from data.files import write_bytes
+from trainer.run_files import FIGURES, MEASUREMENTS
+
 #: Two-sided 95 % quantile of the standard normal.
 _Z95 = 1.959963984540054
 
 
 def measurement_path(run: str | Path, kind: str, stage: str) -> Path:
     """Where the arrays of a measurement lie: RUN/measurements/KIND-STAGE.npz."""
-    return Path(run) / "measurements" / f"{kind}-{stage}.npz"
+    return Path(run) / MEASUREMENTS / f"{kind}-{stage}.npz"
 
 
 def figure_path(run: str | Path, kind: str, stage: str) -> Path:
     """Where its figure lies: RUN/figures/KIND-STAGE.png."""
-    return Path(run) / "figures" / f"{kind}-{stage}.png"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes beside and renames, so that a file under its own name is always whole; several processes may at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return Path(run) / FIGURES / f"{kind}-{stage}.png"
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -51,7 +38,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise ValueError(f"got object arrays {odd}, expected numbers, booleans or strings: convert them first.")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy reads them as its own flags
-    write_whole(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -64,7 +51,7 @@ def save_figure(path: Path, figure: Figure) -> None:
     """Writes a figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, facecolor="white")
-    write_whole(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def log_figure(trainer: Trainer, name: str, path: Path) -> None:

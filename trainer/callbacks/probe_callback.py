@@ -19,15 +19,15 @@ from torch import Tensor
 
 from trainer.callbacks import measurement_files
 from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, ProbeSource
-from trainer.callbacks.rank_errors import together
-from trainer.callbacks.trunk_cache import TrunkStore
+from trainer.callbacks.rank_errors import raise_on_all_ranks
+from trainer.callbacks.trunk_cache import TrunkCache
 
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
 
 
 @contextlib.contextmanager
-def observing(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def measurement_mode(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Inside: evaluation mode, no autograd. Afterwards, also when something raises, each submodule's own mode and the
     random state of before."""
     modes = {part: part.training for part in module.modules()}
@@ -83,7 +83,7 @@ class ProbeCallback(Callback, ABC):
         self.base_stage = base_stage
         self.every_n_epochs = every_n_epochs
         self._probes: ProbeSet | None = None
-        self.store = self._own_store = TrunkStore()
+        self.store = self._own_store = TrunkCache()
         self._first: ProbeCallback = self
         self._epoch_start = 0.0
         self._epoch_seconds: float | None = None
@@ -125,10 +125,10 @@ class ProbeCallback(Callback, ABC):
             )
         self._source = source
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        stores = [callback for callback in callbacks if isinstance(callback, TrunkStore)]
+        stores = [callback for callback in callbacks if isinstance(callback, TrunkCache)]
         if len(stores) > 1:
             raise ValueError(
-                f"got {len(stores)} TrunkStores, expected one for all measurements: keep one in the recipe."
+                f"got {len(stores)} TrunkCaches, expected one for all measurements: keep one in the recipe."
             )
         self._first = next(callback for callback in callbacks if isinstance(callback, ProbeCallback))
         self.store = stores[0] if stores else self._first._own_store
@@ -164,12 +164,12 @@ class ProbeCallback(Callback, ABC):
         module = cast("RetrainBlocks", pl_module)
         path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
         started, before = time.monotonic(), self.store.counts
-        with together(trainer) as agree:
+        with raise_on_all_ranks(trainer) as check_ranks:
             stands = path.is_file() and not again
-            agree()
+            check_ranks()
             # Rank zero looks for all: ranks that disagreed would wait for each other for ever.
             stands = trainer.strategy.broadcast(stands)
-            arrays = None if stands else self._measure(trainer, module, stage, agree)
+            arrays = None if stands else self._measure(trainer, module, stage, check_ranks)
             if not trainer.is_global_zero:
                 return
             if arrays is not None:
@@ -185,12 +185,12 @@ class ProbeCallback(Callback, ABC):
             self._say(stage, started, before)
 
     def _measure(
-        self, trainer: Trainer, module: "RetrainBlocks", stage: str, agree: Callable[[], None]
+        self, trainer: Trainer, module: "RetrainBlocks", stage: str, check_ranks: Callable[[], None]
     ) -> dict[str, np.ndarray] | None:
         """The arrays of a stage on rank zero, None on the others."""
         self.check(module)
         weights = module.base_weights if stage == "base" else module.evaluation_weights
-        with observing(module, module.device), weights(), trainer.precision_plugin.val_step_context():
+        with measurement_mode(module, module.device), weights(), trainer.precision_plugin.val_step_context():
             probes = self._read_probes()
             shape = (len(probes.samples), len(probes.sigmas))
             tables: dict[str, Tensor] = {}
@@ -199,7 +199,7 @@ class ProbeCallback(Callback, ABC):
                     table = tables.setdefault(name, found.new_zeros(*shape, *found.shape[1:], dtype=torch.float64))
                     if counts:
                         table[list(batch.prompts), list(batch.strata)] = found.double()
-                agree()  # after every batch: nobody measures on for minutes after another rank has failed
+                check_ranks()  # after every batch: nobody measures on for minutes after another rank has failed
                 for call in self.after_batch:
                     call()
             # Each probe counts on one rank and is zero on the others.

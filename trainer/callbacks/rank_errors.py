@@ -1,4 +1,4 @@
-"""Work that all ranks do together: where one fails, all fail soon, instead of waiting for it in a collective."""
+"""Errors of one rank that end all ranks: the others raise too, instead of waiting for it in a collective."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,42 +7,44 @@ import torch
 from lightning.pytorch import Trainer
 
 
-class RankFailed(RuntimeError):
+class RankFailedError(RuntimeError):
     """Another rank has failed; the message names it and says why."""
 
 
 @contextlib.contextmanager
-def together(trainer: Trainer) -> Iterator[Callable[[], None]]:
-    """Inside, what raises on one rank raises on every rank: there it is a `RankFailed` with the first one's message.
+def raise_on_all_ranks(trainer: Trainer) -> Iterator[Callable[[], None]]:
+    """An exception that one rank raises inside is raised on every rank: on the others as a `RankFailedError`.
 
-    Yields `agree`, which every rank calls equally often, and right before every collective of its own: it returns
-    where all ranks have come so far, and raises where one has failed. A rank that raises does the exchange of the next
-    `agree` for itself, and leaving the block is an `agree` too. Interrupts (KeyboardInterrupt, SystemExit) are not
-    told: whoever sends them sends them to all. A forward pass that is itself collective (sharded weights) still waits
-    for the rank that left it, until the process group's timeout.
+    Yields `check_ranks`. Every rank calls it equally often, and right before each collective of its own. It returns
+    when all ranks have called it, and raises if one has failed. The block ends with such a call; a rank that raises
+    takes part in the next call of the others before it leaves the block.
+
+    KeyboardInterrupt and SystemExit are not passed on: whoever stops a job sends its signal to all ranks. In a forward
+    pass that is itself collective (sharded weights) the other ranks still wait for the one that failed, until the
+    timeout of the process group.
     """
 
     def exchange(error: Exception | None) -> None:
         if trainer.world_size == 1:
             return
         own = trainer.world_size if error is None else trainer.global_rank
-        told = torch.tensor(own, device=trainer.strategy.root_device)
-        first = int(trainer.strategy.reduce(told, reduce_op="min"))
-        if first == trainer.world_size:
+        lowest = torch.tensor(own, device=trainer.strategy.root_device)
+        failed = int(trainer.strategy.reduce(lowest, reduce_op="min"))
+        if failed == trainer.world_size:
             return
-        message = trainer.strategy.broadcast(f"{type(error).__name__}: {error}", src=first)
+        message = trainer.strategy.broadcast(f"{type(error).__name__}: {error}", src=failed)
         if error is None:
-            raise RankFailed(f"rank {first} failed, so all ranks stop. Its message: {message}")
+            raise RankFailedError(f"rank {failed} failed, so all ranks stop. Its message: {message}")
         error.add_note(f"on rank {trainer.global_rank} of {trainer.world_size}")
 
-    def agree() -> None:
+    def check_ranks() -> None:
         exchange(None)
 
     try:
-        yield agree
-    except RankFailed:
+        yield check_ranks
+    except RankFailedError:
         raise
     except Exception as error:
         exchange(error)
         raise
-    agree()
+    check_ranks()

@@ -17,7 +17,7 @@ from trainer.callbacks import figures
 from trainer.callbacks.measurement_files import planted_heads, wilson_interval
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
-from trainer.callbacks.trunk_cache import TrunkPass
+from trainer.callbacks.trunk_cache import TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
 
 if TYPE_CHECKING:
@@ -87,24 +87,24 @@ class SinkFrequency(ProbeCallback):
     def check(self, module: "RetrainBlocks") -> None:
         if self.layers in ("retrained", "all"):
             return
-        known = range(module.room.num_blocks)
+        known = range(module.split_model.num_blocks)
         if not self.layers or not set(self.layers) <= set(known):
             raise ValueError(
                 f"got layers={self.layers}, expected 'retrained', 'all' or block indices in 0 .. {known[-1]}."
             )
 
     def _measured(self, module: "RetrainBlocks") -> list[int]:
-        named = {"retrained": module.blocks, "all": range(module.room.num_blocks)}
+        named = {"retrained": module.blocks, "all": range(module.split_model.num_blocks)}
         return sorted(set(named[self.layers] if isinstance(self.layers, str) else self.layers))
 
     def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
-        room, layers = module.room, self._measured(module)
+        split_model, layers = module.split_model, self._measured(module)
         found: dict[str, Tensor] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
             refuse_key_mask(call)
             vision = call.layout.num_vision
-            projection = room.output_projection(call.layer)
+            projection = split_model.output_projection(call.layer)
             seen = sink_statistics(q, k, v, num_vision=vision, eps=self.eps, projection=projection)
             found.update({f"{call.layer}/{name}": getattr(seen, name) for name in _PER_HEAD})
             counts = (seen.queries, seen.keys, *call.layout.grid)
@@ -113,9 +113,9 @@ class SinkFrequency(ProbeCallback):
 
         functions = dict.fromkeys(layers, attend)
         measures = f"sinks of layers {layers} at {self.eps}"
-        state = self.store.state(module, probes, TrunkPass(functions, measures=measures, found=found))
-        with room.attention(functions):
-            room.run(state, module.first, max(module.first, layers[-1] + 1))
+        state = self.store.state(module, probes, TrunkForward(functions, measures=measures, found=found))
+        with split_model.attention(functions):
+            split_model.run(state, module.first, max(module.first, layers[-1] + 1))
         stacked = {name: torch.stack([found[f"{layer}/{name}"] for layer in layers], dim=1) for name in _PER_HEAD}
         return stacked | {"size": found["size"]}
 

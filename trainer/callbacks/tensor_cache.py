@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.callbacks.measurement_files import write_whole
+from data.files import write_bytes
 from trainer.surgery import fingerprint
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheEntry:
     """Tensors, and what JSON can hold.
 
     Args:
@@ -38,11 +38,11 @@ class Kept:
         """Bytes of the tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    def to(self, device: torch.device | str) -> "Kept":
+    def to(self, device: torch.device | str) -> "CacheEntry":
         """The same on `device`, without views of larger tensors."""
         return replace(self, tensors={name: t.to(device).contiguous() for name, t in self.tensors.items()})
 
-    def narrow(self) -> "Kept":
+    def narrow(self) -> "CacheEntry":
         """float32 tensors as bfloat16 where that loses nothing: what a bfloat16 trunk hands on is such a one."""
         found, widened = dict(self.tensors), []
         for name, tensor in self.tensors.items():
@@ -53,13 +53,13 @@ class Kept:
                     widened.append(name)
         return replace(self, tensors=found, widened=tuple(widened))
 
-    def widen(self) -> "Kept":
+    def widen(self) -> "CacheEntry":
         """Undoes `narrow`."""
         wide = {name: t.float() if name in self.widened else t for name, t in self.tensors.items()}
         return replace(self, tensors=wide, widened=())
 
 
-class Memory:
+class MemoryCache:
     """Keeps what is put into it until its budget is used up.
 
     Args:
@@ -68,22 +68,22 @@ class Memory:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._kept: dict[str, Kept] = {}
+        self._kept: dict[str, CacheEntry] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
         return sum(kept.nbytes for kept in self._kept.values())
 
-    def fits(self, kept: Kept) -> bool:
+    def fits(self, kept: CacheEntry) -> bool:
         """Whether there is space left for it."""
         return self.nbytes + kept.nbytes <= self._budget
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str) -> CacheEntry | None:
         """What was put under `key`, if it was kept."""
         return self._kept.get(key)
 
-    def put(self, key: str, kept: Kept) -> None:
+    def put(self, key: str, kept: CacheEntry) -> None:
         """Keeps it if it fits."""
         if self.fits(kept):
             self._kept[key] = kept
@@ -93,7 +93,7 @@ class Memory:
         self._kept.clear()
 
 
-class Folder:
+class DiskCache:
     """The same in safetensors files, one per key, for several processes at once.
 
     A file counts only if it holds its whole key and its tensors' digest: a damaged or foreign one is as good as none,
@@ -111,11 +111,11 @@ class Folder:
     def _file(self, key: str) -> Path:
         return self._path / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def fits(self, kept: Kept) -> bool:
+    def fits(self, kept: CacheEntry) -> bool:
         """Whether there is space left for it."""
         return kept.nbytes <= self._left
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str) -> CacheEntry | None:
         """What lies under `key`, if it is whole."""
         path = self._file(key)
         try:
@@ -130,9 +130,9 @@ class Folder:
         if told.get("key") != key or told.get("digest") != fingerprint(tensors.items()):
             log.warning("%s does not hold what its name says and is made anew", path)
             return None
-        return Kept(tensors, json.loads(told["facts"]), tuple(json.loads(told["widened"])))
+        return CacheEntry(tensors, json.loads(told["facts"]), tuple(json.loads(told["widened"])))
 
-    def put(self, key: str, kept: Kept) -> None:
+    def put(self, key: str, kept: CacheEntry) -> None:
         """Writes it if it fits."""
         if not self.fits(kept):
             return
@@ -143,7 +143,7 @@ class Folder:
             "widened": json.dumps(kept.widened),
         }
         try:
-            write_whole(self._file(key), save(dict(kept.tensors), told))
+            write_bytes(self._file(key), save(dict(kept.tensors), told))
         except OSError as error:
             log.warning("%s cannot be written (%s): nothing more is kept there", self._path, error)
             self._left = -1

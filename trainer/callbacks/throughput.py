@@ -7,7 +7,7 @@ from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data.batch import Batch
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 
 
 def tokens_of(batch: Batch, patch: int) -> int:
@@ -16,7 +16,7 @@ def tokens_of(batch: Batch, patch: int) -> int:
     return len(batch) * frames * (height // patch) * (width // patch) + sum(batch.text_lengths)
 
 
-class Speed(Callback):
+class ThroughputLogger(Callback):
     """Logs `train/samples_per_s` and `train/tokens_per_s`, means over the last steps, all ranks together.
 
     Args:
@@ -44,11 +44,11 @@ class Speed(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        room = pl_module.room
-        assert isinstance(room, MochiRoom)
+        split_model = pl_module.split_model
+        assert isinstance(split_model, SplitModel)
         self._batches += 1
         self._samples += len(batch)
-        self._tokens += tokens_of(batch, room.model.config.patch_size)
+        self._tokens += tokens_of(batch, split_model.transformer.config.patch_size)
         self._counts.update(
             time=time.perf_counter() - self._start, batches=self._batches, samples=self._samples, lengths=self._tokens
         )

@@ -4,8 +4,6 @@ Legend: B probes of a batch, N vision tokens, L text tokens, D width.
 """
 
 import functools
-import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch import Tensor
 
 from trainer.callbacks.probe_set import ProbeBatch
-from trainer.callbacks.tensor_cache import Folder, Kept, Memory
+from trainer.callbacks.tensor_cache import CacheEntry, DiskCache, MemoryCache
 from trainer.models.layout import AttentionFunction, TokenLayout
 from trainer.models.mochi import State
+from trainer.versions import package_versions, source_digest
 
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
@@ -29,7 +28,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class TrunkPass:
+class TrunkForward:
     """How the trunk is run, and what is measured in it.
 
     Args:
@@ -45,7 +44,7 @@ class TrunkPass:
     found: dict[str, Tensor] = field(default_factory=dict)
 
 
-class TrunkStore(Callback):
+class TrunkCache(Callback):
     """Keeps what the trunk makes of a probe batch: the state that enters the first retrained block, and measurements.
 
     The trunk is frozen and the probes are fixed, so both are the same at all stages, for all callbacks, scopes and
@@ -67,8 +66,8 @@ class TrunkStore(Callback):
     def __init__(self, *, host_gib: float = 5.0, folder: str | None = None, disk_gib: float = 64.0) -> None:
         if not (host_gib >= 0 and disk_gib >= 0):
             raise ValueError(f"got host_gib={host_gib}, disk_gib={disk_gib}, expected sizes in GiB, 0 or more.")
-        self._memory = Memory(int(host_gib * GIB))
-        self._folder = None if folder is None else Folder(Path(folder), int(disk_gib * GIB))
+        self._memory = MemoryCache(int(host_gib * GIB))
+        self._folder = None if folder is None else DiskCache(Path(folder), int(disk_gib * GIB))
         self._sharded = False
         self._run_passes = self._kept_passes = 0
 
@@ -84,7 +83,7 @@ class TrunkStore(Callback):
         """Passes of the trunk so far: those that were run, and those whose outcome was kept."""
         return self._run_passes, self._kept_passes
 
-    def state(self, module: "RetrainBlocks", probes: ProbeBatch, trunk_pass: TrunkPass | None = None) -> State:
+    def state(self, module: "RetrainBlocks", probes: ProbeBatch, trunk_pass: TrunkForward | None = None) -> State:
         """What enters block `module.first`, and `trunk_pass.found` filled; runs the trunk where either is missing.
 
         Args:
@@ -92,7 +91,7 @@ class TrunkStore(Callback):
             probes: on the module's device.
             trunk_pass: how it is run; None: as it is, nothing measured.
         """
-        how = trunk_pass or TrunkPass()
+        how = trunk_pass or TrunkForward()
         functions = {layer: function for layer, function in how.functions.items() if layer < module.first}
         # A sharded model computes only where all ranks do: none of them may have what another has not. And a model
         # without a frozen trunk leaves nothing to keep.
@@ -112,7 +111,7 @@ class TrunkStore(Callback):
                 how.found.update(kept["found"].tensors)
             return _join(kept["state"], kept["rope"])
         state = self._run(module, probes, functions)
-        made = dict(zip(("state", "rope"), _split(state), strict=True)) | {"found": Kept(how.found)}
+        made = dict(zip(("state", "rope"), _split(state), strict=True)) | {"found": CacheEntry(how.found)}
         for part in keys:
             if part not in kept:
                 self._put(keys[part], made[part])
@@ -123,10 +122,10 @@ class TrunkStore(Callback):
         x = module.flow.mix(probes.batch.latents, probes.noise, probes.sigma)
         if not functions:
             return module.trunk(x, probes.sigma, probes.batch)
-        with module.room.attention(functions):
+        with module.split_model.attention(functions):
             return module.trunk(x, probes.sigma, probes.batch)
 
-    def _get(self, key: str, device: torch.device) -> Kept | None:
+    def _get(self, key: str, device: torch.device) -> CacheEntry | None:
         kept = self._memory.get(key)
         if kept is None and self._folder is not None:
             kept = self._folder.get(key)
@@ -134,7 +133,7 @@ class TrunkStore(Callback):
                 self._memory.put(key, kept)
         return None if kept is None else kept.to(device).widen()
 
-    def _put(self, key: str, made: Kept) -> None:
+    def _put(self, key: str, made: CacheEntry) -> None:
         made = made.narrow()
         levels = [level for level in (self._memory, self._folder) if level is not None and level.fits(made)]
         if levels:  # else nothing is fetched from the device in vain
@@ -143,17 +142,17 @@ class TrunkStore(Callback):
             level.put(key, made)
 
 
-def _split(state: State) -> tuple[Kept, Kept]:
+def _split(state: State) -> tuple[CacheEntry, CacheEntry]:
     """What is the probes' own, and the rotary tables, the same for all probes of one size."""
     own = {"vision": state.vision, "text": state.text, "temb": state.temb}
     if state.layout.key_mask is not None:
         own["key_mask"] = state.layout.key_mask
     layout = state.layout
     facts = {"grid": layout.grid, "lengths": layout.text_lengths, "tokens": layout.text_tokens, "size": state.size}
-    return Kept(own, facts), Kept({"cos": state.rope[0], "sin": state.rope[1]})
+    return CacheEntry(own, facts), CacheEntry({"cos": state.rope[0], "sin": state.rope[1]})
 
 
-def _join(own: Kept, rope: Kept) -> State:
+def _join(own: CacheEntry, rope: CacheEntry) -> State:
     """Undoes `_split`."""
     tensors, facts = own.tensors, own.facts
     layout = TokenLayout(
@@ -194,11 +193,5 @@ def _identity(module: "RetrainBlocks", device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _code() -> str:
-    """Digest of the trainer's source and the versions of what it computes with."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}|".encode() + path.read_bytes())
-    for name in ("torch", "diffusers"):
-        digest.update(f"{name} {importlib.metadata.version(name)}".encode())
-    return digest.hexdigest()
+    """The trainer's source and the versions of what it computes with."""
+    return f"{source_digest('trainer')} {package_versions(('torch', 'diffusers'))}"

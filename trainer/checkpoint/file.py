@@ -1,4 +1,4 @@
-"""One checkpoint file: complete or absent, read without running any code, and known when it is damaged."""
+"""One checkpoint file: written atomically, read without running code from it, checked for damage."""
 
 import errno
 import os
@@ -8,64 +8,67 @@ from typing import Any
 
 import torch
 
-#: The checkpoint that a run goes on from, and the one before it, which is kept for when the last one is damaged.
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+from data.files import sync, sync_names, temporary_path
+from trainer.run_files import LAST, PREVIOUS
 
-#: What a run cannot be resumed without.
+#: Without these entries a run cannot be resumed.
 _KEYS = ("global_step", "state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers")
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Writes a file that is complete or absent; what `last.ckpt` replaces becomes `previous.ckpt`.
+    """Writes a checkpoint atomically; the file that a new `last.ckpt` replaces becomes `previous.ckpt`.
 
     Raises:
         OSError: if it cannot be written; nothing is left of it then.
     """
-    beside = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(temporary)
         if path.name == LAST:
-            _replace_last(beside, path)
+            _replace_last(temporary, path)
         else:
-            os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch's writer puts an error of its own on top of the file's
+            os.replace(temporary, path)
+        sync_names(path.parent)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch's writer raises an error of its own on top of the file's
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _replace_last(beside: Path, last: Path) -> None:
-    """Puts a complete file in `last`'s place and keeps what was there: both names lead to whole files all along."""
+def _replace_last(temporary: Path, last: Path) -> None:
+    """Renames a complete file to `last`, and what was there to `previous.ckpt`; one of the two is always there."""
     previous = last.with_name(PREVIOUS)
-    link = previous.with_name(previous.name + ".tmp")
-    link.unlink(missing_ok=True)
+    link = temporary_path(previous)
     try:
         os.link(last, link)
     except FileNotFoundError:
-        os.replace(beside, last)
+        os.replace(temporary, last)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # A file system without hard links: for a moment, only `previous` is there.
+        # A file system without hard links: for a moment, only `previous.ckpt` is there.
         os.replace(last, previous)
-        os.replace(beside, last)
+        os.replace(temporary, last)
     else:
-        os.replace(beside, last)
-        os.replace(link, previous)
+        try:
+            os.replace(temporary, last)
+            os.replace(link, previous)
+        finally:
+            link.unlink(missing_ok=True)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None if it is whole.
+def checkpoint_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None if it is complete and undamaged.
 
-    Reads the file once and compares the checksum (CRC-32) of every part, which `torch.load` does not do; about half a
-    second a GB, and what the disk takes.
+    Reads the file once and compares the checksum (CRC-32) of every part, which `torch.load` does not do: about half a
+    second per GB on top of the time of reading.
 
     Raises:
-        PermissionError: if it may not be read, which says nothing about what is in it.
+        PermissionError: if the file may not be read: that says nothing about its content.
     """
     try:
         with zipfile.ZipFile(path) as parts:
@@ -77,10 +80,10 @@ def damage(path: Path) -> str | None:
     except PermissionError:
         raise
     except Exception as error:
-        return in_short(error)
+        return summarise(error)
     return f"it lacks {', '.join(missing)}" if missing else None
 
 
-def in_short(error: BaseException) -> str:
+def summarise(error: BaseException) -> str:
     """Type and first line of an error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

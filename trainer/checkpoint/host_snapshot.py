@@ -32,7 +32,7 @@ class Snapshot:
         return self._content
 
 
-class HostMemory:
+class SnapshotBuffers:
     """Takes snapshots into buffers that are used again: fresh memory costs many times what copying into it does.
 
     A copy from a CUDA device goes into pinned memory on the device's current stream: what the stream does later, such

@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import random
 import shutil
 from collections import deque
 from collections.abc import Callable
@@ -11,12 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from trainer.checkpoint.file import LAST, in_short, write_checkpoint
-from trainer.checkpoint.host_snapshot import HostMemory, Snapshot
+from trainer.checkpoint.file import summarise, write_checkpoint
+from trainer.checkpoint.host_snapshot import Snapshot, SnapshotBuffers
+from trainer.run_files import LAST
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 _MARGIN = 1 << 20
 
 
-class CheckpointFiles(TorchCheckpointIO):
+class BackgroundCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, forces it to the disk and renames it, all while training goes on.
 
     A save copies the checkpoint's tensors to host memory; a thread writes them. One file is written at a time, in the
@@ -43,7 +42,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def __init__(self, *, max_failures: int = 5, background: bool = True) -> None:
         self.max_failures = max_failures
         self.background = background
-        self._memory = HostMemory()
+        self._memory = SnapshotBuffers()
         self._thread: ThreadPoolExecutor | None = None
         #: Whatever is not done yet, and of that the writes.
         self._jobs: deque[Future] = deque()
@@ -100,7 +99,7 @@ class CheckpointFiles(TorchCheckpointIO):
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(
-                f"{path} cannot be read ({in_short(error)}); expected a checkpoint "
+                f"{path} cannot be read ({summarise(error)}); expected a checkpoint "
                 "that Reblock wrote. Resume from another one in the same folder by copying it to last.ckpt."
             ) from error
 
@@ -199,34 +198,3 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free:,} bytes are free"
     except OSError as error:
         return f"its free space cannot be asked for ({error.strerror})"
-
-
-def random_states() -> dict[str, Any]:
-    """The states of every random generator of this process, as tensors and plain values."""
-    version, internal, gauss = random.getstate()
-    # legacy=False gives a dict with the key array apart, which can be held as a list
-    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]  # noqa: NPY002 -- the global generator itself is saved
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(internal), gauss],
-        "numpy": [
-            str(numpy_state["bit_generator"]),
-            numpy_state["state"]["key"].tolist(),
-            int(numpy_state["state"]["pos"]),
-            int(numpy_state["has_gauss"]),
-            float(numpy_state["gauss"]),
-        ],
-    }
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Sets what `random_states` gave; device generators only where as many devices are there."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    state = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
-    np.random.set_state(state)  # noqa: NPY002 -- the global generator itself is restored

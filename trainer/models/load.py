@@ -1,16 +1,15 @@
 """Loading a base: a diffusers folder, a hub id, or a bare `config.json` with random weights."""
 
 import inspect
-import json
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from diffusers import MochiTransformer3DModel
-from huggingface_hub import scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from data.base_folder import read_class_config, resolve_base, weight_files
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -20,31 +19,20 @@ def _transformer_folder(base: Path) -> Path:
     return base / "transformer" if (base / "transformer" / "config.json").is_file() else base
 
 
-def _check_config(config: Path) -> dict:
-    try:
-        fields = json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not JSON ({error}); expected a diffusers transformer config.") from error
-    got = fields.get("_class_name") if isinstance(fields, dict) else fields
-    if got != "MochiTransformer3DModel":
-        raise ValueError(
-            f"{config} describes {got!r}, expected 'MochiTransformer3DModel'. "
-            "Point `base` at a diffusers Mochi pipeline folder or its transformer subfolder."
-        )
+def _transformer_config(path: Path) -> dict:
+    """The fields of a transformer's config; those that it leaves out have the class's defaults."""
+    fields = read_class_config(path, MochiTransformer3DModel.__name__)
     known = inspect.signature(MochiTransformer3DModel.__init__).parameters.values()
     return {p.name: p.default for p in known if p.default is not p.empty} | fields
 
 
 def transformer_weight_files(base: str) -> list[Path]:
-    """The safetensors files of a base's transformer, one or many."""
-    folder = _transformer_folder(resolve_base(base))
-    index = folder / f"{_WEIGHTS}.safetensors.index.json"
-    if index.is_file():
-        try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}). Download or copy it again.") from error
-    return [folder / f"{_WEIGHTS}.safetensors"]
+    """The safetensors files of a base's transformer, one or many.
+
+    Raises:
+        ValueError: if the base is missing or lacks one of them.
+    """
+    return weight_files(_transformer_folder(resolve_base(base)), _WEIGHTS)
 
 
 def _check_weights(base: str, config: dict) -> None:
@@ -55,8 +43,6 @@ def _check_weights(base: str, config: dict) -> None:
     """
     found: dict[str, tuple[int, ...]] = {}
     for path in transformer_weight_files(base):
-        if not path.is_file():
-            raise ValueError(f"{path.parent} lacks {path.name}; the base is incomplete. Download or copy it again.")
         try:
             with safe_open(path, framework="pt") as file:
                 found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -72,50 +58,18 @@ def _check_weights(base: str, config: dict) -> None:
         )
 
 
-def _cached_snapshot(repo: str) -> Path | None:
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        return None
-    revisions = [rev for found in repos if found.repo_id == repo for rev in found.revisions]
-    return max(revisions, key=lambda rev: rev.last_modified).snapshot_path if revisions else None
-
-
-def resolve_base(base: str) -> Path:
-    """The local folder or `config.json` that `base` names.
-
-    Args:
-        base: a diffusers pipeline folder, a transformer folder, a `config.json`, or a hub id that was downloaded.
-
-    Raises:
-        ValueError: if nothing is there; the message holds the command that downloads it.
-    """
-    path = Path(base)
-    if path.exists():
-        return path
-    if base.count("/") == 1 and not base.startswith((".", "/")):
-        snapshot = _cached_snapshot(base)
-        if snapshot is not None:
-            return snapshot
-        raise ValueError(
-            f"base {base!r} is neither a local folder nor a downloaded hub id. Download it first: "
-            f"`hf download {base}` (set HF_HOME to choose where), then run again."
-        )
-    raise ValueError(f"base {base!r} does not exist; expected a diffusers folder, a config.json or a hub id.")
-
-
 def read_config(base: str) -> dict:
     """The transformer's config of a base, checked to be Mochi's; no weight is read."""
     path = resolve_base(base)
     if path.is_file():
-        return _check_config(path)
+        return _transformer_config(path)
     config = _transformer_folder(path) / "config.json"
     if not config.is_file():
         mend = "" if Path(base).exists() else f" The download is incomplete: run `hf download {base}` again."
         raise ValueError(
             f"{path} holds no transformer/config.json and no config.json; expected a diffusers folder.{mend}"
         )
-    return _check_config(config)
+    return _transformer_config(config)
 
 
 def check_base(base: str) -> dict:

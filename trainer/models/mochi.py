@@ -1,4 +1,4 @@
-"""Mochi: embed, run blocks i..j, finish, and the seam where attention is observed and changed.
+"""Mochi in three parts (embed, run blocks i..j, finish), and the place where attention is observed and changed.
 
 The composition `finish(run(embed(...), 0, num_blocks))` is diffusers' `MochiTransformer3DModel.forward`, cut into three
 so that the trunk can run without autograd and apart from the head.
@@ -124,28 +124,28 @@ class JointAttention:
         return vision_out, text_out
 
 
-class MochiRoom(nn.Module):
+class SplitModel(nn.Module):
     """A Mochi transformer that can be run in parts.
 
     Args:
-        model: the diffusers transformer; its weights are used in place, never copied.
+        transformer: diffusers' model; its weights are used in place, never copied.
         stock_attention: keep diffusers' own attention processor (bit-equal to its forward; slower, cannot be observed).
         checkpoint_blocks: recompute a block's activations in the backward pass instead of keeping them.
     """
 
     def __init__(
         self,
-        model: MochiTransformer3DModel,
+        transformer: MochiTransformer3DModel,
         *,
         stock_attention: bool = False,
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.transformer = transformer
         self.checkpoint_blocks = checkpoint_blocks
         self.stock_attention = stock_attention
         self._processors: list[JointAttention] = []
-        for layer, block in enumerate(model.transformer_blocks):
+        for layer, block in enumerate(transformer.transformer_blocks):
             if stock_attention:
                 block.attn1.processor = MochiAttnProcessor2_0()
             else:
@@ -155,22 +155,22 @@ class MochiRoom(nn.Module):
     @property
     def num_blocks(self) -> int:
         """Transformer blocks of the model."""
-        return len(self.model.transformer_blocks)
+        return len(self.transformer.transformer_blocks)
 
     @property
     def num_heads(self) -> int:
         """Attention heads per block."""
-        return self.model.config.num_attention_heads
+        return self.transformer.config.num_attention_heads
 
     @property
     def latent_channels(self) -> int:
         """C, channels of the latents that the model takes."""
-        return self.model.config.in_channels
+        return self.transformer.config.in_channels
 
     @property
     def text_width(self) -> int:
         """Width of the caption embeddings that the model takes."""
-        return self.model.config.text_embed_dim
+        return self.transformer.config.text_embed_dim
 
     def embed(
         self,
@@ -198,16 +198,16 @@ class MochiRoom(nn.Module):
                 f"got text lengths {text_lengths} for {batch} samples of {text.shape[1]} text tokens; "
                 "expected one length per sample, none above the padded length."
             )
-        model, patch = self.model, self.model.config.patch_size
+        transformer, patch = self.transformer, self.transformer.config.patch_size
         if height % patch or width % patch:
             raise ValueError(
                 f"got a latent of {height} x {width}, expected multiples of {patch}: "
                 f"use frames whose height and width are multiples of {8 * patch}."
             )
-        temb, text = model.time_embed(timestep, text, text_mask, hidden_dtype=x.dtype)
-        patches = model.patch_embed(x.permute(0, 2, 1, 3, 4).flatten(0, 1))
+        temb, text = transformer.time_embed(timestep, text, text_mask, hidden_dtype=x.dtype)
+        patches = transformer.patch_embed(x.permute(0, 2, 1, 3, 4).flatten(0, 1))
         grid = (frames, height // patch, width // patch)
-        rope = model.rope(model.pos_frequencies, *grid, device=x.device, dtype=torch.float32)
+        rope = transformer.rope(transformer.pos_frequencies, *grid, device=x.device, dtype=torch.float32)
         return State(
             vision=patches.unflatten(0, (batch, -1)).flatten(1, 2),
             text=text,
@@ -226,7 +226,7 @@ class MochiRoom(nn.Module):
         """Blocks start..stop-1."""
         vision, text = state.vision, state.text
         mask = state.layout.key_mask if self.stock_attention else state.layout
-        for layer, block in enumerate(self.model.transformer_blocks[start:stop], start):
+        for layer, block in enumerate(self.transformer.transformer_blocks[start:stop], start):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 vision, text = torch.utils.checkpoint.checkpoint(
                     block, vision, text, state.temb, mask, state.rope, use_reentrant=False,
@@ -246,8 +246,8 @@ class MochiRoom(nn.Module):
     def finish(self, state: State) -> Tensor:
         """The velocity, (B, C, F, H, W)."""
         frames, height, width = state.size
-        batch, patch = state.vision.shape[0], self.model.config.patch_size
-        out = self.model.proj_out(self.model.norm_out(state.vision, state.temb))
+        batch, patch = state.vision.shape[0], self.transformer.config.patch_size
+        out = self.transformer.proj_out(self.transformer.norm_out(state.vision, state.temb))
         out = out.reshape(batch, frames, height // patch, width // patch, patch, patch, -1)
         return out.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
 
@@ -267,7 +267,7 @@ class MochiRoom(nn.Module):
             ValueError: if a layer does not exist or the stock processor is in place.
         """
         if self.stock_attention:
-            raise ValueError("attention cannot be observed with stock_attention=True; build the room without it.")
+            raise ValueError("attention cannot be observed with stock_attention=True; build the SplitModel without it.")
         unknown = sorted(set(functions) - set(range(self.num_blocks)))
         if unknown:
             raise ValueError(f"got attention functions for layers {unknown}, expected 0 .. {self.num_blocks - 1}.")
@@ -282,5 +282,5 @@ class MochiRoom(nn.Module):
 
     def output_projection(self, layer: int) -> Tensor:
         """The vision output projection split by head, (h, d, D): the attention output is sum_h v_h @ W_h + bias."""
-        weight = self.model.transformer_blocks[layer].attn1.to_out[0].weight  # (D, h * d)
+        weight = self.transformer.transformer_blocks[layer].attn1.to_out[0].weight  # (D, h * d)
         return weight.detach().T.unflatten(0, (self.num_heads, -1))

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from data.base_folder import resolve_base
 from trainer.ema import Ema
-from trainer.models.load import resolve_base
-from trainer.models.mochi import MochiRoom
-from trainer.parallel.gathered_tensors import local, part
+from trainer.models.mochi import SplitModel
+from trainer.parallel.sharded_tensors import local_tensor, shard_like
 from trainer.surgery import frozen_fingerprint
 
 
@@ -91,15 +91,15 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         own = dict(self.lightning_module.named_parameters())
         for name, value in checkpoint["state_dict"].items():
-            local(own[name].detach()).copy_(part(value, own[name]))
+            local_tensor(own[name].detach()).copy_(shard_like(value, own[name]))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer.load_state_dict(_spread_state(state, parameters))
+            optimizer.load_state_dict(_distribute_state(state, parameters))
 
 
-def _spread_state(state: Mapping[str, Any], parameters: list[torch.Tensor]) -> dict[str, Any]:
+def _distribute_state(state: Mapping[str, Any], parameters: list[torch.Tensor]) -> dict[str, Any]:
     """An optimiser's state of whole tensors, as it is for `parameters`, which may be sharded."""
 
     def own_part(value: Any, like: torch.Tensor) -> Any:
@@ -107,7 +107,7 @@ def _spread_state(state: Mapping[str, Any], parameters: list[torch.Tensor]) -> d
             return value  # counters of steps have no dimension
         mesh, placements = like.device_mesh, like.placements
         return DTensor.from_local(
-            part(value, like), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+            shard_like(value, like), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
     entries = {
@@ -127,22 +127,22 @@ def build_device(strategy: Strategy, base: str) -> torch.device:
     return strategy.root_device
 
 
-def shard(room: MochiRoom, mesh: DeviceMesh, first: int) -> None:
+def shard_blocks(split_model: SplitModel, mesh: DeviceMesh, first: int) -> None:
     """Spreads the blocks from `first` on over the ranks of `mesh`; what else there is is frozen, and on every rank.
 
     A block is gathered when it runs and freed after it, also in the trunk. Weights travel in the dtype they are kept
     in, gradients in float32: the arithmetic is that of DDP.
     """
-    blocks = room.model.transformer_blocks[first:]
+    blocks = split_model.transformer.transformer_blocks[first:]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     inside = {id(p) for p in blocks.parameters()}
     # The root has no weights of its own. It lets the blocks share streams, so that the next one is gathered meanwhile.
-    fully_shard(room, mesh=mesh, ignored_params={p for p in room.parameters() if id(p) not in inside})
-    register_fsdp_forward_method(room, "run")
+    fully_shard(split_model, mesh=mesh, ignored_params={p for p in split_model.parameters() if id(p) not in inside})
+    register_fsdp_forward_method(split_model, "run")
 
 
-def spread(module: Any, strategy: Strategy) -> None:
+def distribute(module: Any, strategy: Strategy) -> None:
     """Gives every rank its part of a module that was built, once.
 
     Args:
@@ -152,21 +152,23 @@ def spread(module: Any, strategy: Strategy) -> None:
     Raises:
         ValueError: if the ranks loaded different bases.
     """
-    if isinstance(module.room, FSDPModule):
+    if isinstance(module.split_model, FSDPModule):
         return
     if isinstance(strategy, DDPStrategy):
         # DDP would send the frozen trunk, 20 GB, from the first rank to all others at the start.
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
     if isinstance(strategy, ShardedStrategy):
-        module._base_fingerprint = frozen_fingerprint(module.room.model)  # of what this rank loaded, not of all parts
-        shard(module.room, strategy.shard_mesh, 0 if strategy.shard_trunk else module.first)
+        module._base_fingerprint = frozen_fingerprint(
+            module.split_model.transformer
+        )  # of what this rank loaded, not of all parts
+        shard_blocks(module.split_model, strategy.shard_mesh, 0 if strategy.shard_trunk else module.first)
         module.ema = Ema(module.retrained_parameters(), decay=module.ema_decay)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        agree_on_base(module.base, module.base_fingerprint)
+        check_same_base(module.base, module.base_fingerprint)
 
 
-def agree_on_base(base: str, fingerprint: str) -> None:
+def check_same_base(base: str, fingerprint: str) -> None:
     """Raises ValueError on every rank, naming the odd ones, if ranks hold different frozen weights."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, fingerprint)

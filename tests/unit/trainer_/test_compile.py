@@ -61,7 +61,7 @@ def test_whatever_is_measured_runs_eagerly(make_module, make_batch, ran):
         calls.append(call.layer)
         return dense_attention(q, k, v, call)
 
-    with torch.no_grad(), module.room.attention(dict.fromkeys(range(3), observed)):
+    with torch.no_grad(), module.split_model.attention(dict.fromkeys(range(3), observed)):
         got = losses(module, batch)  # also while the module trains
     module.eval()
     with torch.no_grad():

@@ -41,7 +41,7 @@ def saved_bytes(function) -> int:
 
 def test_the_trunk_makes_no_autograd_node(make_module, make_batch):
     module, batch = make_module(), make_batch()
-    module.room.model.pos_frequencies.requires_grad_(True)  # not even if a leaf outside was left trainable
+    module.split_model.transformer.pos_frequencies.requires_grad_(True)  # not even if a leaf outside was left trainable
     x, sigma = batch.latents, module.flow.sigma(0, batch.uids)
     states = []
     assert saved_bytes(lambda: states.append(module.trunk(x, sigma, batch)) or states) == 0
@@ -61,7 +61,7 @@ def test_what_a_step_keeps_does_not_grow_with_the_trunk(make_module, make_transf
     assert kept[3] == kept[9] > 0 and weights[3] == weights[9]
     # The trap: one trainable leaf outside puts every block back into the graph.
     module.split_trunk = False
-    module.room.model.pos_frequencies.requires_grad_(True)
+    module.split_model.transformer.pos_frequencies.requires_grad_(True)
     assert saved_bytes(lambda: loss_of(module, make_batch())) > 2 * kept[9]
 
 
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_whole_model(make_module, make_batch, blocks)
     assert module.first == blocks[0]
     split = gradients(module, batch)
     assert {int(name.split(".")[1]) for name in split} == set(blocks)
-    frozen = [p for name, p in module.room.model.named_parameters() if name not in split]
+    frozen = [p for name, p in module.split_model.transformer.named_parameters() if name not in split]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
     module.split_trunk = False
     whole = gradients(module, batch)
@@ -96,7 +96,7 @@ def test_checkpointed_head_gives_the_same_gradients_and_keeps_less(make_module, 
 
 def test_bfloat16_trunk_on_a_cpu(make_module, make_batch):
     module, batch = make_module(trunk_dtype="bfloat16"), make_batch()
-    model = module.room.model
+    model = module.split_model.transformer
     assert model.transformer_blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     assert {p.dtype for b in model.transformer_blocks[1:] for p in b.parameters()} == {torch.float32}
     assert model.pos_frequencies.dtype == model.proj_out.weight.dtype == torch.float32
@@ -170,5 +170,5 @@ def test_faults_before_anything_is_loaded(make_module, tmp_path):
 def test_meta_device_builds_shapes(make_module, base_folder: Path):
     module = make_module(build=False)
     module.build("meta")
-    assert {p.device.type for p in module.room.model.parameters()} == {"meta"}
+    assert {p.device.type for p in module.split_model.transformer.parameters()} == {"meta"}
     assert module.retrained_parameters().keys() == make_module().retrained_parameters().keys()

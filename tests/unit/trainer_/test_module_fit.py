@@ -129,7 +129,7 @@ def test_the_run_stops_past_the_limit(make_module, make_batch, fit, where):
 
 def test_non_finite_gradients_of_a_finite_loss_are_skipped(make_module, make_batch, fit, make_recorder):
     module, recorder = make_module(), make_recorder()
-    module.room.model.transformer_blocks[2].ff.net[2].weight.register_hook(
+    module.split_model.transformer.transformer_blocks[2].ff.net[2].weight.register_hook(
         lambda grad: grad * math.inf if module.trainer.global_step == 1 else grad
     )
     fit(module, [make_batch()] * 3, callbacks=[recorder])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 from trainer.surgery import choose_blocks, fingerprint, freeze_all_but, frozen_fingerprint, reinitialise
 
 #: Wide enough for statistics of a weight to mean something.
@@ -46,13 +46,13 @@ def test_every_fault_of_a_choice_is_named(options, message):
 @given(block=st.integers(0, 2), seed=st.integers(0, 1000), lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3))
 def test_a_dit_block_starts_as_the_identity(make_transformer, make_batch, block, seed, lengths):
     """Vision and text alike; the last block, which does not update its text, too."""
-    room, batch = MochiRoom(make_transformer(seed)), make_batch(lengths, seed=seed)
+    split_model, batch = SplitModel(make_transformer(seed)), make_batch(lengths, seed=seed)
     args = (batch.latents, torch.full((len(batch),), 300.0), batch.text, batch.text_mask, batch.text_lengths)
-    state = room.embed(*args)
-    before = room.run(state, block, block + 1)
+    state = split_model.embed(*args)
+    before = split_model.run(state, block, block + 1)
     assert not torch.equal(before.vision, state.vision)
-    reinitialise(room.model.transformer_blocks[block], "dit", seed)
-    after = room.run(state, block, block + 1)
+    reinitialise(split_model.transformer.transformer_blocks[block], "dit", seed)
+    after = split_model.run(state, block, block + 1)
     assert torch.equal(after.vision, state.vision) and torch.equal(after.text, state.text)
 
 
@@ -166,15 +166,15 @@ def test_first_gradients_of_a_dit_block_are_sane(make_transformer, make_batch):
     batch, norms = make_batch([4, 2], seed=1), {}
     args = (batch.latents, torch.tensor([900.0, 200.0]), batch.text, batch.text_mask, batch.text_lengths)
     for kind in ("healthy", "dit", "trap"):
-        room = MochiRoom(make_transformer(3))
-        block = room.model.transformer_blocks[1]
+        split_model = SplitModel(make_transformer(3))
+        block = split_model.transformer.transformer_blocks[1]
         if kind != "healthy":
             reinitialise(block, "dit", 0)
         if kind == "trap":
             reinitialise(block, "torch", 0)
             nn.init.zeros_(block.attn1.to_out[0].weight)
             nn.init.zeros_(block.attn1.to_out[0].bias)
-        room(*args).square().mean().backward()
+        split_model(*args).square().mean().backward()
         gradients = torch.cat([p.grad.flatten() for p in block.parameters()])
         assert torch.isfinite(gradients).all()
         norms[kind] = float(gradients.norm())

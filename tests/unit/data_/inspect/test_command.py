@@ -17,7 +17,7 @@ from data.pack.command import pack
 from data.shards.format import read_samples, record_name
 from data.storage.store import Store
 from data.synth.command import synth
-from data.video.workers import Guarded
+from data.video.worker_pool import WorkerPool
 from launch.main import main
 from tests.support.http_store import WebStore
 from tests.support.latent_shards import write_latents
@@ -277,7 +277,7 @@ def test_a_clip_that_hangs_does_not_keep_the_sheet_waiting(videos, tmp_path, cap
     os.mkfifo(shard)  # nobody ever writes to it
     facts = [(f"{tmp_path / 'v'}/{name}", *sample) for name in ("7x32x32-000000.tar", "7x32x32-000001.tar")
              for sample in read_samples(str(tmp_path / "v"), name, Store())]  # fmt: skip
-    with Guarded(1, deadline=2.0) as guarded:
-        draw_videos([facts[0], facts[-1]], Store(), tmp_path / "sheet.png", guarded)
+    with WorkerPool(1, deadline=2.0) as pool:
+        draw_videos([facts[0], facts[-1]], Store(), tmp_path / "sheet.png", pool)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100  # of the other clip

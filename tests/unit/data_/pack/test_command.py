@@ -18,7 +18,8 @@ from data.pack.command import pack
 from data.pack.entries import VIDEO_EXTENSIONS, Columns
 from data.pack.windows import Filters
 from data.synth.command import synth
-from data.video.clip_files import decode_video, write_video
+from data.video.decode import decode_video
+from data.video.write import write_video
 from launch.main import main
 from tests.support.broken_clips import BROKEN, SOUND, make
 

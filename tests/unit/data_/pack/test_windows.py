@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from data.bucket import Bucket
 from data.pack.command import pack
 from data.pack.plan import cut, make_plan
-from data.pack.windows import WINDOWS, Cutting
+from data.pack.windows import WINDOWS, Cutting, window_indices
 from data.synth.command import synth
-from data.video.clip_files import decode_video, write_video
+from data.video.decode import decode_video
+from data.video.write import write_video
 
 SMALL = ["7x32x32"]
 
@@ -259,3 +260,44 @@ def test_every_window_keeps_the_caption_and_the_picture_of_its_clip(tmp_path, re
         facts = json.loads(sample["json"])
         assert sample["txt"] == f"number {i}".encode() and facts["source"] == f"{i:02d}.mp4"
         assert abs(decode_video(sample["mp4"], facts["indices"]).mean() - 5 * i) < 4
+
+
+REGULAR = np.arange(30) / 24
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((4,), [0, 1, 2, 3]),
+        ((4, None, 10 / 24), [10, 11, 12, 13]),
+        ((4, None, 10.4 / 24), [10, 11, 12, 13]),
+        ((4, 12), [0, 2, 4, 6]),
+        ((4, 12, 3 / 24), [3, 5, 7, 9]),
+        ((3, 10), [0, 2, 5]),  # 0, 2.4, 4.8
+        ((4, 48), [0, 0, 1, 1]),  # of two frames equally near, the earlier
+        ((15, 12, 1 / 24), list(range(1, 30, 2))),  # to the very end
+        ((15, 12, 2 / 24), None),
+        ((30,), list(range(30))),
+        ((31,), None),
+        ((1, None, 29.4 / 24), [29]),
+        ((1, None, 29.6 / 24), None),
+    ],
+)
+def test_windows_of_a_regular_clip(arguments, expected):
+    assert window_indices(REGULAR, *arguments) == expected
+
+
+def test_windows_follow_the_times_of_a_clip_whose_rate_varies():
+    times = np.array([0.0, 0.1, 0.2, 0.25, 0.3, 0.6, 0.61, 0.62, 0.9, 1.0])
+    assert window_indices(times, 4, 10) == [0, 1, 2, 4]
+    assert window_indices(times, 4, 10, 0.4) == [4, 5, 5, 7]  # 0.4, 0.5, 0.6, 0.7
+    assert window_indices(times, 11, 10) == [0, 1, 2, 4, 4, 5, 5, 7, 8, 8, 9]
+    assert window_indices(times, 12, 10) is None
+    assert window_indices(np.zeros(1), 1, 24) == [0]
+    assert window_indices(np.zeros(1), 2, 24) is None
+
+
+@pytest.mark.parametrize("arguments", [(0,), (3, 0), (3, -1), (3, float("nan")), (3, 24, -0.1)])
+def test_windows_that_make_no_sense(arguments):
+    with pytest.raises(ValueError, match="expected frames >= 1, fps > 0, start >= 0"):
+        window_indices(REGULAR, *arguments)

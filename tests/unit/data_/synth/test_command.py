@@ -8,7 +8,7 @@ import pytest
 from data.synth.command import CAPTION_WORDS, synth
 from data.synth.draw import render
 from data.synth.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, PATTERNS, SHAPES, choose_scene
-from data.video.clip_files import decode_video
+from data.video.decode import decode_video
 
 SCENES = [choose_scene(0, index) for index in range(600)]
 

@@ -14,6 +14,7 @@ from launch.cluster.job_folder import note_job, noted_jobs
 from launch.cluster.options import EncodeStage, ExportStage, JobConfig, has_control
 from launch.cluster.script import directive, quote_directive, render
 from launch.cluster.stages import Plan, make_jobs
+from launch.run_folder import RunFolder
 
 NOTE = """#!/bin/bash
 printf '%s\\0' "$(basename "$0")" "$@" >> "$NOTES"
@@ -57,8 +58,8 @@ def shell(tmp_path_factory):
 def plan(job: JobConfig | None = None, *, name="tiny", here="/home/a", base="b", shards="s", **more) -> Plan:
     recipe = {"data": {"init_args": {"shards": shards}}, "model": {"init_args": {"base": base}}}
     return Plan(
-        job=job or JobConfig(), recipe=recipe, run=Path(here) / "runs" / name, here=Path(here), nodes=2, devices=1,
-        **{"gpus": None, "versions": "python 3", "written": "today"} | more,
+        job=job or JobConfig(), recipe=recipe, run=RunFolder(Path(here) / "runs" / name), here=Path(here), nodes=2,
+        devices=1, **{"gpus": None, "versions": "python 3", "written": "today"} | more,
     )  # fmt: skip
 
 
@@ -181,8 +182,8 @@ def test_starts_without_a_new_checkpoint_are_not_queued_again_for_ever(shell, tm
 
 
 def test_a_job_that_was_submitted_by_hand_is_noted_once(shell, tmp_path):
-    run = tmp_path / "runs" / "tiny"
-    (run / "job").mkdir(parents=True)
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    run.job_list.parent.mkdir(parents=True)
     note_job(run, "fit", "6", [], 2)
     for _ in range(2):
         assert shell(script(here=tmp_path))[0] == 0

@@ -12,8 +12,8 @@ from launch.plan import estimate
 from launch.plan.counts import Collective, Parameters, collectives, count_parameters, ddp_buckets
 from launch.plan.sharding import Sharding
 from tests.support.plans import CLIP, LATENT, SMALL, recipe
-from trainer.callbacks.frozen_check import RandomStates
-from trainer.checkpoint.io import CheckpointFiles
+from trainer.callbacks.random_state import RandomStateCheckpoint
+from trainer.checkpoint.io import BackgroundCheckpointIO
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -32,7 +32,7 @@ def test_parameters_are_those_of_the_built_module(tmp_path, surgery, first, trun
         base=str(tmp_path / "config.json"), surgery=SurgeryConfig(**surgery), trunk_dtype=trunk_dtype
     )
     module.build("cpu")
-    every = list(module.room.model.parameters())
+    every = list(module.split_model.transformer.parameters())
     assert plan.parameters.retrained == sum(p.numel() for p in every if p.requires_grad) > 0
     assert plan.parameters.frozen == sum(p.numel() for p in every if not p.requires_grad) > 0
     assert plan.parameters.first == first
@@ -45,7 +45,7 @@ def test_a_checkpoint_is_as_large_as_the_file_that_is_written(tmp_path, make_bat
     plan = estimate([*recipe(tmp_path), *CLIP])
     module = RetrainBlocks(base=str(tmp_path / "config.json"), surgery=SurgeryConfig(last=2, init="torch"))
     batch = make_batch([5, 5], grid=LATENT[1:], channels=SMALL["in_channels"], text_width=SMALL["text_embed_dim"])
-    trainer = fit(module, [batch, batch], callbacks=[RandomStates()], plugins=[CheckpointFiles()])
+    trainer = fit(module, [batch, batch], callbacks=[RandomStateCheckpoint()], plugins=[BackgroundCheckpointIO()])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     trainer.strategy.checkpoint_io.wait()
     size = (tmp_path / "last.ckpt").stat().st_size
@@ -66,7 +66,7 @@ def test_ddp_sends_the_planned_bytes_in_the_planned_buckets(tmp_path, cap_mb):
     logs = [(tmp_path / f"rank-{rank}.log").open("w") for rank in (0, 1)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "ddp_buckets.py", tmp_path, str(rank), json.dumps(cap_mb)],
+            [sys.executable, ROOT / "tests" / "support" / "ddp_buckets.py", tmp_path, str(rank), json.dumps(cap_mb)],
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
         )
         for rank, log in enumerate(logs)

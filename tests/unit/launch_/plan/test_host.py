@@ -1,4 +1,4 @@
-"""Host memory of the trunk's outcome on the probes, against what a `TrunkStore` really keeps."""
+"""Host memory of the trunk's outcome on the probes, against what a `TrunkCache` really keeps."""
 
 import contextlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from data.batch import Sample
 from launch.plan import estimate
 from tests.support.plans import CLIP, LATENT, SMALL, recipe
 from trainer.callbacks.probe_set import ProbeSet
-from trainer.callbacks.trunk_cache import TrunkStore
+from trainer.callbacks.trunk_cache import TrunkCache
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 OVERLAYS = Path(__file__).resolve().parents[4] / "recipes" / "cluster"
@@ -32,12 +32,13 @@ def kept(folder, trunk_dtype, precision):
         base=str(folder / "config.json"), surgery=SurgeryConfig(last=2, init="torch"), trunk_dtype=trunk_dtype
     )
     module.build("cpu")
-    module.room.model.pos_frequencies.normal_()  # zero in a base that was never trained: no angles, nothing to keep
+    # Zero in a base that was never trained: no angles, nothing to keep.
+    module.split_model.transformer.pos_frequencies.normal_()
     samples = [
         Sample(torch.randn(LATENT), torch.randn(SMALL["max_sequence_length"], SMALL["text_embed_dim"]), f"clip-{i}", i)
         for i in range(3)
     ]
-    store = TrunkStore()
+    store = TrunkCache()
     narrow = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
     with narrow:
         for batch, _ in ProbeSet(samples, SIGMAS, seed=1).share(0, 1):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.video.clip_files import write_video
+from data.video.write import write_video
 from launch.report.charts import Series, heat_map, line_chart, number
 from launch.report.command import report, running_mean
 from launch.report.findings import read_findings

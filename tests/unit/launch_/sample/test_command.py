@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline
 
 from data.synth.command import CAPTION_WORDS
-from data.video.clip_files import decode_video
+from data.video.decode import decode_video
 from launch.demo.assemble_base import caption_tokenizer, small_text_encoder
 from launch.sample.command import sample
 from launch.sample.contact_sheet import strip

@@ -26,7 +26,7 @@ from trainer.attention import (
     sink_statistics,
     sink_verdict,
 )
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 
 RATIOS = (0.0, 0.1, 0.3, 0.5, 0.9, 0.99, 1.0)
 EPS = (0.3, 0.01, 0.05, 0.5, 0.1)
@@ -71,15 +71,15 @@ def attention_of(kind: str, seed: int, q: torch.Tensor, k: torch.Tensor) -> tupl
 
 
 @functools.lru_cache(maxsize=9)
-def room_of(make_transformer, heads, width):
+def split_model_of(make_transformer, heads, width):
     model = make_transformer(heads, num_layers=2, num_attention_heads=heads, attention_head_dim=width)
-    return MochiRoom(model)
+    return SplitModel(model)
 
 
 def observed(make_transformer, make_batch, shape, kind, seed, layer, measure):
     """measure(q, k, v, vision, lengths) in one layer of a whole forward, whose output goes on as masked attention."""
     frames, height, width = shape["grid"]
-    room = room_of(make_transformer, shape["heads"], shape["width"])
+    split_model = split_model_of(make_transformer, shape["heads"], shape["width"])
     batch = make_batch(shape["lengths"], grid=(frames, 2 * height, 2 * width), seed=seed)
     called = []
 
@@ -91,7 +91,7 @@ def observed(make_transformer, make_batch, shape, kind, seed, layer, measure):
         called.append(layer)
         return measure(q, k, v, vision, lengths).to(v.dtype)
 
-    assert known_answers.velocity(room, batch, {layer: attend}).isfinite().all()
+    assert known_answers.velocity(split_model, batch, {layer: attend}).isfinite().all()
     assert called == [layer]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.attention import masked_attention, operators, pooled_quantiles
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 
 
 def heads(dtype=torch.float32, batch=2):
@@ -33,7 +33,7 @@ def test_fakes_are_as_what_they_stand_for(dtype, backend, lengths):
 
 def test_a_compiled_model_holds_masked_attention_in_one_graph(make_transformer, make_batch):
     """Each block's attention is the operator: no graph break, and the velocity of the functions themselves."""
-    room, batch = MochiRoom(make_transformer(2)), make_batch((3, 3))
+    split_model, batch = SplitModel(make_transformer(2)), make_batch((3, 3))
     time = torch.linspace(200.0, 800.0, len(batch))
 
     def attention(mask, quantiles):
@@ -43,13 +43,15 @@ def test_a_compiled_model_holds_masked_attention_in_one_graph(make_transformer, 
         return attend
 
     def velocity(latents):
-        return room(latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        return split_model(latents, time, batch.text, batch.text_mask, batch.text_lengths)
 
     with torch.no_grad():
         dense = velocity(batch.latents)
-        with room.attention(dict.fromkeys(range(2), attention(masked_attention, pooled_quantiles))):
+        with split_model.attention(dict.fromkeys(range(2), attention(masked_attention, pooled_quantiles))):
             expected = velocity(batch.latents)
-        with room.attention(dict.fromkeys(range(2), attention(operators.masked_attention, operators.pooled_quantiles))):
+        with split_model.attention(
+            dict.fromkeys(range(2), attention(operators.masked_attention, operators.pooled_quantiles))
+        ):
             graphs = []
 
             def keeping(graph, inputs):

@@ -81,9 +81,9 @@ def brute_force(module, probes, layers, ratio):
         probe = probes._collate([(prompt, stratum)])
         x = module.flow.mix(probe.batch.latents, probe.noise, probe.sigma)
         target = module.flow.target(probe.batch.latents, probe.noise)
-        with module.room.attention(dict.fromkeys(layers, dense)):
+        with module.split_model.attention(dict.fromkeys(layers, dense)):
             base = module.velocity(x, probe.sigma, probe.batch)
-        with module.room.attention(dict.fromkeys(layers, masked)):
+        with module.split_model.attention(dict.fromkeys(layers, masked)):
             got = module.velocity(x, probe.sigma, probe.batch)
         squares = [(got - base), base, (got - target), (base - target)]
         rows.append([difference.double().square().mean().item() for difference in squares])
@@ -153,7 +153,7 @@ def test_fresh_blocks_are_the_identity_so_masking_them_changes_nothing(base_fold
 def test_uniform_attention_ties_so_nothing_is_removed_and_the_control_is_the_model_itself(base_folder):
     module = build(base_folder)
     with torch.no_grad():
-        for block in module.room.model.transformer_blocks[1:]:
+        for block in module.split_model.transformer.transformer_blocks[1:]:
             block.attn1.to_q.weight.zero_()
             block.attn1.add_q_proj.weight.zero_()
     _, got = measure(module, ratios=(0.5, 0.9), scopes=("retrained", "each"))
@@ -185,11 +185,11 @@ def test_batch_size_does_not_change_the_figures(base_folder):
 
 def test_attention_functions_come_off_also_when_something_raises(base_folder, monkeypatch):
     module = build(base_folder)
-    before = [processor.attend for processor in module.room._processors]
+    before = [processor.attend for processor in module.split_model._processors]
     monkeypatch.setattr("trainer.callbacks.masking.masked_attention", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure(module)
-    assert [processor.attend for processor in module.room._processors] == before
+    assert [processor.attend for processor in module.split_model._processors] == before
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,9 @@ def by_hand(module, probe, layers, ratio, keys, quantile, removed):
 
     x = module.flow.mix(probe.batch.latents, probe.noise, probe.sigma)
     target = module.flow.target(probe.batch.latents, probe.noise)
-    with module.room.attention(dict.fromkeys(layers, dense)):
+    with module.split_model.attention(dict.fromkeys(layers, dense)):
         base = module.velocity(x, probe.sigma, probe.batch)
-    with module.room.attention(dict.fromkeys(layers, masked)):
+    with module.split_model.attention(dict.fromkeys(layers, masked)):
         got = module.velocity(x, probe.sigma, probe.batch)
     squares = [difference.double().square().mean().item() for difference in (got - base, got - target)]
     return [*squares, *np.mean(found, axis=0)]

@@ -20,7 +20,7 @@ from trainer.attention import (
     uniform_attention,
 )
 from trainer.attention.rows import weight_rows
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 
 backends = pytest.mark.parametrize("backend", known_answers.BACKENDS)
 #: 5 * 3 * 2 vision tokens and 5 text tokens.
@@ -28,8 +28,8 @@ GRID, TEXT, TOKENS = (5, 6, 4), 5, 35
 
 
 @pytest.fixture
-def room(make_transformer):
-    return MochiRoom(make_transformer(3))
+def split_model(make_transformer):
+    return SplitModel(make_transformer(3))
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def constant(limit):
     return lambda q, k: torch.full(q.shape[:2], limit)
 
 
-def masked_velocity(room, batch, limits, layers=None, **options):
+def masked_velocity(split_model, batch, limits, layers=None, **options):
     """The velocity with `layers` (all) masked at limits(q, k), and each one's realised ratio and dropped mass."""
     found = {}
 
@@ -57,16 +57,16 @@ def masked_velocity(room, batch, limits, layers=None, **options):
         out, *found[call.layer] = masked_attention(q, k, v, limits(q, k), **options)
         return out
 
-    layers = range(room.num_blocks) if layers is None else layers
-    got = known_answers.velocity(room, batch, dict.fromkeys(layers, attend))
+    layers = range(split_model.num_blocks) if layers is None else layers
+    got = known_answers.velocity(split_model, batch, dict.fromkeys(layers, attend))
     assert sorted(found) == list(layers)
     return got, {layer: (realised.double(), dropped.double()) for layer, (realised, dropped) in found.items()}
 
 
-def everywhere(room, batch, attend):
+def everywhere(split_model, batch, attend):
     """The velocity where every layer attends by attend(q, k, v)."""
     return known_answers.velocity(
-        room, batch, dict.fromkeys(range(room.num_blocks), lambda q, k, v, call: attend(q, k, v))
+        split_model, batch, dict.fromkeys(range(split_model.num_blocks), lambda q, k, v, call: attend(q, k, v))
     )
 
 
@@ -91,19 +91,19 @@ def test_the_engine_at_threshold_zero_is_diffusers_own_forward(make_transformer,
         zero = torch.zeros(q.shape[:2])
         return masked_attention(q, k, v, zero, lengths=valid, backend=backend, chunk=6)[0]
 
-    got = known_answers.velocity(MochiRoom(model), batch, dict.fromkeys(range(3), attend))
+    got = known_answers.velocity(SplitModel(model), batch, dict.fromkeys(range(3), attend))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert (got - want).norm() < 2e-6 * want.norm()
 
 
-def dense_velocity(room, batch, backend, chunk):
+def dense_velocity(split_model, batch, backend, chunk):
     """The velocity where every layer attends to all keys, in the arithmetic of the back end."""
     dense = {
         "dense": lambda q, k, v: (reference.attention_weights(q, k) @ v.double()).float(),
         "chunked": lambda q, k, v: torch.cat([rows @ v for _, rows in weight_rows(q, k, chunk=chunk)], dim=2),
         "triton": lambda q, k, v: masked_attention(q, k, v, torch.full(q.shape[:2], -math.inf), backend="triton")[0],
     }
-    return everywhere(room, batch, dense[backend])
+    return everywhere(split_model, batch, dense[backend])
 
 
 def assert_nothing_removed(found):
@@ -112,22 +112,22 @@ def assert_nothing_removed(found):
 
 @backends
 @pytest.mark.parametrize("chunk", [None, 6])
-def test_ratio_zero_is_the_dense_velocity_bit_for_bit(room, batch, chunk, backend):
+def test_ratio_zero_is_the_dense_velocity_bit_for_bit(split_model, batch, chunk, backend):
     how = {"chunk": chunk, "backend": backend}
-    want = dense_velocity(room, batch, backend, chunk)
+    want = dense_velocity(split_model, batch, backend, chunk)
     for limits in (pooled(0.0, **how), constant(0.0), constant(-math.inf)):
         for options in ({}, {"renormalise": False}, {"tail": "mean"}, {"num_keys": TOKENS - TEXT}):
-            got, found = masked_velocity(room, batch, limits, **how, **options)
+            got, found = masked_velocity(split_model, batch, limits, **how, **options)
             assert torch.equal(got, want)
             assert_nothing_removed(found)
 
 
 @backends
 @pytest.mark.parametrize("chunk", [None, 6])
-def test_ratio_zero_of_every_row_is_the_dense_velocity_bit_for_bit(room, batch, chunk, backend):
+def test_ratio_zero_of_every_row_is_the_dense_velocity_bit_for_bit(split_model, batch, chunk, backend):
     how = {"chunk": chunk, "backend": backend}
-    got, found = masked_velocity(room, batch, per_row(0.0, **how), **how)
-    assert torch.equal(got, dense_velocity(room, batch, backend, chunk))
+    got, found = masked_velocity(split_model, batch, per_row(0.0, **how), **how)
+    assert torch.equal(got, dense_velocity(split_model, batch, backend, chunk))
     assert_nothing_removed(found)
 
 
@@ -139,16 +139,16 @@ def test_uniform_attention_is_left_whole_and_is_the_control(make_transformer, ba
         for block in model.transformer_blocks:
             block.attn1.to_q.weight.zero_()
             block.attn1.add_q_proj.weight.zero_()
-    room, how = MochiRoom(model), {"chunk": 6, "backend": backend}
+    split_model, how = SplitModel(model), {"chunk": 6, "backend": backend}
     # All N^2 weights tie at 1 / N, and none lies strictly below: nothing may go at any ratio.
-    thresholds = known_answers.watch(room, batch, 1, lambda q, k, v, call: pooled(ratio, **how)(q, k))
+    thresholds = known_answers.watch(split_model, batch, 1, lambda q, k, v, call: pooled(ratio, **how)(q, k))
     torch.testing.assert_close(thresholds.double(), torch.full((2, 2), 1 / TOKENS).double(), rtol=1e-5, atol=0)
-    whole = dense_velocity(room, batch, backend, 6)
+    whole = dense_velocity(split_model, batch, backend, 6)
     for limits in (pooled(ratio, **how), per_row(ratio, **how)):
-        got, found = masked_velocity(room, batch, limits, **how)
+        got, found = masked_velocity(split_model, batch, limits, **how)
         assert torch.equal(got, whole)
         assert_nothing_removed(found)
-    control = everywhere(room, batch, lambda q, k, v: uniform_attention(v))
+    control = everywhere(split_model, batch, lambda q, k, v: uniform_attention(v))
     torch.testing.assert_close(control, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(known_answers.stock_velocity(model, batch), whole, rtol=1e-5, atol=1e-5)
 
@@ -158,24 +158,24 @@ def test_uniform_attention_is_left_whole_and_is_the_control(make_transformer, ba
 
 @backends
 @pytest.mark.parametrize("chunk", [None, 6])
-def test_ratio_one_keeps_exactly_the_row_maxima(room, batch, chunk, backend):
+def test_ratio_one_keeps_exactly_the_row_maxima(split_model, batch, chunk, backend):
     how = {"chunk": chunk, "backend": backend}
     largest = {
-        layer: known_answers.watch(room, batch, layer, lambda q, k, v, call: known_answers.softmax64(q, k))
+        layer: known_answers.watch(split_model, batch, layer, lambda q, k, v, call: known_answers.softmax64(q, k))
         for layer in (0, 2)
     }
     for weights in largest.values():  # no ties, so that one weight stays in each row
         top = weights.topk(2, dim=-1).values
         assert (top[..., 0] > top[..., 1] * 1.00001).all()
-    want = everywhere(room, batch, winner)
+    want = everywhere(split_model, batch, winner)
     for limits in (pooled(1.0, **how), constant(math.inf), per_row(1.0, **how)):
-        got, found = masked_velocity(room, batch, limits, **how)
+        got, found = masked_velocity(split_model, batch, limits, **how)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         for realised, _ in found.values():
             torch.testing.assert_close(realised, torch.full_like(realised, 1 - 1 / TOKENS), rtol=1e-6, atol=0)
         dropped = 1 - largest[0].amax(dim=-1).mean(dim=-1)  # later blocks see other inputs
         torch.testing.assert_close(found[0][1], dropped, rtol=1e-5, atol=0)
-    assert not torch.allclose(want, known_answers.velocity(room, batch), atol=1e-2)
+    assert not torch.allclose(want, known_answers.velocity(split_model, batch), atol=1e-2)
 
 
 STRENGTHS, SINK, PLANTED_TOKENS = (0.5, 2.0, 5.0, 8.0), 13, 31
@@ -189,12 +189,12 @@ def planted(make_transformer, make_batch):
     for head, strength in enumerate(STRENGTHS):
         known_answers.write_head(model, (1, head), **known_answers.attracted(0, by=strength / 8.0), strength=8.0)
     vision, text = known_answers.marked(27, [[SINK]], 4)
-    return MochiRoom(model), known_answers.coded_batch(make_batch, vision[None], text[None], (3, 3, 3))
+    return SplitModel(model), known_answers.coded_batch(make_batch, vision[None], text[None], (3, 3, 3))
 
 
 @backends
 def test_a_planted_sink_alone_is_left_and_the_closed_form_says_what_goes(planted, backend):
-    room, batch = planted
+    split_model, batch = planted
     how = {"chunk": 6, "backend": backend}
     dropped = [1 - known_answers.sink_weight(strength, PLANTED_TOKENS) for strength in STRENGTHS]
     # The last ratio lies in the upper half of a row's last weight.
@@ -203,7 +203,7 @@ def test_a_planted_sink_alone_is_left_and_the_closed_form_says_what_goes(planted
         def measure(q, k, v, call, limits=limits):
             return masked_attention(q, k, v, limits(q, k), **how), v
 
-        (out, realised, mass), v = known_answers.watch(room, batch, 1, measure)
+        (out, realised, mass), v = known_answers.watch(split_model, batch, 1, measure)
         torch.testing.assert_close(out, v[:, :, SINK, None].expand_as(v), rtol=1e-6, atol=1e-7)
         assert realised[0].tolist() == pytest.approx([1 - 1 / PLANTED_TOKENS] * 4)
         assert mass[0].tolist() == pytest.approx(dropped, rel=1e-5)
@@ -211,12 +211,12 @@ def test_a_planted_sink_alone_is_left_and_the_closed_form_says_what_goes(planted
 
 @backends
 def test_the_equal_weights_beside_a_planted_sink_tie_and_stay(planted, backend):
-    room, batch = planted
+    split_model, batch = planted
     how = {"chunk": 6, "backend": backend}
     for ratio in (0.1, 0.75, 1 - 1.5 / PLANTED_TOKENS):
-        got, found = masked_velocity(room, batch, per_row(ratio, **how), [1], **how)
+        got, found = masked_velocity(split_model, batch, per_row(ratio, **how), [1], **how)
         assert_nothing_removed(found)
-        torch.testing.assert_close(got, known_answers.velocity(room, batch), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, known_answers.velocity(split_model, batch), rtol=1e-5, atol=1e-5)
 
 
 # -- what is odd -------------------------------------------------------------------------------------------------------
@@ -225,15 +225,17 @@ def test_the_equal_weights_beside_a_planted_sink_tie_and_stay(planted, backend):
 @backends
 @pytest.mark.parametrize("text", [0, 1])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_a_single_vision_token(room, make_batch, text, ratio, backend):
+def test_a_single_vision_token(split_model, make_batch, text, ratio, backend):
     batch, how = make_batch((text, text), grid=(1, 2, 2)), {"chunk": 6, "backend": backend}
-    stock = known_answers.stock_velocity(copy.deepcopy(room.model), batch)
-    got, found = masked_velocity(room, batch, pooled(ratio, **how), **how)
+    stock = known_answers.stock_velocity(copy.deepcopy(split_model.transformer), batch)
+    got, found = masked_velocity(split_model, batch, pooled(ratio, **how), **how)
     assert got.isfinite().all()
     if text == 0 or ratio == 0:
         torch.testing.assert_close(got, stock, rtol=1e-5, atol=1e-5)
         assert_nothing_removed(found)
-    seen = known_answers.watch(room, batch, 1, lambda q, k, v, call: sink_statistics(q, k, v, num_vision=1, **how))
+    seen = known_answers.watch(
+        split_model, batch, 1, lambda q, k, v, call: sink_statistics(q, k, v, num_vision=1, **how)
+    )
     assert (seen.queries, seen.keys) == (1 + text, 1 + text)
     assert (seen.key == 0).all() and seen.value_norm_ratio.isnan().all()
     if text == 0:
@@ -242,7 +244,7 @@ def test_a_single_vision_token(room, make_batch, text, ratio, backend):
 
 @backends
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_chunks_that_do_not_divide_the_tokens_and_a_brute_force(room, batch, layer, backend):
+def test_chunks_that_do_not_divide_the_tokens_and_a_brute_force(split_model, batch, layer, backend):
     def brute_force(q, k, v, call):
         weights = known_answers.softmax64(q, k)
         ordered = weights.flatten(2).sort(dim=-1).values
@@ -254,11 +256,11 @@ def test_chunks_that_do_not_divide_the_tokens_and_a_brute_force(room, batch, lay
         return (kept / kept.sum(dim=-1, keepdim=True) @ v.double()).float()
 
     limits, shares = [], []
-    want = known_answers.velocity(room, batch, {layer: brute_force})
-    assert not torch.allclose(want, known_answers.velocity(room, batch), atol=1e-4)
+    want = known_answers.velocity(split_model, batch, {layer: brute_force})
+    assert not torch.allclose(want, known_answers.velocity(split_model, batch), atol=1e-4)
     for chunk in (1, 6, TOKENS - 1, TOKENS, 1000) if backend == "chunked" else (None,):
         for limit in (lambda q, k: limits[0].float(), pooled(0.5, backend=backend, chunk=chunk, rank_error=0.0)):
-            got, found = masked_velocity(room, batch, limit, [layer], backend=backend, chunk=chunk)
+            got, found = masked_velocity(split_model, batch, limit, [layer], backend=backend, chunk=chunk)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found[layer][0], shares[0], rtol=1e-6, atol=0)
 
@@ -274,24 +276,24 @@ def test_rows_of_one_weight_whose_others_underflow(make_transformer, make_batch,
         )  # e^-300: 0 in float32
     vision, text = known_answers.marked(27, [[sink]], 4)
     batch = known_answers.coded_batch(make_batch, vision[None], text[None], (3, 3, 3))
-    room, how = MochiRoom(model), {"chunk": 6, "backend": backend}
+    split_model, how = SplitModel(model), {"chunk": 6, "backend": backend}
 
     def measure(q, k, v, call):
         seen = sink_statistics(q, k, v, num_vision=27, eps=(0.01, 0.999), **how)
         return row_statistics(q, k, **how), seen, pooled(0.5, **how)(q, k), v
 
-    rows, seen, threshold, _ = known_answers.watch(room, batch, layer, measure)
+    rows, seen, threshold, _ = known_answers.watch(split_model, batch, layer, measure)
     assert (rows.maximum == 1).all() and rows.entropy.abs().max() < 1e-30
     torch.testing.assert_close(rows.lse.double(), torch.full((1, 2, tokens), 300.0).double(), rtol=1e-6, atol=0)
     assert (seen.fraction == 1).all() and (seen.key == sink).all() and (seen.alpha == 1).all()
     assert threshold.max() < 1e-37
     # Removed or kept, what underflows changes nothing; in float32 all of it ties at 0 and stays.
     whole = known_answers.velocity(
-        room, batch, {layer: lambda q, k, v, call: v[:, :, sink, None].expand_as(v).contiguous()}
+        split_model, batch, {layer: lambda q, k, v, call: v[:, :, sink, None].expand_as(v).contiguous()}
     )
     torch.testing.assert_close(known_answers.stock_velocity(copy.deepcopy(model), batch), whole, rtol=1e-5, atol=1e-5)
     for ratio in (0.0, 0.5, 0.9):
-        got, found = masked_velocity(room, batch, pooled(ratio, **how), [layer], **how)
+        got, found = masked_velocity(split_model, batch, pooled(ratio, **how), [layer], **how)
         torch.testing.assert_close(got, whole, rtol=1e-6, atol=1e-6)
         assert found[layer][1].max() < 1e-37
         if backend == "chunked":

@@ -49,9 +49,7 @@ def test_arrays_come_back_and_nothing_is_left_beside(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     save_arrays(path, {"x": np.ones(2)})
-    monkeypatch.setattr(
-        "trainer.callbacks.measurement_files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr("data.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_arrays(path, {"x": np.zeros(2)})
     assert load_arrays(path)["x"].tolist() == [1, 1]

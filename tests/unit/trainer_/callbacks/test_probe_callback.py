@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from tests.support.measured_fits import Clips, files, fit, make_module, make_trainer, measurements
 from trainer.callbacks.masking import MaskingRobustness
 from trainer.callbacks.measurement_files import load_arrays
-from trainer.callbacks.probe_callback import observing
+from trainer.callbacks.probe_callback import measurement_mode
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.callbacks.sinks import SinkFrequency
 from trainer.models.layout import dense_attention
@@ -164,7 +164,7 @@ def test_a_measurement_that_raises_leaves_no_trace(tmp_path, base_folder, monkey
     with pytest.raises(ZeroDivisionError):
         trainer.fit(module, datamodule=Clips())
     assert not (tmp_path / "measurements").exists()
-    assert all(processor.attend is dense_attention for processor in module.room._processors)
+    assert all(processor.attend is dense_attention for processor in module.split_model._processors)
 
 
 def test_observing_restores_modes_and_random_state_also_when_something_raises():
@@ -175,7 +175,7 @@ def test_observing_restores_modes_and_random_state_also_when_something_raises():
     torch.manual_seed(5)
 
     def measure():
-        with observing(module, torch.device("cpu")):
+        with measurement_mode(module, torch.device("cpu")):
             assert not module.training and not torch.is_grad_enabled()
             torch.rand(100)
             raise KeyError

@@ -144,7 +144,7 @@ def test_shapes_and_dtypes_of_the_file(planted_base):
 def test_text_sink_is_no_sink_but_is_reported(planted_base):
     base, direction = planted_base
     module = build(base)
-    attention = module.room.model.transformer_blocks[2].attn1
+    attention = module.split_model.transformer.transformer_blocks[2].attn1
     with (
         torch.no_grad()
     ):  # every vision query and every text key of head 0 point the same way: the caption attracts all
@@ -170,11 +170,11 @@ def test_text_sink_is_no_sink_but_is_reported(planted_base):
 def test_attention_functions_come_off_also_when_something_raises(planted_base, monkeypatch):
     base, direction = planted_base
     module = build(base)
-    before = [processor.attend for processor in module.room._processors]
+    before = [processor.attend for processor in module.split_model._processors]
     monkeypatch.setattr("trainer.callbacks.sinks.sink_statistics", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure(module, marked_samples(direction))
-    assert [processor.attend for processor in module.room._processors] == before
+    assert [processor.attend for processor in module.split_model._processors] == before
 
 
 def test_wrong_settings_are_named(planted_base):

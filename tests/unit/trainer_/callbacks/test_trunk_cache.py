@@ -17,7 +17,7 @@ from trainer.callbacks.masking import MaskingRobustness
 from trainer.callbacks.measurement_files import load_arrays
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.callbacks.sinks import SinkFrequency
-from trainer.callbacks.trunk_cache import GIB, TrunkStore
+from trainer.callbacks.trunk_cache import GIB, TrunkCache
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 SIGMAS = (0.2, 0.7)
@@ -81,8 +81,8 @@ def plain(module, **kwargs):
 ])  # fmt: skip
 def test_measurements_are_the_same_with_and_without_a_store(base_folder, tmp_path, make):
     module = build(base_folder)
-    without, in_memory, on_disk = TrunkStore(host_gib=0), TrunkStore(), TrunkStore(host_gib=0, folder=str(tmp_path))
-    other_run = TrunkStore(host_gib=0, folder=str(tmp_path))
+    without, in_memory, on_disk = TrunkCache(host_gib=0), TrunkCache(), TrunkCache(host_gib=0, folder=str(tmp_path))
+    other_run = TrunkCache(host_gib=0, folder=str(tmp_path))
     found = []
     for store in (without, in_memory, in_memory, on_disk, other_run):
         callback = make()
@@ -110,9 +110,9 @@ def test_measurements_are_the_same_with_and_without_a_store(base_folder, tmp_pat
 ])  # fmt: skip
 @torch.no_grad()
 def test_other_settings_are_not_taken_for_these(base_folder, kind, settings, others):
-    module, shared = build(base_folder), TrunkStore()
+    module, shared = build(base_folder), TrunkCache()
     first, then, alone = kind(**settings), kind(**others), kind(**others)
-    first.store, then.store, alone.store = shared, shared, TrunkStore(host_gib=0)
+    first.store, then.store, alone.store = shared, shared, TrunkCache(host_gib=0)
     for batch in batches():
         first.observe(module, batch)
         got, expected = then.observe(module, batch), alone.observe(module, batch)
@@ -120,7 +120,7 @@ def test_other_settings_are_not_taken_for_these(base_folder, kind, settings, oth
 
 
 def test_both_measurements_share_one_pass(base_folder):
-    module, store = build(base_folder), TrunkStore()
+    module, store = build(base_folder), TrunkCache()
     sinks, masking = SinkFrequency(), MaskingRobustness(ratios=(0.5,), scopes=("retrained", "each"))
     sinks.store = masking.store = store
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_both_measurements_share_one_pass(base_folder):
 def test_a_kept_state_is_the_trunks_own(base_folder, tmp_path, trunk_dtype):
     module = build(base_folder, trunk_dtype=trunk_dtype)
     expected = plain(module)
-    for store in (TrunkStore(), TrunkStore(host_gib=0, folder=str(tmp_path))):
+    for store in (TrunkCache(), TrunkCache(host_gib=0, folder=str(tmp_path))):
         for _ in range(2):
             assert_equal_states(states(store, module), expected)
         assert store.counts == (len(expected), len(expected))
@@ -143,7 +143,7 @@ def test_a_kept_state_is_the_trunks_own(base_folder, tmp_path, trunk_dtype):
 def test_a_bfloat16_trunk_takes_half_the_memory(base_folder):
     streams = {}
     for trunk_dtype in ("float32", "bfloat16"):
-        store = TrunkStore()
+        store = TrunkCache()
         states(store, build(base_folder, trunk_dtype=trunk_dtype))
         streams[trunk_dtype] = sum(
             kept.tensors["vision"].numel() * kept.tensors["vision"].element_size()
@@ -160,7 +160,7 @@ def test_a_bfloat16_trunk_takes_half_the_memory(base_folder):
     "settings", [{"seed": 2}, {"sigmas": (0.2, 0.71)}, {"lengths": (3, 1, 3)}, {"batch_size": 1}], ids=str
 )
 def test_other_probes_are_not_taken_for_these(base_folder, settings):
-    module, store = build(base_folder), TrunkStore()
+    module, store = build(base_folder), TrunkCache()
     states(store, module)
     assert_equal_states(states(store, module, **settings), plain(module, **settings))
     assert store.counts[1] == 0
@@ -168,7 +168,7 @@ def test_other_probes_are_not_taken_for_these(base_folder, settings):
 
 def test_another_trunk_is_not_taken_for_this_one(base_folder, make_transformer, tmp_path):
     make_transformer(seed=8).save_pretrained(tmp_path / "transformer")
-    store = TrunkStore()
+    store = TrunkCache()
     others = [
         build(base_folder),
         build(tmp_path),
@@ -181,7 +181,7 @@ def test_another_trunk_is_not_taken_for_this_one(base_folder, make_transformer, 
 
 
 def test_another_precision_is_not_taken_for_this_one(base_folder):
-    module, store = build(base_folder), TrunkStore()
+    module, store = build(base_folder), TrunkCache()
     states(store, module)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal_states(states(store, module), plain(module))
@@ -189,7 +189,7 @@ def test_another_precision_is_not_taken_for_this_one(base_folder):
 
 
 def test_retrained_weights_do_not_matter(base_folder):
-    module, store = build(base_folder), TrunkStore()
+    module, store = build(base_folder), TrunkCache()
     states(store, module)
     with torch.no_grad():
         for parameter in module.retrained_parameters().values():
@@ -200,7 +200,7 @@ def test_retrained_weights_do_not_matter(base_folder):
 
 def test_a_trunk_that_is_trained_is_not_kept(base_folder):
     module = build(base_folder, surgery=SurgeryConfig(last=3, init="keep", train_outside=True))
-    store = TrunkStore()
+    store = TrunkCache()
     for _ in range(2):
         states(store, module)
     assert store.counts == (2 * len(batches()), 0) and store._memory.nbytes == 0
@@ -209,7 +209,7 @@ def test_a_trunk_that_is_trained_is_not_kept(base_folder):
 def test_ranks_of_a_sharded_model_keep_nothing(base_folder):
     module = build(base_folder)
     for strategy, kept in ((SingleDeviceStrategy(), True), (DDPStrategy(), True), (FSDPStrategy(), False)):
-        store = TrunkStore()
+        store = TrunkCache()
         store.setup(SimpleNamespace(strategy=strategy), module, "fit")
         for _ in range(2):
             states(store, module)
@@ -220,10 +220,10 @@ def test_ranks_of_a_sharded_model_keep_nothing(base_folder):
 
 
 def test_what_does_not_fit_is_computed_again(base_folder):
-    module, whole = build(base_folder), TrunkStore()
+    module, whole = build(base_folder), TrunkCache()
     expected = states(whole, module, batch_size=1)
     budget = whole._memory.nbytes // 2
-    store = TrunkStore(host_gib=budget / GIB)
+    store = TrunkCache(host_gib=budget / GIB)
     for _ in range(3):
         assert_equal_states(states(store, module, batch_size=1), expected)
         assert 0 < store._memory.nbytes <= budget
@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_computed_again(base_folder):
 
 
 def test_memory_is_given_back_at_the_end(base_folder):
-    module, store = build(base_folder), TrunkStore()
+    module, store = build(base_folder), TrunkCache()
     states(store, module)
     assert store._memory.nbytes > 0
     store.teardown(None, module, "fit")
@@ -261,19 +261,19 @@ def exchange(path):
 @pytest.mark.parametrize("spoil", [flip, cut, empty, exchange])
 def test_a_damaged_or_foreign_file_is_made_anew(base_folder, tmp_path, spoil, caplog):
     module = build(base_folder)
-    expected = states(TrunkStore(host_gib=0, folder=str(tmp_path)), module)
+    expected = states(TrunkCache(host_gib=0, folder=str(tmp_path)), module)
     for path in sorted(tmp_path.iterdir()):
         spoil(path)
-    assert_equal_states(states(TrunkStore(host_gib=0, folder=str(tmp_path)), module), expected)
+    assert_equal_states(states(TrunkCache(host_gib=0, folder=str(tmp_path)), module), expected)
     assert "made anew" in caplog.text
-    again = TrunkStore(host_gib=0, folder=str(tmp_path))
+    again = TrunkCache(host_gib=0, folder=str(tmp_path))
     assert_equal_states(states(again, module), expected)
     assert again.counts == (0, len(expected))
 
 
 def test_a_folder_that_cannot_be_written_costs_no_run(base_folder, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
-    module, store = build(base_folder), TrunkStore(host_gib=0, folder=str(tmp_path / "file"))
+    module, store = build(base_folder), TrunkCache(host_gib=0, folder=str(tmp_path / "file"))
     for _ in range(2):
         assert_equal_states(states(store, module), plain(module))
     assert caplog.text.count("cannot be written") == 1
@@ -281,7 +281,7 @@ def test_a_folder_that_cannot_be_written_costs_no_run(base_folder, tmp_path, cap
 
 def test_wrong_budgets_are_named():
     with pytest.raises(ValueError, match="got host_gib=-1"):
-        TrunkStore(host_gib=-1)
+        TrunkCache(host_gib=-1)
 
 
 # -- in a fit -------------------------------------------------------------------------------------------------------
@@ -312,8 +312,8 @@ def test_one_pass_per_batch_serves_all_stages_of_a_run(tmp_path, base_folder, mo
 
 
 def test_a_fit_leaves_the_same_arrays_with_and_without(tmp_path, base_folder):
-    fit(tmp_path / "without", base_folder, [TrunkStore(host_gib=0), *measurements()])
-    store = TrunkStore(folder=str(tmp_path / "kept"))
+    fit(tmp_path / "without", base_folder, [TrunkCache(host_gib=0), *measurements()])
+    store = TrunkCache(folder=str(tmp_path / "kept"))
     fit(tmp_path / "with", base_folder, [*measurements(), store])
     assert store.counts[1] > store.counts[0] > 0
     names = files(tmp_path / "with", "measurements")
@@ -327,7 +327,7 @@ def test_a_fit_leaves_the_same_arrays_with_and_without(tmp_path, base_folder):
 
 def test_nothing_of_it_is_in_a_checkpoint(tmp_path, base_folder):
     sizes = []
-    for callbacks in ([], [TrunkStore(), *measurements()]):
+    for callbacks in ([], [TrunkCache(), *measurements()]):
         trainer = make_trainer(tmp_path / str(len(sizes)), callbacks, max_epochs=1)
         module = build(base_folder)
         trainer.fit(module, datamodule=Clips())
@@ -339,5 +339,5 @@ def test_nothing_of_it_is_in_a_checkpoint(tmp_path, base_folder):
 
 
 def test_two_stores_are_refused(tmp_path, base_folder):
-    with pytest.raises(ValueError, match="got 2 TrunkStores"):
-        fit(tmp_path, base_folder, [TrunkStore(), TrunkStore(), *measurements()])
+    with pytest.raises(ValueError, match="got 2 TrunkCaches"):
+        fit(tmp_path, base_folder, [TrunkCache(), TrunkCache(), *measurements()])

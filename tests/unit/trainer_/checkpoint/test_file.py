@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.fit.resume import clear_leftovers, find_checkpoint, set_aside
-from tests.unit.trainer_.checkpoint.test_io import content, value_of
-from trainer.checkpoint.file import LAST, PREVIOUS, damage, write_checkpoint
+from launch.fit.resume import clear_leftovers, find_checkpoint
+from launch.run_folder import RunFolder
+from tests.support.checkpoints import content, value_of
+from trainer.checkpoint.file import checkpoint_fault, write_checkpoint
+from trainer.run_files import LAST, PREVIOUS
 
 #: System calls that a process may be killed before or after; counted through all saves.
 CALLS = ("fsync", "link", "replace", "unlink")
@@ -58,18 +60,19 @@ def save_until_killed(folder, at: int, links: bool) -> tuple[int, bool]:
 def test_killed_before_any_call_it_leaves_a_whole_checkpoint(tmp_path, links):
     moments, ended = 0, False
     while not ended:
-        folder = tmp_path / str(moments)
-        folder.mkdir()
+        run = RunFolder(tmp_path / str(moments))
+        folder = run.checkpoints
+        folder.mkdir(parents=True)
         moments += 1
         saved, ended = save_until_killed(folder, moments, links)
-        found = find_checkpoint(folder / LAST)
+        found = find_checkpoint(run)
         if saved == 0:
             assert found is None or value_of(found) == 1
         else:
             assert value_of(found) in (saved, saved + 1)  # killed after the rename, before it could say so
-        clear_leftovers(tmp_path)  # a run folder of another layout: nothing of this one
+        clear_leftovers(RunFolder(tmp_path))  # a run folder of another layout: nothing of this one
         for path in folder.glob("*.ckpt"):
-            assert damage(path) is None
+            assert checkpoint_fault(path) is None
     assert moments > 12
     assert {p.name for p in folder.iterdir()} == {LAST, PREVIOUS}
     assert [value_of(folder / name) for name in (PREVIOUS, LAST)] == [3, 4]
@@ -94,7 +97,7 @@ def test_a_damaged_byte_is_found_or_changes_nothing(whole, data):
     content_bytes[place] ^= data.draw(st.integers(1, 255))
     damaged = whole.with_name("byte.ckpt")
     damaged.write_bytes(content_bytes)
-    if damage(damaged) is None:
+    if checkpoint_fault(damaged) is None:
         assert same(torch.load(damaged, weights_only=True), torch.load(whole, weights_only=True))
 
 
@@ -104,7 +107,7 @@ def test_a_flipped_bit_in_a_tensor_is_found_though_torch_reads_it(whole):
     damaged = whole.with_name("bit.ckpt")
     damaged.write_bytes(content_bytes)
     assert not torch.equal(torch.load(damaged, weights_only=True)["state_dict"]["w"], torch.ones(300, 7))
-    assert "CRC-32" in damage(damaged)
+    assert "CRC-32" in checkpoint_fault(damaged)
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,58 +115,10 @@ def test_a_flipped_bit_in_a_tensor_is_found_though_torch_reads_it(whole):
 def test_a_truncated_file_is_found(whole, share):
     damaged = whole.with_name("cut.ckpt")
     damaged.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
-    assert damage(damaged) is not None
+    assert checkpoint_fault(damaged) is not None
 
 
 def test_a_file_without_what_a_run_needs_is_damaged(tmp_path):
     write_checkpoint({"state_dict": {}, "loops": {}}, tmp_path / LAST)
-    assert damage(tmp_path / LAST) == "it lacks global_step, callbacks, optimizer_states, lr_schedulers"
-    assert damage(tmp_path / "absent.ckpt") is not None
-
-
-@pytest.fixture
-def pair(tmp_path):
-    for value in (1, 2):
-        write_checkpoint(content(value), tmp_path / LAST)
-    return tmp_path / LAST, tmp_path / PREVIOUS
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-50])
-
-
-def test_the_one_before_is_used_where_the_last_is_damaged_and_said(pair, capsys):
-    last, previous = pair
-    assert find_checkpoint(last) == last and capsys.readouterr().out == ""
-    cut(last)
-    assert find_checkpoint(last) == previous
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and f"{last} cannot be read" in said and f"the one before it, {previous}" in said
-    assert last.is_file()  # as it was, until the run goes on
-    set_aside(last)
-    assert find_checkpoint(last) == previous and f"{last} is missing; going on from" in capsys.readouterr().out
-    write_checkpoint(content(3), last)
-    assert value_of(previous) == 1 and value_of(last) == 3  # the damaged one did not take its place
-    assert last.with_name("last.ckpt.damaged").is_file()
-
-
-def test_without_a_whole_one_the_run_is_refused(pair):
-    last, previous = pair
-    cut(last), cut(previous)
-    with pytest.raises(ValueError, match=f"{last} cannot be read .* and {previous} cannot be read"):
-        find_checkpoint(last)
-    last.unlink(), previous.unlink()
-    assert find_checkpoint(last) is None
-
-
-def test_half_files_are_cleared_away_and_nothing_else(tmp_path):
-    half = [
-        "metrics.csv.tmp", "graft.safetensors.tmp", "checkpoints/last.ckpt.tmp", "checkpoints/previous.ckpt.tmp",
-        "measurements/.sinks-base.npz.0123.part", "figures/.sinks-base.png.0123.part",
-    ]  # fmt: skip
-    full = ["metrics.csv", "checkpoints/last.ckpt", "checkpoints/last.ckpt.damaged", "measurements/sinks-base.npz"]
-    for name in half + full:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    clear_leftovers(tmp_path)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(full)
+    assert checkpoint_fault(tmp_path / LAST) == "it lacks global_step, callbacks, optimizer_states, lr_schedulers"
+    assert checkpoint_fault(tmp_path / "absent.ckpt") is not None

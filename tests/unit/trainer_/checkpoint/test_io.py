@@ -1,6 +1,5 @@
 """Checkpoints are written aside, one after another, each as it was when it was saved; a failed write loses nothing."""
 
-import os
 import resource
 import threading
 from contextlib import contextmanager
@@ -9,42 +8,29 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from data.files import sync, temporaries
 from launch.fit.last_checkpoint import LastCheckpoint
 from launch.signals import UNSAVED, Request, Stopped
-from trainer.checkpoint.file import LAST, PREVIOUS
-from trainer.checkpoint.io import CheckpointFiles
+from tests.support.checkpoints import content, names, value_of
+from trainer.checkpoint.io import BackgroundCheckpointIO
+from trainer.run_files import LAST, PREVIOUS
 
 #: Seconds within which whatever is waited for must have come.
 LIMIT = 60
 
 
-def content(value: float) -> dict:
-    weights, moments = torch.full((300, 7), float(value)), torch.full((5,), float(value))
-    return {
-        "global_step": int(value), "state_dict": {"w": weights}, "loops": {"n": [int(value)]}, "callbacks": {},
-        "optimizer_states": [{"state": {0: {"m": moments}}}], "lr_schedulers": [],
-    }  # fmt: skip
-
-
-def value_of(path) -> float:
-    found = torch.load(path, weights_only=True)
-    values = {float(found["global_step"]), *found["state_dict"]["w"].unique().tolist(), float(found["loops"]["n"][0])}
-    (value,) = values | set(found["optimizer_states"][0]["state"][0]["m"].unique().tolist())
-    return value
-
-
 class SlowDisk:
-    """Every fsync waits until it is let through."""
+    """Every file waits until it is let through to the disk."""
 
     def __init__(self, monkeypatch):
-        self.reached, self._go, fsync = threading.Semaphore(0), threading.Semaphore(0), os.fsync
+        self.reached, self._go = threading.Semaphore(0), threading.Semaphore(0)
 
-        def slow(descriptor):
+        def slow(path):
             self.reached.release()
             assert self._go.acquire(timeout=LIMIT)
-            fsync(descriptor)
+            sync(path)
 
-        monkeypatch.setattr("trainer.checkpoint.file.os.fsync", slow)
+        monkeypatch.setattr("trainer.checkpoint.file.sync", slow)
 
     def wait(self):
         assert self.reached.acquire(timeout=LIMIT)
@@ -69,13 +55,9 @@ def no_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def names(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
 def test_a_file_holds_what_was_there_when_it_was_saved(tmp_path, disk):
     """The write waits while every part of the checkpoint goes on changing."""
-    files, live = CheckpointFiles(), content(1)
+    files, live = BackgroundCheckpointIO(), content(1)
     files.save_checkpoint(live, tmp_path / LAST)
     disk.wait()
     files.save_checkpoint(live, tmp_path / "best-step=1.ckpt")  # waits for its turn
@@ -89,14 +71,14 @@ def test_a_file_holds_what_was_there_when_it_was_saved(tmp_path, disk):
 
 
 def test_training_waits_for_the_third_save_only(tmp_path, disk):
-    files = CheckpointFiles()
+    files = BackgroundCheckpointIO()
     files.save_checkpoint(content(1), tmp_path / LAST)
     files.save_checkpoint(content(2), tmp_path / LAST)
     disk.wait()
     third = threading.Thread(target=files.save_checkpoint, args=(content(3), tmp_path / LAST))
     third.start()
     third.join(0.3)
-    assert third.is_alive() and names(tmp_path) == {LAST + ".tmp"}  # one write at a time
+    assert third.is_alive() and len(names(tmp_path)) == 1 == len(temporaries(tmp_path, LAST))  # one write at a time
     disk.let()
     third.join(LIMIT)
     assert not third.is_alive()
@@ -106,7 +88,7 @@ def test_training_waits_for_the_third_save_only(tmp_path, disk):
 
 
 def test_memory_is_used_again(tmp_path):
-    files = CheckpointFiles()
+    files = BackgroundCheckpointIO()
     places = set()
     for value in range(6):
         snapshot = files._memory.take(content(value))
@@ -119,20 +101,20 @@ def test_memory_is_used_again(tmp_path):
 
 
 def test_saved_in_the_foreground_a_file_is_there_at_once(tmp_path):
-    files = CheckpointFiles(background=False)
+    files = BackgroundCheckpointIO(background=False)
     files.save_checkpoint(content(1), tmp_path / LAST)
     assert value_of(tmp_path / LAST) == 1
 
 
 def test_reading_waits_for_the_write(tmp_path, disk):
-    files = CheckpointFiles()
+    files = BackgroundCheckpointIO()
     files.save_checkpoint(content(1), tmp_path / LAST)
     threading.Timer(0.2, disk.let).start()
     assert files.load_checkpoint(tmp_path / LAST)["global_step"] == 1
 
 
 def test_a_file_is_removed_only_after_its_successor_is_complete(tmp_path, disk):
-    files = CheckpointFiles()
+    files = BackgroundCheckpointIO()
     files.save_checkpoint(content(1), tmp_path / "best-step=1.ckpt")
     disk.let()
     files.wait()
@@ -147,7 +129,7 @@ def test_a_file_is_removed_only_after_its_successor_is_complete(tmp_path, disk):
 
 @pytest.mark.parametrize("background", [True, False])
 def test_without_room_the_old_files_stay_and_the_next_save_tries_again(tmp_path, caplog, background):
-    files = CheckpointFiles(background=background)
+    files = BackgroundCheckpointIO(background=background)
     for value, name in ((1, LAST), (2, LAST), (2, "best-step=2.ckpt")):
         files.save_checkpoint(content(value), tmp_path / name)
     files.wait()
@@ -168,7 +150,7 @@ def test_without_room_the_old_files_stay_and_the_next_save_tries_again(tmp_path,
 
 
 def test_one_failure_too_many_in_a_row_is_raised_by_the_next_save(tmp_path):
-    files = CheckpointFiles(max_failures=2)
+    files = BackgroundCheckpointIO(max_failures=2)
     for _ in range(2):  # a success in between starts the count anew
         with no_room():
             for _ in range(2):
@@ -188,7 +170,7 @@ def test_one_failure_too_many_in_a_row_is_raised_by_the_next_save(tmp_path):
 @pytest.mark.parametrize("end", ["wait", "teardown"])
 @pytest.mark.parametrize("after", [[], ["best-step=1.ckpt"]], ids=["at the end", "before another file"])
 def test_a_last_state_that_is_not_on_the_disk_is_an_error(tmp_path, end, after):
-    files = CheckpointFiles()
+    files = BackgroundCheckpointIO()
     with no_room():
         files.save_checkpoint(content(1), tmp_path / LAST)
         files.settle()
@@ -200,7 +182,7 @@ def test_a_last_state_that_is_not_on_the_disk_is_an_error(tmp_path, end, after):
 
 
 def test_a_failed_best_file_is_no_error_once_another_file_is_written(tmp_path):
-    files = CheckpointFiles()
+    files = BackgroundCheckpointIO()
     with no_room():
         files.save_checkpoint(content(1), tmp_path / "best-step=1.ckpt")
         files.settle()
@@ -211,7 +193,7 @@ def test_a_failed_best_file_is_no_error_once_another_file_is_written(tmp_path):
 
 @pytest.mark.parametrize("told", ["check", "wait", "teardown"])
 def test_what_cannot_be_saved_at_all_is_raised(tmp_path, told):
-    files = CheckpointFiles()
+    files = BackgroundCheckpointIO()
     files.save_checkpoint({"x": lambda: None}, tmp_path / LAST)
     files.settle()
     with pytest.raises(Exception, match="pickle"):
@@ -221,7 +203,7 @@ def test_what_cannot_be_saved_at_all_is_raised(tmp_path, told):
 
 def test_once_ready_a_save_neither_waits_nor_raises(tmp_path, disk):
     """Ranks get ready together, and rank zero alone saves: by then it must not give up alone."""
-    files = CheckpointFiles(max_failures=0)
+    files = BackgroundCheckpointIO(max_failures=0)
     files.save_checkpoint(content(1), tmp_path / LAST)
     files.save_checkpoint(content(2), tmp_path / LAST)
     disk.wait()
@@ -248,7 +230,7 @@ def test_once_ready_a_save_neither_waits_nor_raises(tmp_path, disk):
 
 
 def test_a_rank_that_cannot_save_where_it_stopped_says_so_by_its_status(tmp_path):
-    trainer = Trainer(plugins=[CheckpointFiles()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer = Trainer(plugins=[BackgroundCheckpointIO()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
     files, last = trainer.strategy.checkpoint_io, LastCheckpoint(tmp_path / LAST, 10)
     saved, unsaved = (Stopped(Request.GO_ON_LATER, "after step 3") for _ in range(2))
     files.save_checkpoint(content(1), tmp_path / LAST)

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import scan_cache_dir
 from safetensors.torch import load_file, save_file
 
-from trainer.models import load
-from trainer.models.load import check_base, load_transformer, read_config, read_weights, resolve_base
+from data.base_folder import resolve_base
+from trainer.models.load import check_base, load_transformer, read_config, read_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -84,7 +85,8 @@ def test_missing_bases_are_told_how_to_get_them(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"holds no transformer/config\.json"):
         check_base(str(tmp_path))
     # A download that broke off: the snapshot is there, the transformer is not.
-    monkeypatch.setattr(load, "_cached_snapshot", lambda repo: tmp_path)
+    (tmp_path / "hub/models--genmo--half/snapshots/0123").mkdir(parents=True)
+    monkeypatch.setattr("data.base_folder.scan_cache_dir", lambda: scan_cache_dir(tmp_path / "hub"))
     with pytest.raises(ValueError, match=r"incomplete: run `hf download genmo/half` again"):
         check_base("genmo/half")
 

@@ -1,4 +1,4 @@
-"""The model room against diffusers' own forward, gradients included; and the seam where attention is observed."""
+"""SplitModel against diffusers' own forward, gradients included; and where attention is observed and changed."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.models.layout import TokenLayout, dense_attention, text_lengths_of
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 
 CONFIGS = st.fixed_dictionaries(
     {
@@ -74,12 +74,12 @@ def test_composition_equals_diffusers_forward(make_transformer, make_batch, conf
     want = stock(model, *args)
     want_grads = gradients(model, want)
 
-    same = MochiRoom(ours, stock_attention=True)(*args)
+    same = SplitModel(ours, stock_attention=True)(*args)
     assert torch.equal(same, want)
     for name, grad in gradients(ours, same).items():
         assert torch.equal(grad, want_grads[name]), name
 
-    got = MochiRoom(ours)(*args)
+    got = SplitModel(ours)(*args)
     assert_relative(got, want, 1e-5)
     # A gradient that is zero, as that of a softmax over one token, is what float32 leaves of the sums behind it.
     noise = torch.finfo(torch.float32).eps * torch.stack([g.norm() for g in want_grads.values()]).norm().item()
@@ -96,19 +96,19 @@ def test_diffusers_forward_with_our_processor(make_transformer, make_batch, conf
         lengths, pad=pad, seed=seed, channels=config["in_channels"], text_width=config["text_embed_dim"]
     ))  # fmt: skip
     want = stock(model, *args).detach()
-    room = MochiRoom(model)
-    got = stock(room.model, *args)
+    split_model = SplitModel(model)
+    got = stock(split_model.transformer, *args)
     assert_relative(got, want, 1e-5)
-    torch.testing.assert_close(got, room(*args), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, split_model(*args), rtol=1e-5, atol=1e-6)
 
 
 def test_running_in_parts_is_running_at_once(make_transformer, make_batch):
-    room = MochiRoom(make_transformer(num_layers=4))
+    split_model = SplitModel(make_transformer(num_layers=4))
     args = arguments(make_batch())
-    state = room.embed(*args)
+    state = split_model.embed(*args)
     for start, stop in ((0, 0), (0, 1), (1, 3), (3, 4)):
-        state = room.run(state, start, stop).detach()
-    assert torch.equal(room.finish(state), room(*args))
+        state = split_model.run(state, start, stop).detach()
+    assert torch.equal(split_model.finish(state), split_model(*args))
 
 
 def test_the_text_stream_is_diffusers_own_on_padded_tokens_too(make_transformer, make_batch):
@@ -116,22 +116,22 @@ def test_the_text_stream_is_diffusers_own_on_padded_tokens_too(make_transformer,
     model, args = make_transformer(), arguments(make_batch([3, 0, 5], pad=2))
     states = []
     for stock_attention in (True, False):
-        room = MochiRoom(model, stock_attention=stock_attention)
-        states.append(room.run(room.embed(*args), 0, 2))
+        split_model = SplitModel(model, stock_attention=stock_attention)
+        states.append(split_model.run(split_model.embed(*args), 0, 2))
     torch.testing.assert_close(states[1].text, states[0].text, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(states[1].vision, states[0].vision, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_and_neighbours_change_nothing(make_transformer, make_batch):
-    room = MochiRoom(make_transformer())
+    split_model = SplitModel(make_transformer())
     batch, padded = make_batch([3, 0, 5]), make_batch([3, 0, 5], pad=4)
     padded.text[~padded.text_mask] = 100.0  # what lies in padding must not be read
-    want = room(*arguments(batch))
-    torch.testing.assert_close(room(*arguments(padded)), want)
+    want = split_model(*arguments(batch))
+    torch.testing.assert_close(split_model(*arguments(padded)), want)
     x, timestep, text, mask, lengths = arguments(batch)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
-        alone = room(x[one], timestep[one], text[one], mask[one], (length,))
+        alone = split_model(x[one], timestep[one], text[one], mask[one], (length,))
         torch.testing.assert_close(alone, want[one])
 
 
@@ -150,18 +150,18 @@ WAITS = {f"aten::{name}" for name in ("nonzero", "item", "_local_scalar_dense", 
                                       "unique_dim", "_unique2", "index.Tensor")}  # fmt: skip
 
 
-def _operations(room, batch):
+def _operations(split_model, batch):
     with _Operations() as seen, torch.no_grad():
-        room(*arguments(batch))
+        split_model(*arguments(batch))
     return seen.names
 
 
 def test_no_wait_for_the_device_and_no_loop_over_the_batch(make_transformer, make_batch):
     model = make_transformer()
-    counts = {len(_operations(MochiRoom(model), make_batch(lengths))) for lengths in ([2, 1], [2, 0, 1, 1, 2, 0, 1])}
+    counts = {len(_operations(SplitModel(model), make_batch(lengths))) for lengths in ([2, 1], [2, 0, 1, 1, 2, 0, 1])}
     assert len(counts) == 1, "work is done sample by sample"
-    assert not WAITS & set(_operations(MochiRoom(model), make_batch([2, 0, 1])))
-    assert WAITS & set(_operations(MochiRoom(model, stock_attention=True), make_batch([2, 0, 1]))), (
+    assert not WAITS & set(_operations(SplitModel(model), make_batch([2, 0, 1])))
+    assert WAITS & set(_operations(SplitModel(model, stock_attention=True), make_batch([2, 0, 1]))), (
         "the probe sees none"
     )
 
@@ -176,38 +176,38 @@ def test_captions_of_one_length_need_no_mask(make_batch):
 
 
 def test_attention_is_seen_and_changed_only_inside(make_transformer, make_batch):
-    room, args = MochiRoom(make_transformer()), arguments(make_batch([3, 3]))
-    want, seen = room(*args), []
+    split_model, args = SplitModel(make_transformer()), arguments(make_batch([3, 3]))
+    want, seen = split_model(*args), []
 
     def written_out(q, k, v, call):
         seen.append((call.layer, tuple(q.shape), call.layout.text_tokens))
         weights = torch.softmax(q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
         return (weights @ v.double()).to(v.dtype)
 
-    with room.attention({0: written_out, 2: written_out}):
-        torch.testing.assert_close(room(*args), want)
+    with split_model.attention({0: written_out, 2: written_out}):
+        torch.testing.assert_close(split_model(*args), want)
     assert seen == [(0, (2, 2, 12 + 3, 8), 3), (2, (2, 2, 12 + 3, 8), 3)]
-    with room.attention({1: lambda q, k, v, call: torch.zeros_like(v)}):
-        assert not torch.allclose(room(*args), want)
+    with split_model.attention({1: lambda q, k, v, call: torch.zeros_like(v)}):
+        assert not torch.allclose(split_model(*args), want)
 
     def broken(q, k, v, call):
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), room.attention({1: broken}):
-        room(*args)
-    assert torch.equal(room(*args), want)
-    with pytest.raises(ValueError, match=r"layers \[3\].*0 \.\. 2"), room.attention({3: written_out}):
+    with pytest.raises(RuntimeError, match="stop"), split_model.attention({1: broken}):
+        split_model(*args)
+    assert torch.equal(split_model(*args), want)
+    with pytest.raises(ValueError, match=r"layers \[3\].*0 \.\. 2"), split_model.attention({3: written_out}):
         pass
     with pytest.raises(ValueError, match="stock_attention"), \
-            MochiRoom(make_transformer(), stock_attention=True).attention({0: dense_attention}):  # fmt: skip
+            SplitModel(make_transformer(), stock_attention=True).attention({0: dense_attention}):  # fmt: skip
         pass
 
 
 def test_output_projection_splits_by_head(make_transformer, make_batch):
-    room = MochiRoom(make_transformer())
-    projection = room.output_projection(1)
+    split_model = SplitModel(make_transformer())
+    projection = split_model.output_projection(1)
     assert projection.shape == (2, 8, 16)
-    attn = room.model.transformer_blocks[1].attn1
+    attn = split_model.transformer.transformer_blocks[1].attn1
     heads = torch.randn(5, 2, 8)
     want = attn.to_out[0](heads.flatten(1))
     torch.testing.assert_close(torch.einsum("nhd,hdo->no", heads, projection) + attn.to_out[0].bias, want)
@@ -215,16 +215,16 @@ def test_output_projection_splits_by_head(make_transformer, make_batch):
 
 def test_checkpointed_blocks_give_the_same_gradients(make_transformer, make_batch):
     model, args = make_transformer(), arguments(make_batch())
-    plain = gradients(model, MochiRoom(model)(*args))
+    plain = gradients(model, SplitModel(model)(*args))
     plain = {name: grad.clone() for name, grad in plain.items()}
-    saved = gradients(model, MochiRoom(model, checkpoint_blocks=True)(*args))
+    saved = gradients(model, SplitModel(model, checkpoint_blocks=True)(*args))
     for name, grad in saved.items():
         assert torch.equal(grad, plain[name]), name
 
 
 def test_state_can_be_moved_and_cut(make_transformer, make_batch):
-    room = MochiRoom(make_transformer())
-    state = room.embed(*arguments(make_batch()))
+    split_model = SplitModel(make_transformer())
+    state = split_model.embed(*arguments(make_batch()))
     assert state.vision.requires_grad and state.rope[0].requires_grad
     cut = state.detach()
     assert not any(t.requires_grad for t in (cut.vision, cut.text, cut.temb, *cut.rope))
@@ -232,20 +232,20 @@ def test_state_can_be_moved_and_cut(make_transformer, make_batch):
 
 
 def test_bad_input_is_named(make_transformer, make_batch):
-    room = MochiRoom(make_transformer())
+    split_model = SplitModel(make_transformer())
     x, timestep, text, mask, lengths = arguments(make_batch())
     with pytest.raises(ValueError, match=r"3 x 6.*multiples of 2.*multiples of 16"):
-        room(x[:, :, :, :3], timestep, text, mask, lengths)
+        split_model(x[:, :, :, :3], timestep, text, mask, lengths)
     with pytest.raises(ValueError, match="one length per sample"):
-        room(x, timestep, text, mask, lengths[:-1])
+        split_model(x, timestep, text, mask, lengths[:-1])
     with pytest.raises(ValueError, match="none above the padded length"):
-        room(x, timestep, text, mask, (3, 0, 6))
+        split_model(x, timestep, text, mask, (3, 0, 6))
     assert text_lengths_of(mask) == lengths
     with pytest.raises(ValueError, match="with gaps"):
         text_lengths_of(torch.tensor([[True, False, True]]))
 
 
-def test_stock_room_puts_diffusers_processor_back(make_transformer):
-    room = MochiRoom(make_transformer())
-    MochiRoom(room.model, stock_attention=True)
-    assert all(isinstance(b.attn1.processor, MochiAttnProcessor2_0) for b in room.model.transformer_blocks)
+def test_stock_attention_puts_diffusers_processor_back(make_transformer):
+    split_model = SplitModel(make_transformer())
+    SplitModel(split_model.transformer, stock_attention=True)
+    assert all(isinstance(b.attn1.processor, MochiAttnProcessor2_0) for b in split_model.transformer.transformer_blocks)

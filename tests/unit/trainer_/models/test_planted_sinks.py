@@ -9,7 +9,7 @@ import torch
 from trainer.attention import sink_statistics, sink_verdict
 from trainer.models.from_scratch import fresh_frequencies, head_rows, reserve_channels
 from trainer.models.layout import dense_attention
-from trainer.models.mochi import MochiRoom
+from trainer.models.mochi import SplitModel
 from trainer.models.planted_sinks import MARKER_SLOPE, VISION_OFFSET, PlantedHead, plant_sinks
 from trainer.module import OptimConfig, SurgeryConfig
 
@@ -36,17 +36,17 @@ def planted(free):
 
 def seen(model, batch, layer=PLANTED.layer):
     """(q, k, attention output) of one layer, the residual stream that enters it, and its input after the norm."""
-    room, found = MochiRoom(model), {}
+    split_model, found = SplitModel(model), {}
 
     def attend(q, k, v, call):
         found.update(q=q, k=k, v=v, call=call, out=dense_attention(q, k, v, call))
         return found["out"]
 
-    with torch.no_grad(), room.attention({layer: attend}):
+    with torch.no_grad(), split_model.attention({layer: attend}):
         time = torch.linspace(100.0, 900.0, len(batch))
-        state = room.embed(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
-        found["entering"] = room.run(state, 0, layer).vision
-        room.finish(room.run(state, 0, room.num_blocks))
+        state = split_model.embed(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        found["entering"] = split_model.run(state, 0, layer).vision
+        split_model.finish(split_model.run(state, 0, split_model.num_blocks))
     return found
 
 
@@ -120,7 +120,7 @@ def test_reserved_channels_stay_free_in_training(make_module, make_batch, fit, c
     surgery = SurgeryConfig(last=3, init="torch", train_outside=True, reserved_channels=CHANNELS)
     optim = OptimConfig(lr=0.01, warmup_steps=1, weight_decay=0.0)
     module = make_module(base=config_json, surgery=surgery, optim=optim)
-    model = module.room.model
+    model = module.split_model.transformer
     marker = model.patch_embed.proj.weight[CHANNELS[1]].detach().clone()
     before = model.patch_embed.proj.weight.detach().clone()
     fit(module, [make_batch(seed=n) for n in range(5)])

@@ -75,7 +75,7 @@ def test_a_fit_refuses_before_it_builds(make_module, make_batch, fit):
     module = make_module(build=False)
     with pytest.raises(ValueError, match=r"model\.optim\.clip_norm"):
         fit(module, [make_batch()], gradient_clip_val=1.0)
-    assert module.room is None
+    assert module.split_model is None
 
 
 def test_unknown_places_to_shard_over_are_refused():

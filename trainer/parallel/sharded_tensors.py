@@ -8,17 +8,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full plain tensor. For a sharded one, every rank that holds a part calls this at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part, in the same memory: what is written into it is written into the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of a full `tensor` that is spread as `like` is, on its device; nothing is communicated."""
     if not isinstance(like, DTensor):
         return tensor
@@ -29,7 +29,7 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gathered(tree: Any, *, keep: bool) -> Any:
+def gather_full(tree: Any, *, keep: bool) -> Any:
     """Nested dicts and lists with every tensor whole and plain. All ranks call this together.
 
     What was spread comes back on the CPU, one tensor at a time whole on a device. Plain tensors are the given ones:
@@ -41,7 +41,7 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     """
 
     def fetch(tensor: Tensor) -> Tensor:
-        full = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if not keep:
             return torch.empty(0, dtype=full.dtype)
         return full.cpu() if isinstance(tensor, DTensor) else full

@@ -1,4 +1,4 @@
-"""Items that hang, crash or are killed, and a parent that is: real processes, no mocks."""
+"""Items that hang, crash or are killed, and a parent that is killed: real processes, no mocks."""
 
 import contextlib
 import ctypes
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.video.clip_files import probe_video
-from data.video.workers import Failure, Guarded
+from data.video.probe import probe_video
+from data.video.worker_pool import Failure, WorkerPool
 
 ROOT = Path(__file__).parents[4]
 
@@ -26,12 +26,12 @@ def double(item):
     return 2 * item
 
 
-def whoami(_):
+def process_id(_):
     return os.getpid()
 
 
-def treat(item):
-    """Does what the item's name says."""
+def run_case(item):
+    """Fails in the way that the item names."""
     match item:
         case "hang":
             while True:
@@ -52,24 +52,24 @@ def treat(item):
             return {}["no such key"]
         case "local":
             return lambda: 0
-        case "mute":
+        case "no message":
             raise ValueError
     return item
 
 
-def begin(path):
-    return slowly(path) if path else None
+def wait_if_path(path):
+    return wait_forever(path) if path else None
 
 
-def slowly(path):
-    """Tells that it has begun, then waits for the end of the world."""
+def wait_forever(path):
+    """Writes its process id to `path`, then waits until it is killed."""
     Path(path).write_text(str(os.getpid()))
     while True:
         signal.pause()
 
 
 def killed_while_sending(item):
-    """What a kill in the midst of a large result leaves: a pipe that holds a part of it."""
+    """Imitates a kill while a large result is being sent: the pipe holds a part of it."""
     if item == 0:
         pipe = next(thing for thing in gc.get_objects() if isinstance(thing, Connection) and thing.writable)
         os.write(pipe.fileno(), struct.pack("!i", 1 << 20) + b"part of it")
@@ -80,7 +80,7 @@ def killed_while_sending(item):
 def wait_until(condition, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "nothing happened in time"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.01)
 
 
@@ -92,35 +92,35 @@ def alive(pid):
 
 
 def test_results_come_in_the_order_of_the_items():
-    with Guarded(2, deadline=60) as pool:
+    with WorkerPool(2, deadline=60) as pool:
         assert list(pool.map(double, range(50))) == [2 * i for i in range(50)]
         assert list(pool.map(double, [])) == []  # and a pool serves more than once
-        assert len(set(pool.map(whoami, range(20)))) <= 2
+        assert len(set(pool.map(process_id, range(20)))) <= 2
 
 
-def test_each_disaster_costs_its_item_and_no_other():
-    items = ["a", "crash", "b", "kill", "exit", "value", "hang", "missing", "c", "unicode", "mute", "d"]
-    with Guarded(2, deadline=1.0) as pool:
-        got = dict(zip(items, pool.map(treat, items), strict=True))
+def test_each_failure_costs_its_item_and_no_other():
+    items = ["a", "crash", "b", "kill", "exit", "value", "hang", "missing", "c", "unicode", "no message", "d"]
+    with WorkerPool(2, deadline=1.0) as pool:
+        got = dict(zip(items, pool.map(run_case, items), strict=True))
     assert {name: result for name, result in got.items() if not isinstance(result, Failure)} == {n: n for n in "abcd"}
     reasons = {name: result.reason for name, result in got.items() if isinstance(result, Failure)}
     assert reasons["crash"] == "the decoder crashed (signal 11)"
     assert reasons["kill"] == "its process was killed (signal 9; out of memory?)"
     assert reasons["exit"] == "its process ended by itself (exit status 3)"
     assert reasons["hang"] == "took longer than 1 s"
-    assert reasons["value"] == "is no clip" and reasons["mute"] == "ValueError"
+    assert reasons["value"] == "is no clip" and reasons["no message"] == "ValueError"
     assert "/no/such/clip" in reasons["missing"] and "can't decode byte" in reasons["unicode"]
 
 
 def test_one_worker_is_replaced_as_often_as_it_crashes():
-    with Guarded(1, deadline=60) as pool:
-        got = list(pool.map(treat, ["exit", 1, "exit", "exit", "exit", "exit", 2]))
+    with WorkerPool(1, deadline=60) as pool:
+        got = list(pool.map(run_case, ["exit", 1, "exit", "exit", "exit", "exit", 2]))
     assert [isinstance(result, Failure) for result in got] == [True, False, True, True, True, True, False]
 
 
 def test_a_worker_killed_while_it_is_idle_is_replaced():
-    with Guarded(1, deadline=60) as pool:
-        results = pool.map(whoami, range(4), ahead=1)
+    with WorkerPool(1, deadline=60) as pool:
+        results = pool.map(process_id, range(4), ahead=1)
         first = next(results)
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: not alive(first))
@@ -129,15 +129,15 @@ def test_a_worker_killed_while_it_is_idle_is_replaced():
     assert first not in rest and len(rest) == 3
 
 
-def test_a_clip_that_never_arrives_passes_its_deadline(tmp_path):
+def test_a_clip_that_never_arrives_exceeds_its_deadline(tmp_path):
     os.mkfifo(tmp_path / "never.mp4")
-    with Guarded(1, deadline=0.5) as pool:
+    with WorkerPool(1, deadline=0.5) as pool:
         (got,) = pool.map(probe_video, [tmp_path / "never.mp4"])
     assert got == Failure("took longer than 0.5 s")
 
 
 def test_the_deadline_counts_from_the_start_of_an_item_and_not_while_results_wait():
-    with Guarded(2, deadline=0.4) as pool:
+    with WorkerPool(2, deadline=0.4) as pool:
         results = pool.map(double, range(8), ahead=8)
         got = [next(results)]
         until = time.monotonic() + 0.6  # a consumer that takes longer than the deadline
@@ -153,29 +153,29 @@ def test_no_more_items_are_taken_than_asked_for():
             taken.append(i)
             yield i
 
-    with Guarded(2, deadline=60) as pool:
+    with WorkerPool(2, deadline=60) as pool:
         for count, _ in enumerate(pool.map(double, items(), ahead=3), start=1):
             assert len(taken) <= count + 3
     assert len(taken) == 30
 
 
-def test_work_goes_on_while_the_consumer_is_busy():
+def test_items_are_processed_while_the_consumer_is_busy():
     taken = []
-    with Guarded(1, deadline=60) as pool:
+    with WorkerPool(1, deadline=60) as pool:
         results = pool.map(double, (taken.append(i) or i for i in range(30)), ahead=6)
         next(results)
         wait_until(lambda: len(taken) >= 6)  # nobody asks for a result meanwhile
 
 
-def test_large_items_and_results_travel():
+def test_large_items_and_results_are_sent():
     big = np.arange(3_000_000, dtype=np.int32)
-    with Guarded(2, deadline=60) as pool:
+    with WorkerPool(2, deadline=60) as pool:
         for result in pool.map(double, [big] * 4):
             assert np.array_equal(result, 2 * big)
 
 
-def test_a_worker_killed_amid_its_result_harms_no_other():
-    with Guarded(2, deadline=60) as pool:
+def test_a_worker_killed_while_sending_a_result_affects_no_other():
+    with WorkerPool(2, deadline=60) as pool:
         got = list(pool.map(killed_while_sending, range(6)))
     assert got[0] == Failure("its process was killed (signal 9; out of memory?)") and got[1:] == [1, 2, 3, 4, 5]
 
@@ -183,8 +183,8 @@ def test_a_worker_killed_amid_its_result_harms_no_other():
 @pytest.mark.parametrize("item, error", [("bug", KeyError), ("local", TypeError)])
 def test_errors_that_are_not_the_items_fault_propagate_after_the_results_before_them(item, error):
     got = []
-    with Guarded(2, deadline=60) as pool, pytest.raises(error):
-        got.extend(result for result in pool.map(treat, [1, 2, item, 3]) if got.append(result))
+    with WorkerPool(2, deadline=60) as pool, pytest.raises(error):
+        got.extend(result for result in pool.map(run_case, [1, 2, item, 3]) if got.append(result))
     assert got == [1, 2]
 
 
@@ -193,32 +193,32 @@ def test_errors_of_the_items_propagate():
         yield 1
         raise RuntimeError("the list of clips ends here")
 
-    with Guarded(1, deadline=60) as pool:
+    with WorkerPool(1, deadline=60) as pool:
         results = pool.map(double, items())
         assert next(results) == 2
         with pytest.raises(RuntimeError, match="ends here"):
             next(results)
-        with pytest.raises((AttributeError, TypeError)):  # neither can the function travel
+        with pytest.raises((AttributeError, TypeError)):  # the function cannot be pickled either
             list(pool.map(lambda item: item, [1]))
 
 
-@pytest.mark.parametrize("leave", ["error", "break", "exit"])
-def test_leaving_the_iteration_ends_the_workers_at_once(tmp_path, leave):
+@pytest.mark.parametrize("how", ["error", "break", "exit"])
+def test_the_workers_end_at_once_when_the_iteration_ends_early(tmp_path, how):
     mark = tmp_path / "begun"
     began = time.monotonic()
-    with contextlib.suppress(RuntimeError), Guarded(2, deadline=600) as pool:
-        results = pool.map(begin, [None, mark])
+    with contextlib.suppress(RuntimeError), WorkerPool(2, deadline=600) as pool:
+        results = pool.map(wait_if_path, [None, mark])
         assert next(results) is None
         wait_until(lambda: mark.exists() and mark.read_text())
-        if leave == "error":
+        if how == "error":
             raise RuntimeError
-        if leave == "break":
+        if how == "break":
             results.close()
     wait_until(lambda: not alive(int(mark.read_text())))
     assert time.monotonic() - began < 30
 
 
-def test_the_workers_end_also_while_the_next_item_is_waited_for(tmp_path):
+def test_the_workers_end_while_the_pool_waits_for_the_next_item(tmp_path):
     mark, forever = tmp_path / "begun", threading.Event()
 
     def items():
@@ -226,8 +226,8 @@ def test_the_workers_end_also_while_the_next_item_is_waited_for(tmp_path):
         yield mark
         forever.wait()
 
-    with Guarded(2, deadline=600) as pool:
-        results = pool.map(begin, items())
+    with WorkerPool(2, deadline=600) as pool:
+        results = pool.map(wait_if_path, items())
         next(results)
         wait_until(lambda: mark.exists() and mark.read_text())
     wait_until(lambda: not alive(int(mark.read_text())))
@@ -238,11 +238,11 @@ def run_parent(tmp_path, *, then):
     """A process whose two workers hang; `then` is called with it, and all three have to end."""
     marks = [tmp_path / name for name in "ab"]
     code = (
-        "import sys, tests.unit.test_data_workers as t\n"
-        "from data.video.workers import Guarded\n"
+        "import sys, tests.unit.data_.video.test_worker_pool as t\n"
+        "from data.video.worker_pool import WorkerPool\n"
         "if __name__ == '__main__':\n"
-        "    with Guarded(2, deadline=600) as pool:\n"
-        "        list(pool.map(t.slowly, sys.argv[1:]))\n"
+        "    with WorkerPool(2, deadline=600) as pool:\n"
+        "        list(pool.map(t.wait_forever, sys.argv[1:]))\n"
     )
     script = tmp_path / "parent.py"
     script.write_text(code)
@@ -264,19 +264,19 @@ def run_parent(tmp_path, *, then):
 
 
 @pytest.mark.slow
-def test_workers_that_hang_do_not_survive_a_parent_that_is_killed(tmp_path):
+def test_hanging_workers_end_when_their_parent_is_killed(tmp_path):
     run_parent(tmp_path, then=lambda parent: parent.kill())
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_run_and_its_workers(tmp_path):
-    said = run_parent(tmp_path, then=lambda parent: os.killpg(parent.pid, signal.SIGINT))
-    assert said.rstrip().endswith("KeyboardInterrupt") and said.count("Traceback") == 1
+    stderr = run_parent(tmp_path, then=lambda parent: os.killpg(parent.pid, signal.SIGINT))
+    assert stderr.rstrip().endswith("KeyboardInterrupt") and stderr.count("Traceback") == 1
 
 
 @pytest.mark.parametrize("processes, deadline", [(0, 1), (1, 0), (1, float("nan"))])
-def test_settings_that_make_no_sense(processes, deadline):
+def test_invalid_settings_are_refused(processes, deadline):
     with pytest.raises(ValueError, match="expected at least 1"):
-        Guarded(processes, deadline)
+        WorkerPool(processes, deadline)
     with pytest.raises(ValueError, match="ahead 0"):
-        Guarded(1, 1).map(double, [1], ahead=0)
+        WorkerPool(1, 1).map(double, [1], ahead=0)
