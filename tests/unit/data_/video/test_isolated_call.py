@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.encode.claims import process_start
+from data.encode.process_identity import process_start
 from data.video.isolated_call import IsolatedCall
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="calls run in a process of their own on Linux only")
