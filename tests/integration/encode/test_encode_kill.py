@@ -19,6 +19,7 @@ from data.video.write import write_video
 from tests.support.clip_shards import write_encoders, write_video_shards
 from tests.support.encode_runner import FAILED
 from tests.support.encoded_shards import files
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS, SHARDS, PER_SHARD, FRAMES, SIDE = 20, 100, 4, 7, 32
@@ -70,15 +71,8 @@ class Runner:
         self.process.wait(timeout=30)
 
 
-def wait_until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "encoding makes no progress"
-        time.sleep(0.01)
-
-
 def wait_for(pids):
-    wait_until(lambda: not any(process_start(pid) for pid in pids))
+    wait_until(lambda: not any(map(process_start, pids)), 120, "encoding makes no progress")
 
 
 @pytest.mark.slow
@@ -92,7 +86,11 @@ def test_twenty_kills_do_not_change_the_result(shards_and_base, tmp_path):
             running = [runner.start(killed) for _ in range(2)]
             # Each kill waits for a random number of finished shards, so that work is left on any machine.
             for count in sorted(chance.sample(range(SHARDS - 10), KILLS)):
-                wait_until(lambda count=count: len(list(killed.glob("records/*.json"))) >= count)
+                wait_until(
+                    lambda count=count: len(list(killed.glob("records/*.json"))) >= count,
+                    120,
+                    "encoding makes no progress",
+                )
                 time.sleep(chance.uniform(0.0, 0.3))  # a random moment within a shard
                 victim = chance.randrange(2)
                 os.kill(running[victim], signal.SIGKILL)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from data.encode.leases import Leases
 from data.encode.process_identity import process_start
+from tests.support.waiting import wait_until
 
 NAME = "19x64x64-000000.json"
 _ACQUIRE_AND_WAIT = """
@@ -78,9 +78,7 @@ def test_the_lease_of_a_killed_owner_on_this_host_expires_at_once(tmp_path, kill
     leases = Leases(tmp_path, timeout=3600)
     assert not leases.acquire(NAME)
     os.kill(killed.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while process_start(killed.pid) is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: process_start(killed.pid) is None)
     assert leases.acquire(NAME) and leases.owns(NAME)
 
 
@@ -114,9 +112,7 @@ def test_heartbeats_keep_a_lease(tmp_path):
         assert owner.acquire(NAME)
         age(tmp_path / NAME, 3600)
         observer = Leases(tmp_path, timeout=5)
-        deadline = time.monotonic() + 10
-        while observer.is_stale(tmp_path / NAME) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: not observer.is_stale(tmp_path / NAME))
         assert not observer.acquire(NAME)
 
 

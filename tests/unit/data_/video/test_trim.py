@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.video.decode import decode_video
-from data.video.probe import frame_times, probe_video
+from data.video.probe import probe_times, probe_video
 from data.video.trim import clip_suffix, trim_video
 from tests.support import broken_clips
 
@@ -19,7 +19,7 @@ def test_a_trimmed_clip_holds_the_same_frames_at_the_same_times(clip_of_kind, na
     content, index = trim_video(path, first, last)
     wanted = range(index, index + last - first + 1)
     assert np.array_equal(decode_video(content, wanted), decode_video(path, range(first, last + 1)))
-    new, old = frame_times(content)[list(wanted)], frame_times(path)[first : last + 1]
+    new, old = probe_times(content)[1][list(wanted)], probe_times(path)[1][first : last + 1]
     assert np.allclose(new - new[0], old - old[0], atol=1.1e-3)
     assert probe_video(content).codec == probe_video(path).codec and clip_suffix(content) == "mp4"
     assert len(decode_video(content)) == probe_video(content).frames  # nothing in it that needs what is left out
