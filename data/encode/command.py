@@ -77,13 +77,7 @@ def encode(
     """
     shards, out, device = str(shards), Path(out), choose_device(device)
     processes = default_processes(device) if processes is None else processes
-    if dtype not in _DTYPES or min(batch_size, max_text_tokens, processes) < 1 or not deadline > 0:
-        raise ValueError(
-            f"got dtype {dtype!r}, batch_size {batch_size}, max_text_tokens {max_text_tokens}, processes {processes}, "
-            f"deadline {deadline}; expected a dtype of {_DTYPES}, and more than 0 of the others."
-        )
-    if not 0 <= max_fault_share <= 1:
-        raise ValueError(f"got max_fault_share {max_fault_share}, expected a share from 0 to 1, for example 0.01.")
+    _check_options(dtype, batch_size, max_text_tokens, processes, deadline, max_fault_share)
     base_folder = resolve_base(base)
     facts = read_base(base_folder)
     store = Store(cache, cache_bytes)
@@ -126,3 +120,15 @@ def encode(
     head = {"format": LATENT_FORMAT, "channels": facts.channels, "latents_mean": facts.mean, "latents_std": facts.std}
     index = queue.write_index({**head, "text_width": facts.text_width})
     print(f"{out}: {index['samples']} latents in {len(index['shards'])} shards, {index['faults']} faults")
+
+
+def _check_options(
+    dtype: str, batch_size: int, max_text_tokens: int, processes: int, deadline: float, max_fault_share: float
+) -> None:
+    if dtype not in _DTYPES or min(batch_size, max_text_tokens, processes) < 1 or not deadline > 0:
+        raise ValueError(
+            f"got dtype {dtype!r}, batch_size {batch_size}, max_text_tokens {max_text_tokens}, processes {processes}, "
+            f"deadline {deadline}; expected a dtype of {_DTYPES}, and more than 0 of the others."
+        )
+    if not 0 <= max_fault_share <= 1:
+        raise ValueError(f"got max_fault_share {max_fault_share}, expected a share from 0 to 1, for example 0.01.")

@@ -91,13 +91,7 @@ def pack(
     """
     src, out = str(src), Path(out)
     processes = processes or os.cpu_count() or 1
-    if min(shard_bytes, shard_samples, processes) < 1 or not deadline > 0 or not 0 <= max_fault_share <= 1:
-        raise ValueError(
-            f"got shard_bytes {shard_bytes}, shard_samples {shard_samples}, processes {processes}, deadline "
-            f"{deadline}, max_fault_share {max_fault_share}; expected 1 or more, seconds above 0, a share of 0 to 1."
-        )
-    if duplicates not in ("keep", "drop"):
-        raise ValueError(f"got duplicates {duplicates!r}, expected keep or drop.")
+    _check_options(shard_bytes, shard_samples, processes, deadline, max_fault_share, duplicates)
     sizes = parse_buckets(buckets.split(",") if isinstance(buckets, str) else buckets)
     windows = WindowSettings(tuple(sizes), fps, window, scene_threshold if split_scenes else None, upscale)
     store = Store()
@@ -124,12 +118,12 @@ def pack(
         limit = FaultLimit(journal, src, summary.clips, max_fault_share)
         _print_source(out, src, source, summary)
         if not journal.finished:
-            probe_settings = ProbeSettings(filters, windows, store)
+            probing = probe_source(
+                source, journal, ProbeSettings(filters, windows, store), limit, processes=processes, deadline=deadline
+            )
             with _progress() as progress:
                 task = progress.add_task("survey", total=summary.clips)
-                for count in probe_source(
-                    source, journal, probe_settings, limit, processes=processes, deadline=deadline
-                ):
+                for count in probing:
                     progress.advance(task, count)
         plan = make_plan(
             journal.lines(), sizes, shard_bytes=shard_bytes, shard_samples=shard_samples,
@@ -150,6 +144,18 @@ def pack(
         index = folder.finish(list(plan.shards), {"format": VIDEO_FORMAT}, faults)
         assert index is not None
         print("\n".join(_result_lines(out, index, filtered, plan, len(faults) + shard_faults)))
+
+
+def _check_options(
+    shard_bytes: int, shard_samples: int, processes: int, deadline: float, max_fault_share: float, duplicates: str
+) -> None:
+    if min(shard_bytes, shard_samples, processes) < 1 or not deadline > 0 or not 0 <= max_fault_share <= 1:
+        raise ValueError(
+            f"got shard_bytes {shard_bytes}, shard_samples {shard_samples}, processes {processes}, deadline "
+            f"{deadline}, max_fault_share {max_fault_share}; expected 1 or more, seconds above 0, a share of 0 to 1."
+        )
+    if duplicates not in ("keep", "drop"):
+        raise ValueError(f"got duplicates {duplicates!r}, expected keep or drop.")
 
 
 @contextmanager
