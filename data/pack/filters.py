@@ -52,10 +52,9 @@ class Filters:
     def clip(self, info: VideoInfo) -> tuple[str, str] | None:
         """(name of the filter, reason) if a clip is outside the bounds."""
         short, long = sorted((info.height, info.width))
-        if outside := self._outside("seconds", info.duration, "{:.3g} s") or self._outside(
-            "fps", info.fps, "{:.4g} fps"
-        ):
-            return outside
+        for quantity, value, text in (("seconds", info.duration, "{:.3g} s"), ("fps", info.fps, "{:.4g} fps")):
+            if outside := self._outside(quantity, value, text):
+                return outside
         if self.min_side is not None and short < self.min_side:
             return "min_side", f"{info.height}x{info.width} pixels, min_side is {self.min_side}"
         if self.max_aspect is not None and long > self.max_aspect * short:
