@@ -163,7 +163,7 @@ def test_remove_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_what_the_first_process_wrote_is_complete_for_all(tmp_path, monkeypatch, links):
+def test_all_processes_read_what_the_first_one_wrote(tmp_path, monkeypatch, links):
     def refuse(*args):
         raise OSError(95, "no hard links here")
 

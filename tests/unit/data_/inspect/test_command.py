@@ -61,12 +61,12 @@ def test_video_shards_and_their_sheet(videos, tmp_path, capsys):
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100  # pictures, not an empty page
 
 
-def test_the_command_verifies_by_a_switch_alone(videos, capsys):
+def test_verify_is_a_switch_of_the_command(videos, capsys):
     main(["inspect", "--verify", str(videos), "--processes", "1"])
     assert "verified: 2 checksums, 5 samples" in printed(capsys)
 
 
-def test_remote_shards_say_the_same(videos, capsys):
+def test_remote_shards_give_the_same_output(videos, capsys):
     inspect(str(videos), verify=True, processes=1)
     local = capsys.readouterr().out
     with WebStore(videos) as web:

@@ -80,7 +80,7 @@ def test_a_source_without_clips_is_refused(tmp_path, name, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_listing_changes_with_what_is_in_it(tmp_path, clip):
+def test_the_digest_changes_with_the_files_of_the_source(tmp_path, clip):
     def digest():
         return summarize(open_source(str(tmp_path / "src"), Columns(), Store(), tmp_path)).digest
 

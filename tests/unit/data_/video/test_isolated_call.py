@@ -34,7 +34,7 @@ def run_case(what):
     return os.getpid() if what == "pid" else np.full(what, 7, np.uint8)
 
 
-def test_results_travel_and_one_process_serves_all_calls():
+def test_one_process_serves_all_calls():
     call = IsolatedCall(60.0)
     assert len({call(run_case, "pid") for _ in range(3)} - {os.getpid()}) == 1
     assert call(run_case, 3 << 20).sum() == 7 * (3 << 20)

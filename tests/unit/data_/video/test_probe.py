@@ -8,7 +8,7 @@ from data.video.probe import VideoInfo, probe_times, probe_video
 from tests.support.drawn_clips import moving_bar
 
 
-def test_what_is_written_is_read_again(clip):
+def test_facts_and_frames_survive_writing_and_reading(clip):
     got = decode_video(clip)
     assert got.shape == (7, 48, 64, 3) and got.dtype == np.uint8
     assert np.abs(got.astype(int) - moving_bar()).mean() < 4  # colours, geometry and order survive yuv420p
