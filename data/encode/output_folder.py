@@ -1,29 +1,29 @@
-"""Whether a folder may be encoded into: what lies there already, and with which settings others are at it."""
+"""Whether a folder may be encoded into: which files it holds, and with which settings other processes encode."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.encode.claims import Claims
+from data.encode.leases import Leases
 from data.shards.folder import ShardFolder, changes
 from data.shards.format import LATENT_FORMAT
 from data.storage.store import is_remote, local_path
 from data.stream.shard_index import Source
 
-#: Among the claims: what the process that came first encodes with.
+#: File in the folder of the leases: the settings of the process that came first.
 SETTINGS = "settings.json"
 
 
-def check_place(folder: ShardFolder, sources: Sequence[Source]) -> None:
-    """Whether a folder is empty or holds latent shards of the same settings; nothing is written.
+def check_output_folder(folder: ShardFolder, sources: Sequence[Source]) -> None:
+    """Checks that a folder is empty or holds latent shards of the same settings; writes nothing.
 
     Args:
         folder: of the latent shards.
         sources: the video shards.
 
     Raises:
-        ValueError: if it holds anything else, the video shards for example.
+        ValueError: if it holds anything else, for example the video shards.
     """
     out = folder.folder
     advice = f"expected a new folder, for example {out}-latents, or one of latents."
@@ -31,45 +31,45 @@ def check_place(folder: ShardFolder, sources: Sequence[Source]) -> None:
         raise ValueError(f"{out} is a file; {advice}")
     if any(not is_remote(s.folder) and local_path(s.folder).resolve() == out.resolve() for s in sources):
         raise ValueError(f"{out} is the folder of the video shards themselves; {advice}")
-    index = _read(out / "index.json")
+    index = _read_object(out / "index.json")
     if index and index.get("format") != LATENT_FORMAT:
         raise ValueError(f"{out} holds other shards already (format {index.get('format')!r}); {advice}")
     known = {entry["name"].removesuffix(".tar") for source in sources for entry in source.index["shards"]}
     records = sorted((out / "records").glob("*.json"))
-    # Those of our names are compared one by one, as the run comes to them: of these, one says of what kind all are.
+    # The run compares the records of its own shards one by one. One record of other shards speaks for all of these.
     others = [path for path in records if path.stem not in known]
-    for found in [index, *(_read(path) for path in [*records[:1], *others[:1]])]:
-        there = (found or {}).get("settings")
-        if isinstance(there, dict) and there.keys() != folder.settings.keys():
+    for found in [index, *(_read_object(path) for path in [*records[:1], *others[:1]])]:
+        settings = (found or {}).get("settings")
+        if isinstance(settings, dict) and settings.keys() != folder.settings.keys():
             raise ValueError(f"{out} holds other shards already, which `reblock encode` did not make; {advice}")
-        if isinstance(there, dict) and there != folder.settings:
-            what = changes(there, folder.settings)
+        if isinstance(settings, dict) and settings != folder.settings:
             raise ValueError(
-                f"{out} holds shards made with other settings: {what}. Choose another folder, or delete this one."
+                f"{out} holds shards made with other settings: {changes(settings, folder.settings)}. Choose another "
+                "folder, or delete this one."
             )
 
 
-def agree(folder: ShardFolder, claims: Claims) -> None:
-    """Says for all processes with which settings the folder is encoded, or finds that another process said the same.
+def register_settings(folder: ShardFolder, leases: Leases) -> None:
+    """Writes the settings of this process for all others, or checks that the first process wrote the same ones.
 
     Raises:
-        ValueError: if it said something else.
+        ValueError: if the first process wrote other settings.
         OSError: if the folder cannot be written.
     """
-    text = claims.first_word(SETTINGS, json.dumps(folder.settings, indent=1) + "\n")
+    text = leases.write_once(SETTINGS, json.dumps(folder.settings, indent=1) + "\n")
     try:
-        there = json.loads(text)
+        settings = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{claims.folder / SETTINGS} is damaged ({error}). Delete it if nobody encodes.") from error
-    if there != folder.settings:
+        raise ValueError(f"{leases.folder / SETTINGS} is damaged ({error}). Delete it if nobody encodes.") from error
+    if settings != folder.settings:
         raise ValueError(
-            f"{folder.folder} is being encoded with other settings: {changes(there, folder.settings)}. Choose another "
-            f"folder; if no process works on it any more, delete {claims.folder}."
+            f"{folder.folder} is being encoded with other settings: {changes(settings, folder.settings)}. Choose "
+            f"another folder; if no process works on it any more, delete {leases.folder}."
         )
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if there is none: what is damaged is made again."""
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None if it is absent or damaged, because a damaged file is written again."""
     try:
         value = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):

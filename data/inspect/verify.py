@@ -1,6 +1,5 @@
-"""Whether shards hold what their records say: checksums, places, and every sample read."""
+"""Whether shards hold what their records say: checksums, offsets, and every sample."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +8,8 @@ from rich.progress import Progress
 from safetensors import SafetensorError
 
 from data.bucket import Bucket
-from data.inspect.decode import check_clip
+from data.files import sha256
+from data.inspect.sample_clips import check_clip
 from data.shards.archive import Members, Scan, scan_tar
 from data.shards.format import VIDEO_FORMAT, read_samples
 from data.storage.store import Store, join
@@ -17,65 +17,55 @@ from data.stream.latents import LatentDataset
 from data.stream.shard_index import Source, sample_count
 from data.video.worker_pool import Failure, WorkerPool
 
-_CHUNK = 1 << 24
-
 
 def verify_shards(
     sources: Sequence[Source], store: Store, *, processes: int | None = None, deadline: float = 60.0
 ) -> Iterator[str]:
-    """Faults of shards, in words, as they are found.
+    """Yields messages on faults of shards.
 
     Args:
         sources: the shards, of one format.
-        store: that reads them; a remote shard is copied to this machine for the time it takes.
-        processes: that decode clips; None takes one for each core.
-        deadline: seconds that one clip may take.
+        store: reads them; a remote shard is copied to this machine while it is verified.
+        processes: number of processes that decode clips; None takes one for each core.
+        deadline: seconds for one clip.
     """
     with Progress(transient=True) as progress, WorkerPool(processes or os.cpu_count() or 1, deadline) as pool:
         task = progress.add_task("verify", total=sample_count(sources))
         videos = sources[0].index["format"] == VIDEO_FORMAT
-        check = _clips(pool) if videos else _latents(LatentDataset(sources, store=store))
+        check = _clip_check(pool) if videos else _latent_check(LatentDataset(sources, store=store))
         for source in sources:
             for entry in source.index["shards"]:
-                yield from _verify(source.folder, entry, store, check)
+                yield from _verify_shard(source.folder, entry, store, check)
                 progress.advance(task, entry["samples"])
 
 
-#: Local copy of a shard, its bucket, its samples -> faults.
+#: (local copy of a shard, its bucket, its samples, store) -> messages.
 _Check = Callable[[str, Bucket, list[tuple[str, Members]], Store], Iterable[str]]
 
 
-def _verify(folder: str, entry: Mapping[str, Any], store: Store, check: _Check) -> Iterator[str]:
+def _verify_shard(folder: str, entry: Mapping[str, Any], store: Store, check: _Check) -> Iterator[str]:
     shard = join(folder, entry["name"])
     try:
         samples, bucket = read_samples(folder, entry["name"], store), Bucket.parse(entry["bucket"])
         with store.local(shard) as path:
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 yield f"{shard}: its checksum differs from the index"
             scan = scan_tar(path)
-            yield from (f"{shard}: {fault}" for fault in _places(scan, samples, entry["samples"]))
+            yield from (f"{shard}: {fault}" for fault in _offset_faults(scan, samples, entry["samples"]))
             yield from (f"{shard}: {fault}" for fault in check(str(path), bucket, samples, store))
     except (ValueError, OSError) as error:
         yield f"{shard}: {error}"
 
 
-def _sha256(path: Any) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _places(scan: Scan, samples: list[tuple[str, Members]], expected: int) -> Iterator[str]:
-    """Where the archive and its record differ."""
+def _offset_faults(scan: Scan, samples: list[tuple[str, Members]], expected: int) -> Iterator[str]:
+    """Differences between an archive and its record."""
     if scan.damage:
         yield scan.damage
     yield from (f"{name}: {why}" for name, why in scan.refused)
     if len(samples) != expected:
         yield f"its record lists {len(samples)} samples, the index {expected}"
     found = {(key, extension): member for key, members in scan.samples for extension, member in members.items()}
-    # Whatever is no sample's: captions that samples share.
+    # Members that belong to no sample: captions that samples share.
     keys = {key for key, _ in samples}
     texts = {member: key for (key, _), member in found.items() if key not in keys}
     used = set()
@@ -89,17 +79,17 @@ def _places(scan: Scan, samples: list[tuple[str, Members]], expected: int) -> It
         yield f"{key}: it is in the archive and not in the record"
 
 
-def _clips(pool: WorkerPool) -> _Check:
+def _clip_check(pool: WorkerPool) -> _Check:
     def check(path: str, bucket: Bucket, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
-        answers = pool.map(check_clip, [(path, bucket, members, store) for _, members in samples])
-        for (key, _), answer in zip(samples, answers, strict=True):
-            if isinstance(answer, Failure):
-                yield f"{key}: {answer.reason}"
+        results = pool.map(check_clip, [(path, bucket, members, store) for _, members in samples])
+        for (key, _), result in zip(samples, results, strict=True):
+            if isinstance(result, Failure):
+                yield f"{key}: {result.reason}"
 
     return check
 
 
-def _latents(dataset: LatentDataset) -> _Check:
+def _latent_check(dataset: LatentDataset) -> _Check:
     def check(path: str, bucket: Bucket, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
         for key, members in samples:
             try:

@@ -1,4 +1,4 @@
-"""Captioned clips as a source names them, before any of them is read."""
+"""Captioned clips as a source lists them, before any of them is read."""
 
 import json
 import os
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from data.storage.store import Store, is_remote, local_path
 
-#: What counts as a clip.
+#: Extensions of clips.
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi", "m4v")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What captions and clips are called in the source.
+    """Names of captions and clips in the source.
 
     Args:
         caption_suffix: of the caption files beside the clips of a folder; of the caption members of an archive.
-        caption_field: of a JSON file that is there instead.
+        caption_field: of a JSON file in place of a caption file.
         clip: column of a table with the path or URL of the clip.
         caption: column of a table with the caption.
     """
@@ -29,13 +29,13 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes somewhere: a file, or a part of one.
+class ByteRange:
+    """A file or a part of a file.
 
     Args:
         location: path or URL of the file.
-        offset: first byte.
-        size: how many; None for the whole file.
+        offset: of the first byte.
+        size: in bytes; None for the whole file.
     """
 
     location: str
@@ -44,7 +44,7 @@ class Piece:
 
     @property
     def path(self) -> Path | None:
-        """The file, if it is a whole one on this machine."""
+        """The path, if this is a whole file on this machine."""
         whole = self.size is None and not is_remote(self.location)
         return local_path(self.location).absolute() if whole else None
 
@@ -54,26 +54,26 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A clip of a source, or what is there in place of one.
+class ClipEntry:
+    """A clip that a source lists, or an item in its place that is no clip.
 
     Args:
         key: its name in the shards.
         source: its name in the source.
-        shard: table or archive that names it; empty for a folder.
-        clip: where it is.
+        shard: table or archive that lists it; empty for a folder.
+        clip: the video file.
         extension: of the clip, lower case.
-        caption: the text, or where it is.
-        field: of the JSON object that `caption` is; None where it is plain text.
-        problem: why it cannot be used, known without reading it.
+        caption: the text, or the file that holds it.
+        field: of the JSON object in that file; None if the file is plain text.
+        problem: why the clip cannot be used, if that is known without reading it.
     """
 
     key: str
     source: str
     shard: str = ""
-    clip: Piece | None = None
+    clip: ByteRange | None = None
     extension: str = ""
-    caption: str | Piece | None = None
+    caption: str | ByteRange | None = None
     field: str | None = None
     problem: str | None = None
 
@@ -88,7 +88,7 @@ class Entry:
         if isinstance(self.caption, str):
             return self.caption.strip()
         try:
-            text = self.caption.read(store).decode("utf-8-sig")  # some editors begin with a mark
+            text = self.caption.read(store).decode("utf-8-sig")  # some editors write a byte order mark
         except UnicodeDecodeError as error:
             raise ValueError(f"its caption is not UTF-8 ({error.reason} at byte {error.start})") from error
         if self.field is None:
@@ -98,16 +98,16 @@ class Entry:
         except json.JSONDecodeError as error:
             raise ValueError(f"its caption is not JSON ({error})") from error
         if not isinstance(value, dict) or not isinstance(value.get(self.field), str):
-            there = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"its JSON has {there}, expected the caption as text under {self.field!r}")
+            got = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"its JSON has {got}, expected the caption as text under {self.field!r}")
         caption = str(value[self.field]).strip()
-        if printable(caption) != caption:  # JSON can spell halves of characters
+        if printable(caption) != caption:  # JSON can hold lone surrogates
             raise ValueError("its caption is not Unicode")
         return caption
 
 
 def printable(text: str) -> str:
-    """The text with what is no Unicode (names of files may be any bytes) written as backslash escapes."""
+    """The text with backslash escapes for what is not Unicode; file names may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

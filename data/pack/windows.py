@@ -1,98 +1,34 @@
-"""Which clips are wanted, and which of their frames: filters, scenes, windows and buckets.
+"""Which frames of a clip are packed: scenes, windows and buckets.
 
-Legend: T frames of a window, N frames of a clip.
+Legend: N frames of a clip.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.bucket import Bucket, choose_bucket
-from data.video.probe import VideoInfo
 
-#: What a clip is used for: the first window, the middle one, or as many as it holds, one after another.
+#: Which windows of a clip become samples: the first, the middle one, or all, one after another.
 WINDOWS = ("first", "middle", "all")
 
 
 @dataclass(frozen=True)
-class Filters:
-    """Which clips are wanted; None sets no bound. Clips outside are filtered, which is no fault.
-
-    Args:
-        min_seconds: shortest clip.
-        max_seconds: longest clip.
-        min_fps: fewest frames per second.
-        max_fps: most frames per second.
-        min_side: shortest side in pixels that the smaller side may have.
-        max_aspect: largest ratio of the longer to the shorter side.
-        min_caption: fewest characters of a caption; an empty caption is one, unless this says otherwise.
-        max_caption: most characters of a caption.
-
-    Raises:
-        ValueError: for bounds that no clip meets.
-    """
-
-    min_seconds: float | None = None
-    max_seconds: float | None = None
-    min_fps: float | None = None
-    max_fps: float | None = None
-    min_side: int | None = None
-    max_aspect: float | None = None
-    min_caption: int | None = None
-    max_caption: int | None = None
-
-    def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        wrong = [f"{name} {value}" for name, value in values.items() if value is not None and not 0 <= value < math.inf]
-        for what in ("seconds", "fps", "caption"):
-            low, high = values[f"min_{what}"], values[f"max_{what}"]
-            if low is not None and high is not None and low > high:
-                wrong.append(f"min_{what} {low} above max_{what} {high}")
-        if self.max_aspect is not None and self.max_aspect < 1:
-            wrong.append(f"max_aspect {self.max_aspect} below 1, a square")
-        if wrong:
-            raise ValueError(f"got filters {', '.join(wrong)}; expected bounds of 0 or more that some clip can meet.")
-
-    def caption(self, text: str) -> tuple[str, str] | None:
-        """(name of the filter, why) if a caption is not wanted."""
-        return self._outside("caption", len(text), "a caption of {} characters")
-
-    def clip(self, info: VideoInfo) -> tuple[str, str] | None:
-        """(name of the filter, why) if a clip is not wanted."""
-        short, long = sorted((info.height, info.width))
-        if why := self._outside("seconds", info.duration, "{:.3g} s") or self._outside("fps", info.fps, "{:.4g} fps"):
-            return why
-        if self.min_side is not None and short < self.min_side:
-            return "min_side", f"{info.height}x{info.width} pixels, min_side is {self.min_side}"
-        if self.max_aspect is not None and long > self.max_aspect * short:
-            return "max_aspect", f"{info.height}x{info.width} pixels, max_aspect is {self.max_aspect}"
-        return None
-
-    def _outside(self, what: str, value: float, text: str) -> tuple[str, str] | None:
-        low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
-        if low is not None and value < low:
-            return f"min_{what}", f"{text.format(value)}, min_{what} is {low}"
-        if high is not None and value > high:
-            return f"max_{what}", f"{text.format(value)}, max_{what} is {high}"
-        return None
-
-
-@dataclass(frozen=True)
-class Cutting:
+class WindowSettings:
     """How windows are taken from a clip.
 
     Args:
         buckets: to choose from.
-        fps: of the frames that are used; None takes consecutive ones.
+        fps: of the frames of a window; None takes consecutive frames.
         window: one of `WINDOWS`.
-        scene_threshold: of a cut, 0 to 1; None leaves scenes together.
-        upscale: take clips that have to be enlarged.
+        scene_threshold: score of a scene cut, 0 to 1; None does not look for scenes.
+        upscale: use clips that have to be enlarged.
 
     Raises:
-        ValueError: for a window, rate or threshold that does not exist.
+        ValueError: for an unknown window, or a rate or threshold out of range.
     """
 
     buckets: tuple[Bucket, ...]
@@ -112,23 +48,23 @@ class Cutting:
     def windows(
         self, times: NDArray[np.float64], height: int, width: int, cuts: Sequence[float] = ()
     ) -> list[tuple[Bucket, list[int]]]:
-        """Windows of a clip with their buckets, in order; empty if it fits none.
+        """Windows of a clip, (bucket, frame indices), in order; empty if the clip fits no bucket.
 
         Args:
             times: (N,) of the frames, in seconds from the first.
-            height: in pixels.
-            width: likewise.
-            cuts: seconds at which scenes begin; no window crosses one.
+            height: of the clip, in pixels.
+            width: of the clip, in pixels.
+            cuts: seconds at which scenes begin; no window contains a cut.
         """
         edges = [0, *sorted({int(np.searchsorted(times, cut - 1e-6)) for cut in cuts}), len(times)]
         found = []
         for first, end in zip(edges[:-1], edges[1:], strict=True):
             if end > first:
                 scene = times[first:end] - times[first]
-                found += [(b, [first + i for i in indices]) for b, indices in self._scene(scene, height, width)]
+                found += [(b, [first + i for i in indices]) for b, indices in self._scene_windows(scene, height, width)]
         return found
 
-    def _scene(self, times: NDArray[np.float64], height: int, width: int) -> list[tuple[Bucket, list[int]]]:
+    def _scene_windows(self, times: NDArray[np.float64], height: int, width: int) -> list[tuple[Bucket, list[int]]]:
         lengths = sorted({bucket.frames for bucket in self.buckets}, reverse=True)
         longest = next((length for length in lengths if self._window(times, length) is not None), 0)
         bucket = choose_bucket(height, width, longest, self.buckets, upscale=self.upscale)
@@ -138,7 +74,8 @@ class Cutting:
         if self.window == "middle":
             spare = len(times) - count if self.fps is None else times[-1] - (count - 1) / self.fps
             half = max(0.0, spare / 2)
-            # On a frame: half a frame off, all of a clip's own rate would be ties, which rounded times break at random.
+            # Start on a frame. Half a frame later, at the clip's own rate, every choice of the nearest frame would be a
+            # tie, which rounding errors would decide.
             starts = [half if self.fps is None else float(times[np.searchsorted(times, half + 1e-9, side="right") - 1])]
         else:
             step = count if self.fps is None else count / self.fps
@@ -148,7 +85,7 @@ class Cutting:
         return [(bucket, indices) for indices in windows if indices is not None]
 
     def _window(self, times: NDArray[np.float64], count: int, start: float = 0.0) -> list[int] | None:
-        """Indices from `start` on, which counts frames where no rate is asked for, else seconds."""
+        """Indices from `start` on, which is in seconds, or in frames if `fps` is None."""
         if self.fps is not None:
             return window_indices(times, count, self.fps, start)
         first = int(start)
@@ -158,18 +95,18 @@ class Cutting:
 def window_indices(
     times: NDArray[np.float64], frames: int, fps: float | None = None, start: float = 0.0
 ) -> list[int] | None:
-    """Indices of the frames that are shown nearest to start, start + 1 / fps, start + 2 / fps, ...
+    """Indices of the frames nearest in time to start, start + 1 / fps, start + 2 / fps, ...
 
-    A clip of fewer frames per second than `fps` gives some of them twice.
+    If the clip has fewer frames per second than `fps`, some indices occur twice.
 
     Args:
-        times: (T,) of the clip, seconds, ascending.
-        frames: how many indices.
+        times: (N,) of the clip, seconds, ascending.
+        frames: number of indices.
         fps: of the window; None takes every frame from the one nearest to `start`.
         start: seconds from the first frame.
 
     Returns:
-        `frames` indices, ascending; None if the clip ends before.
+        `frames` indices, ascending; None if the clip is too short.
 
     Raises:
         ValueError: if frames < 1, fps <= 0 or start < 0.
@@ -181,7 +118,7 @@ def window_indices(
     if wanted[-1] > times[-1] + step / 2 + 1e-9:
         return None
     after = np.searchsorted(times, wanted).clip(1, max(len(times) - 1, 1))
-    # Of two frames equally near, the earlier; a rounding error must not decide.
+    # Of two frames equally near, the earlier: 1e-9 s, so that no rounding error decides.
     nearest = [int(i) if i < len(times) and times[i] - w < w - times[i - 1] - 1e-9 else int(i) - 1
                for i, w in zip(after, wanted, strict=True)]  # fmt: skip
     if fps is not None:

@@ -1,4 +1,4 @@
-"""Procedural captioned clips as real H.264 files: `scenes` says what they show, `draw` draws it."""
+"""`reblock synth`: procedural captioned clips as H.264 files. `scenes` chooses what they show, `draw` renders it."""
 
 import json
 import os
@@ -18,18 +18,18 @@ __all__ = ["CAPTION_WORDS", "choose_scene", "render", "synth"]
 def synth(out: Path, *, clips: int = 96, seed: int = 0, size: int = 64, frames: int = 19, fps: int = 12) -> None:
     """Writes `clip-000000.mp4` (H.264) and `clip-000000.txt` (its caption), ...
 
-    Clips that are complete are kept, so that a stopped run goes on and a longer one adds to a shorter one.
+    Complete clips are kept: a stopped run can continue, and a run with more clips adds to one with fewer.
 
     Args:
-        out: folder, made if it is not there.
-        clips: how many.
-        seed: clip i is a function of (seed, i), whatever `clips` is.
+        out: folder; made if it is absent.
+        clips: number of clips.
+        seed: clip i depends only on (seed, i), not on `clips`.
         size: side of the square frames in pixels, even.
-        frames: frames per clip.
+        frames: number of frames of a clip.
         fps: frames per second.
 
     Raises:
-        ValueError: for sizes that cannot be written, or a folder made with other settings.
+        ValueError: for sizes that cannot be written, or a folder with clips of other settings.
     """
     out = Path(out)
     if clips < 1 or frames < 1 or fps < 1 or size < 16 or size % 2:
@@ -48,7 +48,7 @@ def synth(out: Path, *, clips: int = 96, seed: int = 0, size: int = 64, frames: 
     def make(index: int) -> None:
         scene = choose_scene(seed, index)
         write_video(_stem(out, index).with_suffix(".mp4"), render(scene, size=size, frames=frames), fps)
-        # The caption is written last: a clip with its caption is complete.
+        # The caption is written last: a clip that has a caption is complete.
         write_text(_stem(out, index).with_suffix(".txt"), scene.caption + "\n")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,6 +1,6 @@
-"""Draws scenes: antialiased shapes over smooth backgrounds.
+"""Renders scenes: antialiased shapes over smooth backgrounds.
 
-Legend: T frames, S side of the square frame in pixels. Lengths are 64ths of the frame's side.
+Legend: T frames, S side of the square frame in pixels. Lengths are in 64ths of the frame's side.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from data.synth.scenes import BACKGROUNDS, COLOURS, Scene, pan_shift
 
 Array = NDArray[np.float64]
 
-#: Of stripes and of pairs of checks.
+#: Width of a pair of stripes or of checks.
 _PERIOD = 22.0
 
 
@@ -33,7 +33,7 @@ def _ring(count: int, radii: tuple[float, ...], turn: float) -> Array:
     return np.stack([np.cos(angles) * lengths, np.sin(angles) * lengths], axis=1)
 
 
-_CORNERS = {  # of the unit shape; areas are alike, so that no shape looks smaller
+_CORNERS = {  # of the unit shape; the areas are similar, so that no shape looks smaller
     "square": _ring(4, (1.22,), np.pi / 4),
     "triangle": _ring(3, (1.4,), -np.pi / 2),
     "star": _ring(10, (1.35, 0.62), -np.pi / 2),
@@ -41,7 +41,7 @@ _CORNERS = {  # of the unit shape; areas are alike, so that no shape looks small
 
 
 def _coverage(shape: str, x: Array, y: Array, radius: float, pixel: float) -> Array:
-    """Share of each pixel that the shape covers: its signed distance, softened over one pixel."""
+    """Share of each pixel that the shape covers: the signed distance, clipped over the width of a pixel."""
     if shape == "circle":
         distance = np.hypot(x, y) - radius
     else:
@@ -50,7 +50,7 @@ def _coverage(shape: str, x: Array, y: Array, radius: float, pixel: float) -> Ar
 
 
 def _wave(position: Array, phase: float) -> Array:
-    """A square wave from 0 to 1 with soft flanks."""
+    """A square wave from 0 to 1 with smooth edges."""
     return 0.5 + 0.5 * np.tanh(2.5 * np.sin(2 * np.pi * (position / _PERIOD + phase)))
 
 
@@ -72,13 +72,13 @@ def _background(scene: Scene, x: Array, y: Array) -> Array:
 
 
 def render(scene: Scene, *, size: int = 64, frames: int = 19) -> NDArray[np.uint8]:
-    """Draws a scene, (T, S, S, 3)."""
+    """The frames of a scene, (T, S, S, 3) uint8 RGB."""
     pixel = 64 / size
     y, x = np.meshgrid((np.arange(size) + 0.5) * pixel, (np.arange(size) + 0.5) * pixel, indexing="ij")
     shift = pan_shift(scene.pan)
     video = np.empty((frames, size, size, 3), dtype=np.uint8)
     for number, moment in enumerate(np.linspace(-0.5, 0.5, frames) if frames > 1 else [0.0]):
-        left, top = shift[0] * moment, shift[1] * moment  # where the world's origin is on the screen
+        left, top = shift[0] * moment, shift[1] * moment  # position of the world's origin on the screen
         picture = _background(scene, x - left, y - top)
         for actor in scene.actors:
             centre_x = actor.middle[0] + actor.travel[0] * moment + left

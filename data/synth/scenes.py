@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes that move over backgrounds, some under a panning camera: chosen and captioned.
+"""Scenes of coloured shapes that move over backgrounds, some with a panning camera, and their captions.
 
-Every scene is a function of (seed, index) alone. Content is solid and smooth, so that a model trained for
-minutes can learn it and a viewer can tell whether it did.
+Every scene depends only on (seed, index). Shapes and backgrounds are plain and smooth, so that a model can learn them
+in minutes and a viewer can tell whether it did.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 PATTERNS = ("plain", "gradient", "striped", "checkered")
-#: What the caption says -> direction on the screen (x right, y down).
+#: Name in the caption -> direction on the screen (x right, y down).
 DIRECTIONS: dict[str, Vector] = {
     "left": (-1, 0),
     "right": (1, 0),
@@ -42,7 +42,7 @@ DIRECTIONS: dict[str, Vector] = {
 }
 PANS = ("left", "right", "up", "down")
 
-#: Every word a caption can hold.
+#: Every word that captions use.
 CAPTION_WORDS: tuple[str, ...] = tuple(
     sorted(
         {
@@ -64,15 +64,15 @@ CAPTION_WORDS: tuple[str, ...] = tuple(
     )
 )
 
-# Lengths in 64ths of the frame's side.
+# In 64ths of the frame's side.
 _TRAVEL, _PAN = 28.0, 12.0
-# Of the farthest corner, in radii: how far a shape may reach.
+# Distance of the farthest corner of any shape from its centre, in radii.
 _REACH = 1.4
 
 
 @dataclass(frozen=True)
 class Actor:
-    """One shape: what it is, where its path has its middle, and what it does."""
+    """A shape: its look, the middle of its path, and its action."""
 
     shape: str
     colour: str
@@ -97,7 +97,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """What is seen, in a sentence."""
+        """A sentence that describes the scene."""
         acts = " and ".join(
             f"{_article(actor.colour)} {actor.colour} {actor.shape} {actor.action}" for actor in self.actors
         )
@@ -130,14 +130,14 @@ def _action(rng: np.random.Generator) -> tuple[str, Vector, float]:
         return "grows", (0.0, 0.0), 2.0
     if kind < 0.3:
         return "shrinks", (0.0, 0.0), 0.5
-    # Straight moves are drawn twice as often as diagonal ones: fewer cases to learn.
+    # Straight moves are chosen twice as often as diagonal ones: fewer cases to learn.
     direction = _pick(rng, PANS if kind < 0.77 else tuple(DIRECTIONS)[4:])
     x, y = DIRECTIONS[direction]
     return f"moves {direction}", (x * _TRAVEL, y * _TRAVEL), 1.0
 
 
 def _middle(rng: np.random.Generator, radius: float, path: Vector, rows: Vector) -> Vector:
-    """A middle for a path (on the screen) that keeps the shape inside the frame, as far as it fits."""
+    """The middle of a path on the screen that keeps the shape inside the frame, if it fits."""
     low, high = rows
     slack_x = max(0.0, 32 - _REACH * radius - abs(path[0]) / 2)
     slack_y = max(0.0, (high - low) / 2 - _REACH * radius - abs(path[1]) / 2)
@@ -145,13 +145,13 @@ def _middle(rng: np.random.Generator, radius: float, path: Vector, rows: Vector)
 
 
 def pan_shift(pan: str | None) -> Vector:
-    """How the world moves on the screen: against the camera."""
+    """How far the world moves on the screen, (x, y): against the camera."""
     x, y = DIRECTIONS[pan] if pan else (0.0, 0.0)
     return -x * _PAN, -y * _PAN
 
 
 def choose_scene(seed: int, index: int) -> Scene:
-    """The scene of clip `index`; it depends on nothing else."""
+    """The scene of clip `index`."""
     rng = np.random.default_rng([seed, index])
     hue, tone, pattern = _pick(rng, tuple(BACKGROUNDS)), _pick(rng, ("dark", "light")), _pick(rng, PATTERNS)
     two = rng.random() < 0.05
@@ -161,7 +161,7 @@ def choose_scene(seed: int, index: int) -> Scene:
     if not two and pattern in ("striped", "checkered") and rng.random() < 0.35:
         pan = _pick(rng, PANS)
         along_x = bool(DIRECTIONS[pan][0])
-        vertical = along_x  # the background must vary along the pan, or nobody sees it
+        vertical = along_x  # the background must vary along the pan, or the pan cannot be seen
         if travel[0] and along_x or travel[1] and not along_x:
             pan = None  # a pan along the motion would hide or exaggerate it
     colours = [name for name in COLOURS if name != hue and _distance(name, hue, tone) > 130]
@@ -170,8 +170,8 @@ def choose_scene(seed: int, index: int) -> Scene:
     if two:
         others = tuple(name for name in colours if name != first)
         actors = tuple(
-            Actor(_pick(rng, SHAPES), colour, 11.0, _middle(rng, 11.0, path, rows), said, path, 1.0)
-            for colour, rows, (said, path) in (
+            Actor(_pick(rng, SHAPES), colour, 11.0, _middle(rng, 11.0, path, rows), action_name, path, 1.0)
+            for colour, rows, (action_name, path) in (
                 (first, (2.0, 30.0), _sideways(rng)),
                 (_pick(rng, others), (34.0, 62.0), _sideways(rng)),
             )

@@ -51,7 +51,7 @@ def probe_video(source: Path | bytes) -> VideoInfo:
 
 
 def probe_times(source: Path | bytes) -> tuple[VideoInfo, NDArray[np.float64]]:
-    """`probe_video` and `frame_times` in one reading."""
+    """`probe_video`, and when each frame is shown: (T,) seconds from the first frame, ascending."""
     stream = read_stream_info(source)
     if stream.truncation:
         raise ValueError(f"{clip_name(source)} {stream.truncation}; use a whole video.")
@@ -67,12 +67,3 @@ def probe_times(source: Path | bytes) -> tuple[VideoInfo, NDArray[np.float64]]:
         variable=stream.variable,
     )
     return info, stream.times
-
-
-def frame_times(source: Path | bytes) -> NDArray[np.float64]:
-    """When each frame is shown: (T,) seconds from the first frame, ascending.
-
-    Raises:
-        ValueError: if the clip cannot be read.
-    """
-    return read_stream_info(source).times

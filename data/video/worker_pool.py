@@ -16,7 +16,7 @@ from typing import Any
 from data.video.worker_process import Failure, RaisedError, describe_exit, run_pool_worker
 
 #: Modules that the fork server imports once, so that no worker imports them again.
-_PRELOADED = ["data.video.decode", "data.video.scene_cuts", "data.video.trim", "data.encode.decoding"]
+_PRELOADED = ["data.video.decode", "data.video.scene_cuts", "data.video.trim", "data.encode.clip_batches"]
 #: The pool gives up after so many workers in a row that end before they are ready.
 _START_ATTEMPTS = 3
 

@@ -1,8 +1,8 @@
 """`reblock bench encode`: the whole encoding stage against the bare model calls on the same batches.
 
 The stage reads and decodes video shards in other processes, runs both encoders, and writes and hashes latent shards.
-The bare calls find their batches decoded in memory and throw the results away. Rounds of both are interleaved, so that
-a busy machine slows both alike; weights are read once, before.
+The bare calls take decoded batches from memory and discard the results. Rounds of both are interleaved, so that a busy
+machine slows both alike. The weights are loaded once, before the rounds.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ import torch
 
 from data.base_folder import read_base
 from data.bucket import Bucket
-from data.encode.claims import Claims
-from data.encode.command import encode_pending, usual_processes
-from data.encode.decoding import Batch, decoded, open_shard
+from data.encode.clip_batches import DecodedBatch, decode_batches, open_shard
+from data.encode.device import default_processes
+from data.encode.encode_loop import encode_queue
 from data.encode.encoders import Encoders
-from data.encode.pending import Pending
-from data.encode.stopwatch import Report
+from data.encode.leases import Leases
+from data.encode.shard_queue import ShardQueue
+from data.encode.stage_timer import EncodeTimings
 from data.pack.command import pack
 from data.shards.folder import ShardFolder
 from data.shards.format import VIDEO_FORMAT, read_index
@@ -47,20 +48,20 @@ def make_shards(folder: Path, clips: int, bucket: Bucket) -> str:
     return str(folder / "shards")
 
 
-def decode_all(shards: str, processes: int) -> list[Batch]:
+def decode_all(shards: str, processes: int) -> list[DecodedBatch]:
     """The batches of the stage, in memory."""
     store = Store()
     works = [open_shard(shards, entry, store) for entry in read_index(shards, store, VIDEO_FORMAT)["shards"]]
     with WorkerPool(processes, _DEADLINE) as pool:
-        return list(decoded(works, pool, BATCH))
+        return list(decode_batches(works, pool, BATCH))
 
 
-def new_captions(batches: list[Batch]) -> list[list[str]]:
+def new_captions(batches: list[DecodedBatch]) -> list[list[str]]:
     """Captions that the stage encodes with each batch: each once per shard."""
     seen: dict[str, set[str]] = {}
     found = []
     for batch in batches:
-        known = seen.setdefault(batch.work.name, set())
+        known = seen.setdefault(batch.shard.name, set())
         captions = list(dict.fromkeys(clip.caption for clip in batch.clips if clip.caption not in known))
         known.update(captions)
         found.append(captions)
@@ -68,7 +69,7 @@ def new_captions(batches: list[Batch]) -> list[list[str]]:
 
 
 @torch.inference_mode()
-def bare(batches: list[Batch], captions: list[list[str]], encoders: Encoders) -> None:
+def bare(batches: list[DecodedBatch], captions: list[list[str]], encoders: Encoders) -> None:
     """The VAE over every batch, and T5 over its new captions, padded to the longest."""
     for batch, texts in zip(batches, captions, strict=True):
         assert batch.pixels is not None
@@ -81,14 +82,14 @@ def bare(batches: list[Batch], captions: list[list[str]], encoders: Encoders) ->
         torch.cuda.synchronize(encoders.device)
 
 
-def stage(shards: str, out: Path, encoders: Encoders, processes: int) -> Report:
+def stage(shards: str, out: Path, encoders: Encoders, processes: int) -> EncodeTimings:
     """The stage into an empty folder; the weights are there, decoders are started."""
     shutil.rmtree(out, ignore_errors=True)
     store = Store()
-    with Claims(out / "claims") as claims, contextlib.redirect_stdout(io.StringIO()):
-        todo = Pending(ShardFolder(out, {}), find_shards([shards], VIDEO_FORMAT, store), store, claims, 0.0)
-        return encode_pending(
-            todo, lambda: encoders, lambda: WorkerPool(processes, _DEADLINE), batch_size=BATCH, poll=None
+    with Leases(out / "claims") as leases, contextlib.redirect_stdout(io.StringIO()):
+        queue = ShardQueue(ShardFolder(out, {}), find_shards([shards], VIDEO_FORMAT, store), store, leases, 0.0)
+        return encode_queue(
+            queue, lambda: encoders, lambda: WorkerPool(processes, _DEADLINE), batch_size=BATCH, poll=None
         )
 
 
@@ -100,9 +101,9 @@ def run(options: Options) -> Result:
     dtype = torch.bfloat16 if cuda else torch.float32
     read_base(options.base)
     encoders = Encoders(options.base, options.device, dtype, _TEXT_TOKENS, tiling=False)
-    processes = usual_processes(options.device)
+    processes = default_processes(options.device)
     seconds: dict[str, list[float]] = {STAGE: [], BARE: []}
-    measured = Report()
+    measured = EncodeTimings()
     with tempfile.TemporaryDirectory(prefix="reblock-bench-") as name:
         shards = make_shards(Path(name), clips, bucket)
         batches = decode_all(shards, processes)
@@ -128,7 +129,7 @@ def run(options: Options) -> Result:
     ]
     shares = ", ".join(f"{stage} {value / measured.wall:.1%}" for stage, value in measured.seconds.items())
     return Result(
-        title=f"Encoding {count} clips {batches[0].work.bucket.name}, batches of {BATCH}, {processes} decoder(s)",
+        title=f"Encoding {count} clips {batches[0].shard.bucket.name}, batches of {BATCH}, {processes} decoder(s)",
         columns=("", "clips / s: best (median, worst)", "s: best"),
         rows=rows,
         notes=(

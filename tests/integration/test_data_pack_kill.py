@@ -1,5 +1,6 @@
-"""Packing that is killed goes on to the very shards of a run that was left alone."""
+"""Packing that is killed and started again gives the bytes of an undisturbed run."""
 
+import json
 import os
 import random
 import signal
@@ -19,8 +20,6 @@ PACK = "import sys, json; from data.pack.command import pack; pack(sys.argv[1], 
 
 
 def start(src: Path, out: Path, processes: int) -> subprocess.Popen:
-    import json
-
     options = json.dumps({**OPTIONS, "processes": processes})
     return subprocess.Popen(
         [sys.executable, "-c", PACK, str(src), str(out), options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -35,7 +34,7 @@ def wait_for(path: Path, pattern: str, count: int, process: subprocess.Popen) ->
         time.sleep(0.002)
 
 
-def files(out: Path) -> dict[str, bytes]:
+def files_without_journal(out: Path) -> dict[str, bytes]:
     names = [path for path in out.rglob("*") if path.is_file() and "survey" not in path.relative_to(out).parts]
     return {str(path.relative_to(out)): path.read_bytes() for path in names if not path.name.endswith(".part")}
 
@@ -50,20 +49,22 @@ def test_killed_runs_end_in_the_same_bytes(tmp_path):
         (src / f"{i:04d}.txt").write_text(f"{i}")
     (src / "0100.mp4").unlink()
     (src / "0100.mp4").write_bytes(b"not a video")
-    pack(str(src), tmp_path / "calm", **OPTIONS, processes=2)
+    pack(str(src), tmp_path / "undisturbed", **OPTIONS, processes=2)
     out, killed = tmp_path / "out", 0
     rng = random.Random(0)
-    # In the survey, in the middle of the shards, and wherever it is after a while.
+    # While clips are probed, in the middle of the shards, and near their end.
     moments = [("survey/0*.jsonl", 1), ("records/*.json", 3), ("records/*.json", 12)]
     for number, (pattern, count) in enumerate(moments):
         process = start(src, out, processes=1 + number % 2)
         wait_for(out, pattern, count, process)
-        time.sleep(rng.uniform(0, 0.05))  # not a condition: another moment for every kill
+        time.sleep(rng.uniform(0, 0.05))  # no condition: a random moment for every kill
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         assert not (out / "index.json").exists()
     assert killed == len(moments)
     last = start(src, out, processes=2)
     assert last.wait(timeout=120) == 0, last.stderr.read().decode()
-    assert files(out) == files(tmp_path / "calm")
-    assert len(files(out)) == 2 * 30 + 4  # 599 clips in 30 shards, their records, the index and three lists
+    assert files_without_journal(out) == files_without_journal(tmp_path / "undisturbed")
+    assert (
+        len(files_without_journal(out)) == 2 * 30 + 4
+    )  # 599 clips in 30 shards, their records, the index and three lists

@@ -1,7 +1,7 @@
-"""Clips as the world holds them: real files that are damaged, odd, or of every usual codec.
+"""Clips of many kinds: every usual codec and container, unusual ones, and damaged ones.
 
-`BROKEN` and `SOUND` map the name of a kind to a maker; `make(name, folder)` writes the file and gives its path. What a
-sound clip shows is `scene(...)`: each frame differs from every other, so that a frame that is off by one is seen.
+`BROKEN` and `SOUND` map the name of a kind to a maker; `make(name, folder)` writes the file and returns its path. A
+sound clip shows `scene(...)`, whose frames all differ, so that a test notices a frame that is off by one.
 
 Legend: T frames, H W pixels.
 """
@@ -18,23 +18,23 @@ from numpy.typing import NDArray
 
 from data.video.write import deterministic_x264
 
-#: Frames of a clip where its kind says nothing else.
+#: Number of frames, unless the kind says otherwise.
 FRAMES = 20
 HEIGHT, WIDTH, FPS = 48, 64, 10
 
 
 @dataclass(frozen=True)
 class Sound:
-    """A clip that can be read, and what is true of it.
+    """A clip that can be read, and its facts.
 
     Args:
         make: writes it to a path.
         suffix: of the file.
         codec: as PyAV names it.
-        frames: how many can be decoded.
+        frames: number of frames that can be decoded.
         height: as displayed, in pixels.
         width: as displayed, in pixels.
-        rotation: degrees that the file asks to be turned clockwise.
+        rotation: degrees clockwise by which a player turns the pictures.
         variable: whether the time between its frames varies.
     """
 
@@ -50,7 +50,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class Broken:
-    """A clip that cannot be used, and the words that say why.
+    """A clip that cannot be used, and the expected error.
 
     Args:
         make: writes it to a path.
@@ -64,7 +64,7 @@ class Broken:
 
 
 def scene(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
-    """A bright bar that moves right over a ground that grows lighter, with a red top left corner; (T, H, W, 3)."""
+    """(T, H, W, 3): a bright bar that moves right over a background that gets lighter, with a red top left corner."""
     video = np.zeros((frames, height, width, 3), dtype=np.uint8)
     for t in range(frames):
         video[t] = (20, 40 + (100 * t) // max(frames - 1, 1), 110)
@@ -74,8 +74,8 @@ def scene(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> NDA
     return video
 
 
-def _exact(codec: str, options: dict[str, str]) -> dict[str, str]:
-    """The same bytes in every run."""
+def _deterministic(codec: str, options: dict[str, str]) -> dict[str, str]:
+    """Options with which a codec gives the same bytes in every run."""
     if codec != "libx264" or not (exact := deterministic_x264()):
         return options
     return {**options, "x264-params": ":".join([*exact.values(), *filter(None, [options.get("x264-params")])])}
@@ -90,7 +90,7 @@ def write_clip(
     times: list[int] | None = None,
 ) -> None:
     """Writes (T, H, W, 3) with any codec; `times` are presentation times in hundredths of a second."""
-    options = {"threads": "1", **_exact(codec, options or {})}
+    options = {"threads": "1", **_deterministic(codec, options or {})}
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], pixels
@@ -140,7 +140,7 @@ def _moving(codec: str = "libx264", pixels: str = "yuv420p", height: int = HEIGH
 _X265 = {"x265_params": "log-level=none:pools=none:frame-threads=1:keyint=8"}
 
 
-def _turned(a: int, b: int, c: int, d: int) -> Callable[[Path], None]:
+def _with_display_matrix(a: int, b: int, c: int, d: int) -> Callable[[Path], None]:
     """An H.264 clip with a display matrix: x' = a x + c y, y' = b x + d y."""
 
     def make(path: Path) -> None:
@@ -155,8 +155,8 @@ def _turned(a: int, b: int, c: int, d: int) -> Callable[[Path], None]:
     return make
 
 
-def _long_by_its_header(path: Path) -> None:
-    """Every duration in the header is a hundred times the truth; the list of frames is right."""
+def _wrong_header_duration(path: Path) -> None:
+    """Every duration in the header is a hundred times too long; the list of frames is correct."""
     write_clip(path, scene())
 
     def change(content: bytearray, at: int, version: int) -> None:
@@ -173,7 +173,7 @@ HIDDEN = 5
 
 
 def _edited(path: Path) -> None:
-    """An edit list hides the first frames, as a telephone does that trims a clip."""
+    """An edit list hides the first frames, as in clips that were trimmed on a phone."""
     write_clip(path, scene(), options={"bf": "3", "g": "8"})
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -186,9 +186,9 @@ def _edited(path: Path) -> None:
 
 
 def _anamorphic(path: Path) -> None:
-    """64 stored columns that are shown as 128."""
+    """64 stored columns that are displayed as 128."""
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=FPS, options=_exact("libx264", {"threads": "1"}))
+        stream = container.add_stream("libx264", rate=FPS, options=_deterministic("libx264", {"threads": "1"}))
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
         stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
         for image in scene():
@@ -199,7 +199,7 @@ def _anamorphic(path: Path) -> None:
 def _fragmented(path: Path, movflags: str = "frag_keyframe+empty_moov") -> None:
     with av.open(str(path), "w", options={"fflags": "+bitexact", "movflags": movflags}) as container:
         stream = container.add_stream(
-            "libx264", rate=FPS, options=_exact("libx264", {"threads": "1", "bf": "3", "g": "8"})
+            "libx264", rate=FPS, options=_deterministic("libx264", {"threads": "1", "bf": "3", "g": "8"})
         )
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
         for image in scene():
@@ -226,18 +226,18 @@ SOUND: dict[str, Sound] = {
     "one-frame": Sound(_moving(frames=1), frames=1),
     "odd-size": Sound(_moving(pixels="yuv444p", height=65, width=47), height=65, width=47),
     **{f"narrow-{w}": Sound(_moving(height=64, width=w), height=64, width=w) for w in (16, 32, 48, 96, 144)},
-    "rotated-90": Sound(_turned(0, 1, -1, 0), height=WIDTH, width=HEIGHT, rotation=90),
-    "rotated-180": Sound(_turned(-1, 0, 0, -1), rotation=180),
-    "rotated-270": Sound(_turned(0, -1, 1, 0), height=WIDTH, width=HEIGHT, rotation=270),
-    "mirrored": Sound(_turned(-1, 0, 0, 1)),
+    "rotated-90": Sound(_with_display_matrix(0, 1, -1, 0), height=WIDTH, width=HEIGHT, rotation=90),
+    "rotated-180": Sound(_with_display_matrix(-1, 0, 0, -1), rotation=180),
+    "rotated-270": Sound(_with_display_matrix(0, -1, 1, 0), height=WIDTH, width=HEIGHT, rotation=270),
+    "mirrored": Sound(_with_display_matrix(-1, 0, 0, 1)),
     "anamorphic": Sound(_anamorphic, width=2 * WIDTH),
-    "wrong-duration": Sound(_long_by_its_header),
+    "wrong-duration": Sound(_wrong_header_duration),
     "edit-list": Sound(_edited, frames=FRAMES - HIDDEN),
 }  # fmt: skip
 
 
 def _index_first(path: Path, share: float) -> bytes:
-    """An mp4 whose index comes first, of which a share of the data is there."""
+    """An mp4 whose index comes first, with only a share of its data."""
     _fragmented(path, "+faststart")
     content = path.read_bytes()
     start, size = next(boxes(content, "mdat"))
@@ -268,8 +268,8 @@ def _sound_only(path: Path) -> None:
         container.mux(stream.encode(None))
 
 
-def _beside(text: str) -> Callable[[Path], None]:
-    """A text that names a clip, `SECRET`, which lies beside it."""
+def _reference_to_clip(text: str) -> Callable[[Path], None]:
+    """A text that refers to a clip, `SECRET`, in the same folder."""
 
     def make(path: Path) -> None:
         secret = path.with_name(f"{path.stem}-secret.ts")
@@ -291,10 +291,10 @@ BROKEN: dict[str, Broken] = {
     "junk": Broken(lambda path: path.write_bytes(np.random.default_rng(0).bytes(4096)), "it is no video"),
     "text": Broken(lambda path: path.write_text("A red ball rolls over the grass.\n" * 40), "it is no video"),
     "play-list": Broken(
-        _beside("#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nSECRET\n#EXT-X-ENDLIST\n"),
+        _reference_to_clip("#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nSECRET\n#EXT-X-ENDLIST\n"),
         "it is no video",
     ),
-    "list-of-files": Broken(_beside("ffconcat version 1.0\nfile 'SECRET'\n"), "it is no video"),
+    "list-of-files": Broken(_reference_to_clip("ffconcat version 1.0\nfile 'SECRET'\n"), "it is no video"),
 }
 
 

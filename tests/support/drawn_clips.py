@@ -12,3 +12,12 @@ def moving_bar(frames: int = 7, height: int = 48, width: int = 64) -> np.ndarray
     for t in range(frames):
         video[t, :, 4 + 6 * t : 16 + 6 * t] = (230, 200, 40)
     return video
+
+
+def changing_frames(frames, size=32, start=0):
+    """(T, H, W, 3): frames that all differ."""
+    video = np.zeros((frames, size, size, 3), np.uint8)
+    for t in range(frames):
+        video[t, :, :, 0] = (start + 6 * t) % 250
+        video[t, : size // 2, t % size :, 1] = 200
+    return video

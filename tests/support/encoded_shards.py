@@ -1,4 +1,4 @@
-"""A few clips to encode, and what lies in a folder of latents."""
+"""A few clips to encode, and readers of a folder of latents."""
 
 import json
 
@@ -47,7 +47,7 @@ def read_all(folder):
 
 
 def files(folder):
-    """Every file of a folder, hidden ones too."""
+    """Every file of a folder, also hidden ones: relative path -> bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

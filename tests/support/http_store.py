@@ -1,4 +1,4 @@
-"""A web server over a folder that honours ranges, counts what it is asked, and fails when it is told to."""
+"""A web server for a folder that answers range requests, counts requests, and fails on demand."""
 
 import re
 import threading

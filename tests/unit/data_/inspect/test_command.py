@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.inspect.command import inspect, normalisation_doubts
-from data.inspect.contact_sheet import _choose_fonts, _drawable, draw_videos
+from data.inspect.command import inspect
+from data.inspect.contact_sheet import draw_videos
+from data.inspect.fonts import choose_fonts, replace_missing
+from data.inspect.normalisation import normalisation_doubts
 from data.pack.command import pack
 from data.shards.format import read_samples, record_name
 from data.storage.store import Store
@@ -45,13 +47,13 @@ def latents(folder, scale=lambda c: STD[c], shift=0.0, **head):
     return write_latents(folder, [("7x128x128", 6), ("19x128x128", 2)], channels=5, latent=draw, **facts)
 
 
-def said(capsys):
+def printed(capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
 def test_video_shards_and_their_sheet(videos, tmp_path, capsys):
     inspect(str(videos), verify=True, contact_sheet=tmp_path / "sheet.png", processes=1)
-    out = said(capsys)
+    out = printed(capsys)
     for words in ("reblock-videos-2", "bucket 7x32x32", "5 samples (100.0%) in 2 shards", "32x32 h264: 5", "9 / 9 / 9"):
         assert words in out
     assert "verified: 2 checksums, 5 samples" in out and "fault" not in out.replace("left out as faulty", "")
@@ -59,12 +61,12 @@ def test_video_shards_and_their_sheet(videos, tmp_path, capsys):
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100  # pictures, not an empty page
 
 
-def test_the_command_verifies_by_a_switch_alone(videos, capsys):
+def test_verify_is_a_switch_of_the_command(videos, capsys):
     main(["inspect", "--verify", str(videos), "--processes", "1"])
-    assert "verified: 2 checksums, 5 samples" in said(capsys)
+    assert "verified: 2 checksums, 5 samples" in printed(capsys)
 
 
-def test_remote_shards_say_the_same(videos, capsys):
+def test_remote_shards_give_the_same_output(videos, capsys):
     inspect(str(videos), verify=True, processes=1)
     local = capsys.readouterr().out
     with WebStore(videos) as web:
@@ -75,7 +77,7 @@ def test_remote_shards_say_the_same(videos, capsys):
 
 def test_latent_shards_and_their_sheet(tmp_path, capsys):
     inspect(latents(tmp_path / "l"), verify=True, contact_sheet=tmp_path / "sheet.png")
-    out = said(capsys)
+    out = printed(capsys)
     assert "bucket 7x128x128" in out and "6 samples (75.0%)" in out and "verified" in out
     assert "in doubt" not in out and "expected about" not in out and "channel 4, normalised" in out
     assert "frames of a clip (least / median / most) │ 7 / 7 / 19" in out
@@ -86,15 +88,15 @@ def test_some_shards_of_several_folders(videos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(videos.parent)
     name = "7x32x32-000001.tar"
     inspect(f"shards/{name}", verify=True, processes=1)
-    out = said(capsys)
+    out = printed(capsys)
     assert "2 samples (100.0%) in 1 shards" in out and "verified: 1 checksums, 2 samples" in out
     latents(tmp_path / "a")
     latents(tmp_path / "b")
     inspect(str(tmp_path / "{a,b}"), verify=True, contact_sheet=tmp_path / "sheet.png")
-    out = said(capsys)
+    out = printed(capsys)
     assert "12 samples (75.0%) in 2 shards" in out and "verified: 4 checksums, 16 samples" in out
     inspect(str(tmp_path / "*" / "19x*.tar"))
-    out = said(capsys)
+    out = printed(capsys)
     assert "4 samples (100.0%) in 2 shards" in out and "bucket 7x" not in out
     for wrong, message in [
         (tmp_path / "none*", "matches nothing"),
@@ -121,15 +123,15 @@ def test_any_caption_is_drawn_without_a_warning(tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_what_no_font_has_is_a_box_and_the_rest_is_kept():
-    drawn = _drawable(CAPTION, fonts := _choose_fonts([CAPTION]))
+def test_characters_without_a_font_become_boxes():
+    drawn = replace_missing(CAPTION, fonts := choose_fonts([CAPTION]))
     # The usual font has Arabic; others depend on the machine.
     assert "\u0639\u0631\u0628\u064a" in drawn and "$x_{ \\frac a\u25a1b" in drawn and fonts[0] == "DejaVu Sans"
-    assert _drawable("plain, \u00e9 \u2192", _choose_fonts(["plain, \u00e9 \u2192"])) == "plain, \u00e9 \u2192"
+    assert replace_missing("plain, \u00e9 \u2192", choose_fonts(["plain, \u00e9 \u2192"])) == "plain, \u00e9 \u2192"
     assert "Last Resort High-Efficiency" not in fonts
 
 
-def test_a_sheet_that_cannot_be_written_is_said_in_a_line(videos, tmp_path):
+def test_a_sheet_that_cannot_be_written_is_an_error_of_one_line(videos, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"contact sheet cannot be written: .*sheet\.png'$") as failed:
         inspect(str(videos), contact_sheet=tmp_path / "file" / "sheet.png")
@@ -149,7 +151,7 @@ def test_a_sheet_that_cannot_be_written_is_said_in_a_line(videos, tmp_path):
 )
 def test_wrong_normalisation_is_flagged(tmp_path, capsys, how, doubt):
     inspect(latents(tmp_path / "l", **how))
-    assert "normalisation in doubt" in (out := said(capsys)) and doubt in out
+    assert "normalisation in doubt" in (out := printed(capsys)) and doubt in out
 
 
 def test_right_normalisation_is_not_flagged():
@@ -160,7 +162,7 @@ def test_right_normalisation_is_not_flagged():
         assert normalisation_doubts(rng.normal(0, 0.1, 12), std, [0.0] * 12, vae.tolist()) == []
 
 
-def spoil_shard(folder, name):
+def corrupt_shard(folder, name):
     raw = bytearray((folder / name).read_bytes())
     raw[2000] ^= 0xFF
     (folder / name).write_bytes(raw)
@@ -176,7 +178,7 @@ def move_member(folder, name):
     (folder / record_name(name)).write_text(json.dumps(record))
 
 
-def lose_sample(folder, name):
+def unlist_sample(folder, name):
     """As if it had never been listed, in the index either."""
     for path in (folder / record_name(name), folder / "index.json"):
         content = json.loads(path.read_text())
@@ -187,29 +189,29 @@ def lose_sample(folder, name):
         path.write_text(json.dumps(content))
 
 
-def forget_sample(folder, name):
+def drop_from_record(folder, name):
     record = json.loads((folder / record_name(name)).read_text())
     record["samples"].pop()
     (folder / record_name(name)).write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(
-    "spoil, fault",
+    "damage, fault",
     [
-        (spoil_shard, "checksum differs"),
+        (corrupt_shard, "checksum differs"),
         (cut_shard, "cut"),
         (move_member, "is not where the record says"),
-        (lose_sample, "clip-05: it is in the archive and not in the record"),
-        (forget_sample, "its record lists 5 samples, the index 6"),
+        (unlist_sample, "clip-05: it is in the archive and not in the record"),
+        (drop_from_record, "its record lists 5 samples, the index 6"),
         (lambda folder, name: (folder / name).unlink(), "No such file"),
     ],
 )
-def test_verify_names_what_is_damaged(tmp_path, capsys, spoil, fault):
+def test_verify_names_damaged_shards(tmp_path, capsys, damage, fault):
     folder = latents(tmp_path / "l")
-    spoil(tmp_path / "l", "7x128x128-000000.tar")
+    damage(tmp_path / "l", "7x128x128-000000.tar")
     with pytest.raises(ValueError, match="faults in"):
         inspect(folder, verify=True)
-    assert fault in said(capsys)
+    assert fault in printed(capsys)
 
 
 def test_verify_names_latents_that_are_not_finite(tmp_path, capsys):
@@ -219,7 +221,7 @@ def test_verify_names_latents_that_are_not_finite(tmp_path, capsys):
     folder = write_latents(tmp_path / "l", [("7x32x32", 4)], latent=broken)
     with pytest.raises(ValueError, match="1 faults"):
         inspect(folder, verify=True)
-    assert "clip-02: it holds numbers that are not finite" in said(capsys)
+    assert "clip-02: it holds numbers that are not finite" in printed(capsys)
 
 
 def test_a_clip_that_does_not_decode_is_named_by_verify(videos, tmp_path, capsys):
@@ -233,7 +235,7 @@ def test_a_clip_that_does_not_decode_is_named_by_verify(videos, tmp_path, capsys
     (tmp_path / "v" / name).write_bytes(raw)
     with pytest.raises(ValueError, match="faults"):
         inspect(str(tmp_path / "v"), verify=True, processes=1)
-    assert f"{key}: clip of {size} bytes cannot be decoded" in said(capsys)
+    assert f"{key}: clip of {size} bytes cannot be decoded" in printed(capsys)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_a_clip_that_does_not_decode_is_named_by_verify(videos, tmp_path, capsys
         (lambda members, raw: raw.__setitem__(slice(None), raw.replace(b", 5, 6]", b", 5   ]")), "window of 6"),
     ],
 )
-def test_a_clip_that_lacks_a_part_is_a_fault_and_no_crash(videos, tmp_path, capsys, damage, reason):
+def test_a_clip_that_lacks_a_member_is_a_fault(videos, tmp_path, capsys, damage, reason):
     shutil.copytree(videos, tmp_path / "v")
     shard, record = tmp_path / "v" / "7x32x32-000000.tar", tmp_path / "v" / record_name("7x32x32-000000.tar")
     facts, raw = json.loads(record.read_text()), bytearray(shard.read_bytes())
@@ -254,7 +256,7 @@ def test_a_clip_that_lacks_a_part_is_a_fault_and_no_crash(videos, tmp_path, caps
     shard.write_bytes(raw)
     with pytest.raises(ValueError, match="faults"):
         inspect(str(tmp_path / "v"), verify=True, contact_sheet=tmp_path / "sheet.png", processes=1)
-    assert reason in said(capsys) and (tmp_path / "sheet.png").is_file()
+    assert reason in printed(capsys) and (tmp_path / "sheet.png").is_file()
 
 
 def test_a_latent_of_another_bucket_is_named_by_verify(tmp_path, capsys):
@@ -265,12 +267,12 @@ def test_a_latent_of_another_bucket_is_named_by_verify(tmp_path, capsys):
     index.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="2 faults"):
         inspect(folder, verify=True)
-    assert "clip-02: its latent is (2, 2, 4, 6)" in said(capsys)
+    assert "clip-02: its latent is (2, 2, 4, 6)" in printed(capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a clip that hangs is a pipe")
-def test_a_clip_that_hangs_does_not_keep_the_sheet_waiting(videos, tmp_path, capsys):
+def test_a_clip_that_hangs_does_not_block_the_sheet(videos, tmp_path, capsys):
     shutil.copytree(videos, tmp_path / "v")
     shard = tmp_path / "v" / "7x32x32-000000.tar"
     shard.unlink()

@@ -1,4 +1,4 @@
-"""Packing captioned clips: what is packed and where, what is left out and named, what is kept when run again."""
+"""Packing captioned clips: what the shards hold, which clips are left out and listed, and how a run continues."""
 
 import json
 import os
@@ -6,91 +6,28 @@ import re
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import webdataset
 import yaml
 from filelock import FileLock
-from hypothesis import strategies as st
 
 from data.bucket import Bucket, parse_buckets
-from data.pack.command import pack
 from data.pack.entries import VIDEO_EXTENSIONS, Columns
-from data.pack.windows import Filters
-from data.synth.command import synth
+from data.pack.filters import Filters
 from data.video.decode import decode_video
 from data.video.write import write_video
 from launch.main import main
 from tests.support.broken_clips import BROKEN, SOUND, make
-
-SMALL = ["7x32x32"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    synth(folder, clips=7, frames=7, size=32)
-    return folder
-
-
-@pytest.fixture
-def clips(made, tmp_path):
-    """A folder of seven clips that a test may spoil."""
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    for path in made.glob("clip-*"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def run(src, out, **options):
-    pack(str(src), out, **{"buckets": SMALL, "processes": 1, **options})
-    return json.loads((out / "index.json").read_text())
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def samples(out):
-    """All samples of all shards, as webdataset reads them."""
-    shards = [str(out / shard["name"]) for shard in json.loads((out / "index.json").read_text())["shards"]]
-    return list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
-
-
-def files(out):
-    """Every file that is handed on, with its bytes."""
-    names = [p for p in out.rglob("*") if p.is_file() and "survey" not in p.relative_to(out).parts]
-    return {str(p.relative_to(out)): p.read_bytes() for p in names}
-
-
-def moving(frames, size=32, start=0):
-    """Frames that all differ: (T, H, W, 3)."""
-    video = np.zeros((frames, size, size, 3), np.uint8)
-    for t in range(frames):
-        video[t, :, :, 0] = (start + 6 * t) % 250
-        video[t, : size // 2, t % size :, 1] = 200
-    return video
-
-
-rows = st.lists(
-    st.tuples(
-        st.text("ab-w01", min_size=1, max_size=4),
-        st.integers(0, 3000),  # bytes of the clip
-        st.integers(0, 6),  # content
-        st.lists(st.sampled_from([*SMALL, "13x32x32"]), max_size=3),
-    ),
-    max_size=40,
-)
+from tests.support.drawn_clips import changing_frames
+from tests.support.packing import pack_small, packed_files, read_lines, read_shards
 
 
 def test_webdataset_finds_clip_caption_and_facts(clips, tmp_path):
-    index = run(clips, tmp_path / "out", shard_samples=3)
+    index = pack_small(clips, tmp_path / "out", shard_samples=3)
     assert index["format"] == "reblock-videos-2" and index["buckets"] == {"7x32x32": {"samples": 7, "shards": 3}}
     assert [(s["name"], s["samples"]) for s in index["shards"]] == [
         ("7x32x32-000000.tar", 3), ("7x32x32-000001.tar", 3), ("7x32x32-000002.tar", 1)
     ]  # fmt: skip
-    seen = samples(tmp_path / "out")
+    seen = read_shards(tmp_path / "out")
     assert [sample["__key__"] for sample in seen] == [f"clip-{i:06d}" for i in range(7)]
     for sample in seen:
         assert sample["mp4"] == (clips / f"{sample['__key__']}.mp4").read_bytes()
@@ -109,8 +46,8 @@ def test_faulty_clips_are_left_out_and_named(clips, tmp_path, capsys):
     (clips / "clip-000005.txt").write_bytes(b"caf\xe9")
     (clips / "clip-000006.mp4").unlink()
     (clips / "clip-000006.mp4").symlink_to(clips / "nowhere.mp4")
-    index = run(clips, tmp_path / "out", max_fault_share=0.9)
-    faults = lines(tmp_path / "out" / "faults.jsonl")
+    index = pack_small(clips, tmp_path / "out", max_fault_share=0.9)
+    faults = read_lines(tmp_path / "out" / "faults.jsonl")
     reasons = {1: "", 2: "empty", 4: "no caption clip-000004.txt", 5: "not UTF-8", 6: "link to nothing"}
     assert [fault["key"] for fault in faults] == [f"clip-{i:06d}" for i in reasons]
     for fault, reason in zip(faults, reasons.values(), strict=True):
@@ -120,59 +57,59 @@ def test_faulty_clips_are_left_out_and_named(clips, tmp_path, capsys):
 
 
 def test_too_many_faults_stop_the_run_and_leave_no_index(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.pack.survey.CHUNK", 2)
+    monkeypatch.setattr("data.pack.probe_source.CHUNK", 2)
     (clips / "clip-000001.mp4").write_bytes(b"not a video")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"1 of 7 items .* more than max_fault_share 0.01 .*clip-000001.*faults"):
-            run(clips, tmp_path / "out")
-        [fault] = lines(tmp_path / "out" / "faults.jsonl")
+            pack_small(clips, tmp_path / "out")
+        [fault] = read_lines(tmp_path / "out" / "faults.jsonl")
         assert fault["key"] == "clip-000001" and "cannot be decoded" in fault["reason"]
         assert not (tmp_path / "out" / "index.json").exists()
-    # It stops as soon as there are too many: nothing of the last clips is known.
+    # It stops as soon as there are too many: the last clips were not probed.
     assert not (tmp_path / "out" / "survey" / "000003.jsonl").exists()
-    assert run(clips, tmp_path / "out", max_fault_share=0.2)["samples"] == 6
+    assert pack_small(clips, tmp_path / "out", max_fault_share=0.2)["samples"] == 6
 
 
 def test_finished_shards_are_kept_and_missing_ones_made_again(clips, tmp_path, capsys):
     out = tmp_path / "out"
-    run(clips, out, shard_samples=3)
-    before = files(out)
+    pack_small(clips, out, shard_samples=3)
+    before = packed_files(out)
     stamp = (out / "7x32x32-000000.tar").stat().st_mtime_ns
     (out / "7x32x32-000001.tar").unlink()
     (out / "index.json").unlink()
-    run(clips, out, shard_samples=3, processes=2)
+    pack_small(clips, out, shard_samples=3, processes=2)
     assert "2 of 3 shards are finished already" in capsys.readouterr().out
-    assert files(out) == before
+    assert packed_files(out) == before
     assert (out / "7x32x32-000000.tar").stat().st_mtime_ns == stamp
 
 
 def test_other_settings_and_other_clips_are_refused(clips, tmp_path):
-    run(clips, tmp_path / "out")
+    pack_small(clips, tmp_path / "out")
     with pytest.raises(ValueError, match=r"shard_samples': \(1024, 2\)"):
-        run(clips, tmp_path / "out", shard_samples=2)
+        pack_small(clips, tmp_path / "out", shard_samples=2)
     with pytest.raises(ValueError, match="min_seconds"):
-        run(clips, tmp_path / "out", filters=Filters(min_seconds=0.1))
+        pack_small(clips, tmp_path / "out", filters=Filters(min_seconds=0.1))
     (clips / "clip-000006.txt").write_text("another caption")
     with pytest.raises(ValueError, match="listing"):
-        run(clips, tmp_path / "out")
+        pack_small(clips, tmp_path / "out")
 
 
 def test_a_clip_that_changes_after_the_survey_is_a_fault(clips, tmp_path):
     out = tmp_path / "out"
-    run(clips, out)
+    pack_small(clips, out)
     (out / "7x32x32-000000.tar").unlink()
     content = bytearray((clips / "clip-000003.mp4").read_bytes())
     content[-1] ^= 1
     (clips / "clip-000003.mp4").write_bytes(content)
     with pytest.raises(ValueError, match=r"clip-000003: .*changed since"):
-        run(clips, out)
+        pack_small(clips, out)
     with pytest.raises(ValueError, match=r"clip-000003: .*changed since"):  # a finished shard's faults count too
-        run(clips, out)
+        pack_small(clips, out)
 
 
-def test_captions_missing_altogether(clips, tmp_path):
+def test_a_source_without_captions_is_refused(clips, tmp_path):
     with pytest.raises(ValueError, match=r"none of the 7 clips .* has a caption; .*clip-000000\.caption"):
-        run(clips, tmp_path / "out", columns=Columns(caption_suffix=".caption"))
+        pack_small(clips, tmp_path / "out", columns=Columns(caption_suffix=".caption"))
     assert not (tmp_path / "out").exists()
 
 
@@ -187,25 +124,29 @@ def test_captions_missing_altogether(clips, tmp_path):
 )  # fmt: skip
 def test_wrong_options_are_named_before_anything_is_written(clips, tmp_path, options, said):
     with pytest.raises(ValueError, match=said):
-        run(clips, tmp_path / "out", **options)
+        pack_small(clips, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_filters_that_no_clip_can_meet():
+def test_filters_that_no_clip_can_meet_are_refused():
     with pytest.raises(ValueError, match=r"min_fps -1.*min_seconds 3 above max_seconds 2.*max_aspect 0.5"):
         Filters(min_fps=-1, min_seconds=3, max_seconds=2, max_aspect=0.5)
 
 
-def test_unwanted_clips_are_filtered_and_counted(clips, tmp_path, capsys):
+def test_filtered_clips_are_listed_and_counted(clips, tmp_path, capsys):
     (clips / "clip-000000.txt").write_text("\n")
     (clips / "clip-000001.txt").write_text("x" * 500)
-    write_video(clips / "clip-000002.mp4", moving(13), 12)
-    write_video(clips / "clip-000003.mp4", moving(7)[:, :16], 12)
-    write_video(clips / "clip-000004.mp4", moving(3), 12)
-    write_video(clips / "clip-000005.mp4", moving(7), 60)
-    index = run(clips, tmp_path / "out", filters=Filters(max_seconds=1.0, max_fps=30, min_caption=1, max_caption=200))
+    write_video(clips / "clip-000002.mp4", changing_frames(13), 12)
+    write_video(clips / "clip-000003.mp4", changing_frames(7)[:, :16], 12)
+    write_video(clips / "clip-000004.mp4", changing_frames(3), 12)
+    write_video(clips / "clip-000005.mp4", changing_frames(7), 60)
+    index = pack_small(
+        clips, tmp_path / "out", filters=Filters(max_seconds=1.0, max_fps=30, min_caption=1, max_caption=200)
+    )
     assert index["samples"] == 1 and index["faults"] == 0
-    found = {line["key"][-1]: (line["filter"], line["reason"]) for line in lines(tmp_path / "out" / "filtered.jsonl")}
+    found = {
+        line["key"][-1]: (line["filter"], line["reason"]) for line in read_lines(tmp_path / "out" / "filtered.jsonl")
+    }
     assert {key: name for key, (name, _) in found.items()} == {
         "0": "min_caption", "1": "max_caption", "2": "max_seconds", "3": "bucket", "4": "bucket", "5": "max_fps"
     }  # fmt: skip
@@ -215,30 +156,32 @@ def test_unwanted_clips_are_filtered_and_counted(clips, tmp_path, capsys):
 
 def test_an_empty_caption_is_a_caption(clips, tmp_path):
     (clips / "clip-000000.txt").write_text("\n")
-    run(clips, tmp_path / "out")
-    assert samples(tmp_path / "out")[0]["txt"] == b""
+    pack_small(clips, tmp_path / "out")
+    assert read_shards(tmp_path / "out")[0]["txt"] == b""
 
 
 def test_the_same_source_gives_the_same_bytes(clips, tmp_path):
     (clips / "clip-000001.mp4").write_bytes(b"not a video")
-    write_video(clips / "clip-000002.mp4", moving(40), 12)
+    write_video(clips / "clip-000002.mp4", changing_frames(40), 12)
     options = {"shard_samples": 2, "window": "all", "max_fault_share": 0.5}
-    run(clips, tmp_path / "one", processes=1, **options)
-    run(clips, tmp_path / "three", processes=3, **options)
-    assert files(tmp_path / "one") == files(tmp_path / "three")
+    pack_small(clips, tmp_path / "one", processes=1, **options)
+    pack_small(clips, tmp_path / "three", processes=3, **options)
+    assert packed_files(tmp_path / "one") == packed_files(tmp_path / "three")
 
 
 @pytest.mark.slow
-def test_clips_as_the_world_holds_them(tmp_path):
+def test_clips_of_every_kind_are_packed_or_named(tmp_path):
     sound = [name for name, kind in SOUND.items() if kind.suffix[1:] in VIDEO_EXTENSIONS]
     for name in (*sound, *BROKEN):
         make(name, tmp_path / "src").with_suffix(".txt").write_text(name)
-    run(tmp_path / "src", tmp_path / "out", buckets=["1x32x32", "7x32x32", "19x32x32", "19x16x16"], max_fault_share=0.9)
-    faults = {fault["key"]: fault["reason"] for fault in lines(tmp_path / "out" / "faults.jsonl")}
+    pack_small(
+        tmp_path / "src", tmp_path / "out", buckets=["1x32x32", "7x32x32", "19x32x32", "19x16x16"], max_fault_share=0.9
+    )
+    faults = {fault["key"]: fault["reason"] for fault in read_lines(tmp_path / "out" / "faults.jsonl")}
     assert set(faults) == set(BROKEN)
     for name, reason in faults.items():
         assert re.search(BROKEN[name].reason, reason), (name, reason)
-    seen = {sample["__key__"]: sample for sample in samples(tmp_path / "out")}
+    seen = {sample["__key__"]: sample for sample in read_shards(tmp_path / "out")}
     assert set(seen) == set(sound)
     for name in sound:
         facts = json.loads(seen[name]["json"])
@@ -256,7 +199,7 @@ def test_the_command_reads_options_of_groups(clips, tmp_path, capsys):
     table.write_text("file,text\nclips/clip-000001.mp4,hello\nclips/clip-000002.mp4,hello there\n")
     main(["pack", str(table), str(tmp_path / "out"), "--buckets", '["7x32x32"]', "--columns.clip", "file",
           "--columns.caption", "text", "--filters.min_caption", "6", "--processes", "1"])  # fmt: skip
-    assert [s["txt"] for s in samples(tmp_path / "out")] == [b"hello there"]
+    assert [s["txt"] for s in read_shards(tmp_path / "out")] == [b"hello there"]
     with pytest.raises(SystemExit):
         main(["pack", "--help"])
     text = capsys.readouterr().out
@@ -268,14 +211,14 @@ def test_two_runs_in_one_folder_are_refused(clips, tmp_path):
     (tmp_path / "out" / "survey").mkdir(parents=True)
     with FileLock(tmp_path / "out" / "survey" / "lock"):
         with pytest.raises(ValueError, match="another `reblock pack` is at work"):
-            run(clips, tmp_path / "out")
-    run(clips, tmp_path / "out")
+            pack_small(clips, tmp_path / "out")
+    pack_small(clips, tmp_path / "out")
 
 
-def test_nothing_is_left_beside_the_shards(clips, tmp_path):
+def test_temporary_files_are_removed(clips, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".7x32x32-000000.tar.0123.part").write_bytes(b"of a killed run")
-    run(clips, tmp_path / "out")
+    pack_small(clips, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(".part")]
     assert sorted(os.listdir(tmp_path / "out")) == [
         "7x32x32-000000.tar", "duplicates.jsonl", "faults.jsonl", "filtered.jsonl", "index.json", "records", "survey"

@@ -1,12 +1,8 @@
 """Clips from stores and archives: what is remote, refused, damaged, or hangs."""
 
 import contextlib
-import functools
 import http.server
-import io
-import json
 import os
-import re
 import signal
 import tarfile
 import threading
@@ -14,25 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from data.pack.command import pack
 from data.pack.entries import Columns
 from data.pack.sources import open_source
 from data.storage.store import Store
-from data.synth.command import synth
-
-SMALL = ["7x32x32"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    synth(folder, clips=4, frames=7, size=32)
-    return folder
-
-
-@pytest.fixture
-def clip(made):
-    return lambda i: (made / f"clip-{i:06d}.mp4").read_bytes()
+from tests.support.http_store import WebStore
+from tests.support.packing import pack_all, write_table, write_tar
 
 
 @pytest.fixture
@@ -40,87 +22,12 @@ def served(tmp_path):
     """A folder, and its address on a local HTTP server."""
     folder = tmp_path / "served"
     folder.mkdir()
-
-    class Ranges(http.server.SimpleHTTPRequestHandler):
-        """Answers requests for a part of a file, as stores do."""
-
-        def do_GET(self):
-            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            path = Path(self.translate_path(self.path))
-            if asked is None or not path.is_file():
-                return super().do_GET()
-            content = path.read_bytes()
-            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-            self.send_header("Content-Length", str(last + 1 - first))
-            self.end_headers()
-            self.wfile.write(content[first : last + 1])
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Ranges, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield folder, f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with WebStore(folder) as store:
+        yield folder, store.url
 
 
-def entries(location, tmp_path, columns=Columns(), **options):  # noqa: B008 - frozen
-    source = open_source(str(location), columns, Store(attempts=1), tmp_path / "work", **options)
-    return list(source.entries())
-
-
-def packed(src, out, **options):
-    """Key -> (caption, clip) of what was packed, and key -> reason of what was not."""
-    pack(str(src), out, **{"buckets": SMALL, "processes": 1, "max_fault_share": 1.0, **options})
-    found = {}
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                found[member.name] = archive.extractfile(member).read()
-    keys = [name.removesuffix(".txt") for name in found if name.endswith(".txt")]
-    faults = [json.loads(line) for line in (out / "faults.jsonl").read_text().splitlines()]
-    return {key: (found[f"{key}.txt"].decode(), found[f"{key}.mp4"]) for key in keys}, {
-        fault["key"]: f"{fault['shard'].rpartition('/')[2]}: {fault['reason']}" for fault in faults
-    }
-
-
-def write_tar(path, members):
-    """An archive with members of any name: (name, bytes) or a TarInfo."""
-    with tarfile.open(path, "w") as archive:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                archive.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            archive.addfile(info, io.BytesIO(member[1]))
-
-
-# -- tables ----------------------------------------------------------------------------------------------------------
-
-
-def write_table(path, rows, names=("clip", "caption")):
-    import csv
-
-    if path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(names)
-            writer.writerows(rows)
-    elif path.suffix == ".jsonl":
-        path.write_text("\n\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
-    else:
-        import pyarrow
-        from pyarrow import parquet
-
-        columns = list(zip(*rows, strict=True))
-        parquet.write_table(pyarrow.table(dict(zip(names, columns, strict=True))), path)
-    return path
+def entries(location, tmp_path):
+    return list(open_source(str(location), Columns(), Store(attempts=1), tmp_path / "work").entries())
 
 
 def process_of(port):
@@ -149,7 +56,7 @@ def test_urls_and_a_remote_table(tmp_path, served, clip):
         ("../clips/0.mp4", "out of its folder"),
     ]
     write_table(folder / "table.parquet", rows)
-    found, faults = packed(f"{address}/table.parquet", tmp_path / "out")
+    found, faults = pack_all(f"{address}/table.parquet", tmp_path / "out")
     assert dict(found.values()) == {
         "absolute": clip(0), "relative": clip(1), "with a query": clip(2), "with another": clip(2)
     }  # fmt: skip
@@ -159,24 +66,24 @@ def test_urls_and_a_remote_table(tmp_path, served, clip):
     assert len(faults) == 3
 
 
-def test_what_a_store_did_not_give_is_asked_for_again_until_the_survey_is_done(tmp_path, served, clip):
+def test_clips_that_a_store_failed_to_return_are_retried_until_the_journal_is_complete(tmp_path, served, clip):
     folder, address = served
     (folder / "0.mp4").write_bytes(clip(0))
     table = write_table(tmp_path / "t.csv", [(f"{address}/{i}.mp4", "fine") for i in range(2)])
     with pytest.raises(ValueError, match=r"1 of 2 items .*1: .*/1\.mp4 cannot be read"):
-        packed(table, tmp_path / "out", max_fault_share=0.1)
+        pack_all(table, tmp_path / "out", max_fault_share=0.1)
     (folder / "1.mp4").write_bytes(clip(1))
-    found, faults = packed(table, tmp_path / "out", max_fault_share=0.1)
+    found, faults = pack_all(table, tmp_path / "out", max_fault_share=0.1)
     assert sorted(found) == ["0", "1"] and not faults
     (folder / "1.mp4").unlink()
-    assert sorted(packed(table, tmp_path / "other")[0]) == ["0"]
+    assert sorted(pack_all(table, tmp_path / "other")[0]) == ["0"]
     (folder / "1.mp4").write_bytes(clip(1))
-    # What is decided stays: shards that exist may not change under their readers.
-    assert sorted(packed(table, tmp_path / "other")[0]) == ["0"]
+    # A complete journal stays as it is: existing shards may have readers.
+    assert sorted(pack_all(table, tmp_path / "other")[0]) == ["0"]
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="finds the process of a connection in /proc")
-def test_a_clip_that_hangs_or_ends_its_process_costs_itself(tmp_path, made, clip):
+def test_a_clip_that_hangs_or_ends_its_process_costs_itself(tmp_path, synthetic_clips, clip):
     """Its bytes come from a server that never answers, or ends the process that asks it, as a broken decoder would."""
     done = threading.Event()
 
@@ -195,11 +102,11 @@ def test_a_clip_that_hangs_or_ends_its_process_costs_itself(tmp_path, made, clip
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    rows = [(f"{made}/clip-{i:06d}.mp4", "fine") for i in range(3)]
+    rows = [(f"{synthetic_clips}/clip-{i:06d}.mp4", "fine") for i in range(3)]
     rows[1:1] = [(f"{address}/hang.mp4", "hangs")]
     rows[3:3] = [(f"{address}/crash.mp4", "crashes")]
     try:
-        found, faults = packed(write_table(tmp_path / "t.csv", rows), tmp_path / "out", deadline=3.0)
+        found, faults = pack_all(write_table(tmp_path / "t.csv", rows), tmp_path / "out", deadline=3.0)
     finally:
         done.set()
         server.shutdown()
@@ -208,9 +115,6 @@ def test_a_clip_that_hangs_or_ends_its_process_costs_itself(tmp_path, made, clip
     assert [content for _, content in found.values()] == [clip(i) for i in range(3)]
     assert list(faults) == ["hang", "crash"]
     assert "longer than 3" in faults["hang"] and "signal 11" in faults["crash"]
-
-
-# -- archives --------------------------------------------------------------------------------------------------------
 
 
 def test_archives_by_braces_wildcards_and_url(tmp_path, served, clip):
@@ -222,15 +126,15 @@ def test_archives_by_braces_wildcards_and_url(tmp_path, served, clip):
         write_tar(folder / f"s-{shard}.tar", members)
     want = {f"s-{shard}--{i}": (f"{shard}{i}", clip(2 * shard + i)) for shard in range(2) for i in range(2)}
     for number, location in enumerate((f"{folder}/s-*.tar", f"{folder}/s-{{0..1}}.tar", f"{address}/s-{{0..1}}.tar")):
-        found, faults = packed(location, tmp_path / str(number))
+        found, faults = pack_all(location, tmp_path / str(number))
         assert found == want and not faults
-    found, _ = packed(folder / "s-0.tar", tmp_path / "one")
+    found, _ = pack_all(folder / "s-0.tar", tmp_path / "one")
     assert list(found) == ["0", "1"]
     with pytest.raises(ValueError, match="matches nothing"):
-        packed(f"{folder}/t-*.tar", tmp_path / "none")
+        pack_all(f"{folder}/t-*.tar", tmp_path / "none")
 
 
-def test_what_an_archive_must_not_hold_is_named_and_never_touches_the_disk(tmp_path, clip):
+def test_forbidden_members_of_an_archive_are_named_and_never_written(tmp_path, clip):
     link = tarfile.TarInfo("linked.mp4")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     members = [
@@ -241,7 +145,7 @@ def test_what_an_archive_must_not_hold_is_named_and_never_touches_the_disk(tmp_p
         ("latin.mp4", clip(1)), ("latin.txt", b"caf\xe9"), ("noted.mp4", clip(2)), ("noted.json", b'{"caption": "n"}'),
     ]  # fmt: skip
     write_tar(tmp_path / "s.tar", members)
-    found, faults = packed(tmp_path / "s.tar", tmp_path / "out")
+    found, faults = pack_all(tmp_path / "s.tar", tmp_path / "out")
     assert found == {"good": ("fine", clip(0)), "code": ("also fine", clip(1)), "noted": ("n", clip(2))}
     assert all(reason.startswith("s.tar: ") for reason in faults.values())
     said = {
@@ -255,7 +159,7 @@ def test_what_an_archive_must_not_hold_is_named_and_never_touches_the_disk(tmp_p
     assert not list(tmp_path.rglob("*outside*")) and not list(tmp_path.rglob("*absolute*"))
 
 
-def test_damaged_archives_cost_what_lies_behind_the_damage(tmp_path, clip):
+def test_a_damaged_archive_costs_the_samples_behind_the_damage(tmp_path, clip):
     members = [(f"{i}.{e}", c) for i in range(3) for e, c in (("mp4", clip(i)), ("txt", b"fine"))]
     write_tar(tmp_path / "whole.tar", members)
     content = (tmp_path / "whole.tar").read_bytes()
@@ -265,7 +169,7 @@ def test_damaged_archives_cost_what_lies_behind_the_damage(tmp_path, clip):
     (tmp_path / "s-header.tar").write_bytes(content[: place["1.mp4"].offset + 200])
     (tmp_path / "s-noise.tar").write_bytes(b"noise" * 999)
     (tmp_path / "s-zero.tar").write_bytes(b"")
-    found, faults = packed(f"{tmp_path}/s-{{cut,header,noise,zero,gone}}.tar", tmp_path / "out")
+    found, faults = pack_all(f"{tmp_path}/s-{{cut,header,noise,zero,gone}}.tar", tmp_path / "out")
     assert list(found) == ["s-cut--0", "s-cut--1", "s-header--0"]
     assert set(faults) == {"s-cut--2"} & set(faults) | {
         f"s-{n}_tar" for n in ("cut", "header", "noise", "zero", "gone")
@@ -279,24 +183,24 @@ def test_commands_run_only_if_allowed(tmp_path, clip):
     mark = tmp_path / "ran"
     for location in (f"pipe:cat {tmp_path}/s.tar", f"pipe:touch {mark}", f"touch {mark} |"):
         with pytest.raises(ValueError, match="allow_pipe"):
-            packed(location, tmp_path / "refused")
+            pack_all(location, tmp_path / "refused")
     assert not mark.exists() and not (tmp_path / "refused").exists()
-    found, _ = packed(f"pipe:cat {tmp_path}/s.tar", tmp_path / "out", allow_pipe=True)
+    found, _ = pack_all(f"pipe:cat {tmp_path}/s.tar", tmp_path / "out", allow_pipe=True)
     assert found == {"a": ("fine", clip(0))}
     # No shell reads it: what would be a second command is an argument.
     with pytest.raises(ValueError, match=r"cat|none of"):
-        packed(f"pipe:cat {tmp_path}/s.tar; touch {mark}", tmp_path / "shell", allow_pipe=True)
+        pack_all(f"pipe:cat {tmp_path}/s.tar; touch {mark}", tmp_path / "shell", allow_pipe=True)
     assert not mark.exists()
 
 
-def test_what_an_archive_holds_is_read_once(tmp_path, clip, monkeypatch):
+def test_the_headers_of_an_archive_are_read_once(tmp_path, clip, monkeypatch):
     write_tar(tmp_path / "s.tar", [("a.mp4", clip(0)), ("a.txt", b"fine")])
     first = entries(tmp_path / "s.tar", tmp_path)
 
     def fail(*_):
         raise AssertionError("its headers are read again")
 
-    monkeypatch.setattr("data.pack.sources.scan_tar", fail)
+    monkeypatch.setattr("data.pack.archive_source.scan_tar", fail)
     assert entries(tmp_path / "s.tar", tmp_path) == first
     write_tar(tmp_path / "s.tar", [("b.mp4", clip(0)), ("b.txt", b"another")])
     with pytest.raises(AssertionError, match="again"):

@@ -20,7 +20,7 @@ def test_rows_of_any_width_are_read(tmp_path, width):
         assert probe_video(source).width == width
 
 
-def test_bytes_and_files_read_alike_and_only_the_first_frames(clip):
+def test_bytes_and_files_give_the_same_frames(clip):
     assert np.array_equal(decode_video(clip.read_bytes(), 4), decode_video(clip)[:4])
     assert probe_video(clip.read_bytes()) == probe_video(clip)
 
@@ -51,7 +51,7 @@ def test_a_damaged_clip_is_named(clip, tmp_path, keep, reason):
         probe_video(broken.read_bytes())
 
 
-def test_a_clip_whose_end_is_missing_is_refused_and_the_message_is_short(clip):
+def test_a_clip_without_its_end_is_refused_with_a_short_message(clip):
     cut = clip.read_bytes()[:-20]
     for read in (probe_video, decode_video):
         with pytest.raises(ValueError, match="its container promises 7 frames, 6 can be read") as caught:
@@ -59,7 +59,7 @@ def test_a_clip_whose_end_is_missing_is_refused_and_the_message_is_short(clip):
         assert "/src/" not in str(caught.value) and len(str(caught.value)) < 200
 
 
-def test_damage_behind_the_frames_that_are_asked_for_does_not_matter_nor_change_them(clip):
+def test_damage_after_the_requested_frames_does_not_change_them(clip):
     for _ in range(5):  # decord decodes ahead, and would meet the damage in some runs
         assert np.array_equal(decode_video(clip.read_bytes()[:-20], 6), decode_video(clip, 6))
 

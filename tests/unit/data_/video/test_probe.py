@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from data.video.decode import decode_video
-from data.video.probe import VideoInfo, frame_times, probe_times, probe_video
+from data.video.probe import VideoInfo, probe_times, probe_video
 from tests.support.drawn_clips import moving_bar
 
 
-def test_what_is_written_is_read_again(clip):
+def test_facts_and_frames_survive_writing_and_reading(clip):
     got = decode_video(clip)
     assert got.shape == (7, 48, 64, 3) and got.dtype == np.uint8
     assert np.abs(got.astype(int) - moving_bar()).mean() < 4  # colours, geometry and order survive yuv420p
@@ -32,4 +32,4 @@ def test_a_clip_that_is_not_there_is_named(tmp_path):
 def test_probing_gives_the_times_too(clip):
     info, times = probe_times(clip)
     assert info == probe_video(clip)
-    assert np.allclose(times, np.arange(7) / 12) and np.array_equal(times, frame_times(clip))
+    assert np.allclose(times, np.arange(7) / 12)

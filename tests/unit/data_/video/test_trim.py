@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.video.decode import decode_video
-from data.video.probe import frame_times, probe_video
+from data.video.probe import probe_times, probe_video
 from data.video.trim import clip_suffix, trim_video
 from tests.support import broken_clips
 
@@ -19,14 +19,14 @@ def test_a_trimmed_clip_holds_the_same_frames_at_the_same_times(clip_of_kind, na
     content, index = trim_video(path, first, last)
     wanted = range(index, index + last - first + 1)
     assert np.array_equal(decode_video(content, wanted), decode_video(path, range(first, last + 1)))
-    new, old = frame_times(content)[list(wanted)], frame_times(path)[first : last + 1]
+    new, old = probe_times(content)[1][list(wanted)], probe_times(path)[1][first : last + 1]
     assert np.allclose(new - new[0], old - old[0], atol=1.1e-3)
     assert probe_video(content).codec == probe_video(path).codec and clip_suffix(content) == "mp4"
     assert len(decode_video(content)) == probe_video(content).frames  # nothing in it that needs what is left out
     assert trim_video(path.read_bytes(), first, last) == (content, index)
 
 
-def test_trimming_leaves_out_what_is_not_needed(clip_of_kind):
+def test_trimming_drops_packets_that_are_not_needed(clip_of_kind):
     path = clip_of_kind("h264-open-gop")  # a key frame every eighth
     content, index = trim_video(path, 9, 10)
     assert index == 1 and probe_video(content).frames <= 6
@@ -43,7 +43,7 @@ def test_trimming_keeps_codecs_that_mp4_does_not_hold(tmp_path):
     )
 
 
-def test_what_cannot_be_trimmed_is_refused(clip_of_kind):
+def test_clips_that_cannot_be_trimmed_are_refused(clip_of_kind):
     with pytest.raises(ValueError, match=r"frames 5 to 20; .* has frames 0 to 19"):
         trim_video(clip_of_kind("h264"), 5, 20)
     with pytest.raises(ValueError, match="frames 5 to 4"):

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.encode.process_identity import process_start
 from data.video.probe import probe_video
 from data.video.worker_pool import Failure, WorkerPool
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[4]
 
@@ -77,20 +79,6 @@ def killed_while_sending(item):
     return item
 
 
-def wait_until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true in time"
-        time.sleep(0.01)
-
-
-def alive(pid):
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-
-
 def test_results_come_in_the_order_of_the_items():
     with WorkerPool(2, deadline=60) as pool:
         assert list(pool.map(double, range(50))) == [2 * i for i in range(50)]
@@ -123,7 +111,7 @@ def test_a_worker_killed_while_it_is_idle_is_replaced():
         results = pool.map(process_id, range(4), ahead=1)
         first = next(results)
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: not alive(first))
+        wait_until(lambda: process_start(first) is None)
         rest = list(results)  # the item that was under way may be lost, no other
     assert sum(isinstance(result, Failure) for result in rest) <= 1
     assert first not in rest and len(rest) == 3
@@ -214,7 +202,7 @@ def test_the_workers_end_at_once_when_the_iteration_ends_early(tmp_path, how):
             raise RuntimeError
         if how == "break":
             results.close()
-    wait_until(lambda: not alive(int(mark.read_text())))
+    wait_until(lambda: process_start(int(mark.read_text())) is None)
     assert time.monotonic() - began < 30
 
 
@@ -230,7 +218,7 @@ def test_the_workers_end_while_the_pool_waits_for_the_next_item(tmp_path):
         results = pool.map(wait_if_path, items())
         next(results)
         wait_until(lambda: mark.exists() and mark.read_text())
-    wait_until(lambda: not alive(int(mark.read_text())))
+    wait_until(lambda: process_start(int(mark.read_text())) is None)
     forever.set()
 
 
@@ -252,9 +240,9 @@ def run_parent(tmp_path, *, then):
     try:
         wait_until(lambda: all(mark.exists() and mark.read_text() for mark in marks), 60)
         pids = [int(mark.read_text()) for mark in marks]
-        assert all(map(alive, pids))
+        assert all(map(process_start, pids))
         then(parent)
-        wait_until(lambda: not any(map(alive, pids)))
+        wait_until(lambda: not any(map(process_start, pids)))
         parent.wait(20)
         return parent.stderr.read().decode()
     finally:

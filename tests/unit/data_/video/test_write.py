@@ -14,7 +14,7 @@ def test_the_same_frames_give_the_same_bytes(clip, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"bar.mp4", "again.mp4"}  # nothing is left beside
 
 
-def test_the_bytes_do_not_depend_on_what_lies_in_the_memory(tmp_path):
+def test_the_bytes_do_not_depend_on_earlier_encoders(tmp_path):
     """x264 with AVX-512 read what earlier encoders had left there; most of all with its slower settings."""
     seen: dict[str, set[bytes]] = {"fast": set(), "slow": set()}
     for size in range(16, 76, 2):

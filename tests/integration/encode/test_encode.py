@@ -18,7 +18,7 @@ from data.shards.format import read_json, read_samples, text_digest
 from data.video.decode import decode_video
 from launch.bench.command import Options
 from launch.bench.encode import BARE, STAGE, run
-from tests.support.clip_shards import TEXT_WIDTH, write_encoders, write_video_shards
+from tests.support.clip_shards import TEXT_WIDTH, write_video_shards
 from tests.support.encoded_shards import (
     FIRST,
     SECOND,
@@ -29,26 +29,9 @@ from tests.support.encoded_shards import (
     WINDOWS,
     faults_of,
     files,
-    lay_out,
-    make_clips,
     read_all,
 )
 from tests.support.http_store import WebStore
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_encoders(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips"))
-
-
-@pytest.fixture(scope="module")
-def shards(clips, tmp_path_factory):
-    return write_video_shards(tmp_path_factory.mktemp("video"), lay_out(clips), per_shard=3)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +97,7 @@ def test_a_caption_is_stored_once_per_shard_before_its_first_use(latents):
     assert (latents / FIRST).read_bytes().count(b"text/") == 2
 
 
-def test_nothing_is_left_but_what_the_format_says(latents):
+def test_the_folder_holds_only_the_files_of_the_format(latents):
     expected = {"index.json", "faults.jsonl", FIRST, SECOND, THIRD}
     expected |= {f"records/{name[:-4]}.json" for name in (FIRST, SECOND, THIRD)}
     assert set(files(latents)) == expected and not (latents / "claims").exists()
@@ -131,7 +114,9 @@ def test_finished_shards_are_kept_and_missing_ones_made_again(latents, shards, b
     assert files(out) == files(latents) and (out / FIRST).stat().st_mtime_ns == stamp
 
 
-def test_clips_beside_each_other_in_time_or_not_give_the_same_bytes(latents, shards, base, tmp_path, monkeypatch):
+def test_the_number_of_decoders_and_the_order_of_shards_do_not_change_the_bytes(
+    latents, shards, base, tmp_path, monkeypatch
+):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")  # another order of shards
     encode(str(shards), tmp_path, base=base, batch_size=2, processes=3)
     assert files(tmp_path) == files(latents)
@@ -147,7 +132,7 @@ def test_other_settings_or_another_base_are_refused(latents, shards, base, tmp_p
         encode(str(shards), latents, base=other)
 
 
-def test_of_two_that_begin_with_different_settings_the_second_is_refused_at_once(
+def test_the_second_of_two_processes_with_different_settings_is_refused_before_it_loads_weights(
     latents, shards, base, tmp_path, monkeypatch
 ):
     loaded = []
@@ -164,9 +149,7 @@ def test_of_two_that_begin_with_different_settings_the_second_is_refused_at_once
     assert loaded and files(tmp_path / "out") == files(latents)
 
 
-def test_a_run_that_fails_before_its_first_shard_leaves_the_folder_to_other_settings(
-    shards, base, tmp_path, monkeypatch
-):
+def test_a_run_that_fails_before_its_first_shard_does_not_reserve_the_folder(shards, base, tmp_path, monkeypatch):
     def load(*args):
         raise ValueError("out of memory")
 
@@ -178,7 +161,7 @@ def test_a_run_that_fails_before_its_first_shard_leaves_the_folder_to_other_sett
     encode(str(shards), tmp_path / "out", base=base, max_text_tokens=16)
 
 
-def test_a_clip_that_is_called_like_a_caption_is_kept(clips, base, tmp_path):
+def test_a_clip_may_have_the_name_of_a_caption_entry(clips, base, tmp_path):
     _, clip, _ = clips[0]
     key = f"text-{text_digest('hello')}"
     rows = {TALL: [(key, clip, b"hello", WINDOWS[TALL]), ("other", clip, b"red disc", WINDOWS[TALL])]}
@@ -187,7 +170,7 @@ def test_a_clip_that_is_called_like_a_caption_is_kept(clips, base, tmp_path):
     inspect(str(tmp_path / "l"), verify=True)
 
 
-def test_a_folder_that_holds_something_else_is_refused_in_one_sentence_and_left_alone(
+def test_a_folder_with_other_files_is_refused_in_one_sentence_and_not_changed(
     latents, shards, base, tmp_path, monkeypatch
 ):
     video = shutil.copytree(shards, tmp_path / "video")
@@ -213,7 +196,7 @@ def test_a_folder_that_holds_something_else_is_refused_in_one_sentence_and_left_
         with pytest.raises(ValueError, match=message) as refused:
             encode(str(source), out, base=base)
         assert len(str(refused.value)) - len(str(tmp_path)) * 3 < 250
-    # Of the shards here none has a record of its name.
+    # No record here has the name of one of the shards.
     (renamed / "index.json").unlink()
     with pytest.raises(ValueError, match="holds shards made with other settings: source is"):
         encode(str(shards / SECOND), renamed, base=base)
@@ -232,7 +215,7 @@ def test_some_shards_of_several_folders(latents, shards, clips, base, tmp_path, 
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [entry["name"] for entry in index["shards"]] == [FIRST, SECOND, "1x32x32-000000.tar"]
     assert (tmp_path / "out" / FIRST).read_bytes() == (latents / FIRST).read_bytes()
-    # Other shards are other settings, the same ones are the same.
+    # Other shards count as other settings.
     with pytest.raises(ValueError, match="other settings: source is"):
         encode("video", "out", base=base, batch_size=2)
     encode(f"{{video/{FIRST},video/{SECOND},other}}", "out", base=base, batch_size=2)
@@ -245,7 +228,7 @@ def test_some_shards_of_several_folders(latents, shards, clips, base, tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
-def test_from_a_web_store_that_stumbles_the_same_and_one_that_refuses_costs_the_shard(latents, shards, base, tmp_path):
+def test_a_web_store_that_fails_twice_is_retried_and_one_that_refuses_costs_the_shard(latents, shards, base, tmp_path):
     with WebStore(shards) as store:
         store.fail(FIRST, 2)
         encode(store.url, tmp_path / "whole", base=base, batch_size=2)
@@ -261,21 +244,21 @@ def test_from_a_web_store_that_stumbles_the_same_and_one_that_refuses_costs_the_
     assert all("cannot be read" in fault["reason"] for fault in found)
 
 
-def test_what_another_holds_is_left_alone_and_named_or_waited_for(latents, shards, base, tmp_path, capsys):
-    claim = tmp_path / "claims" / f"{SECOND[:-4]}.json"
-    claim.parent.mkdir()
-    claim.write_text(json.dumps({"host": "node7", "pid": 12, "place": "elsewhere", "job": "345"}))
+def test_a_shard_that_another_process_has_leased_is_named_or_waited_for(latents, shards, base, tmp_path, capsys):
+    lease = tmp_path / "claims" / f"{SECOND[:-4]}.json"
+    lease.parent.mkdir()
+    lease.write_text(json.dumps({"host": "node7", "pid": 12, "place": "elsewhere", "job": "345"}))
     encode(str(shards), tmp_path, base=base, batch_size=2, wait=False)
     printed = capsys.readouterr().out
     assert "others hold 1 shards" in printed and f"{SECOND}: process 12 on node7, job 345, last seen" in printed
     assert not (tmp_path / "index.json").exists() and not (tmp_path / SECOND).exists()
-    assert claim.exists() and (tmp_path / THIRD).exists()
-    # It gives no sign for a second, and is taken for dead.
+    assert lease.exists() and (tmp_path / THIRD).exists()
+    # After a second without a heartbeat, the lease has expired.
     encode(str(shards), tmp_path, base=base, batch_size=2, claim_timeout=1.0)
     assert files(tmp_path) == files(latents)
 
 
-def test_the_report_says_where_the_time_went(shards, base, tmp_path, capsys):
+def test_the_report_lists_the_stages(shards, base, tmp_path, capsys):
     encode(str(shards), tmp_path, base=base, report=True)
     printed = capsys.readouterr().out
     assert "7 clips in " in printed and "clips / s" in printed and "accelerator idle " in printed
@@ -284,7 +267,7 @@ def test_the_report_says_where_the_time_went(shards, base, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_benchmark_sets_the_stage_against_the_same_work(base):
+def test_the_benchmark_compares_the_stage_with_the_models_alone(base):
     options = {field.name: None for field in fields(Options)}
     result = run(Options(**{**options, "device": "cpu", "clips": 10, "repeats": 1, "base": base}))
     assert result.title.startswith("Encoding 10 clips 19x64x64") and [row[0] for row in result.rows] == [STAGE, BARE]

@@ -1,4 +1,4 @@
-"""Clips of shards, decoded in processes that may hang or crash: what `data.video.worker_pool` is given to do.
+"""Functions that decode clips of shards in the processes of a `WorkerPool`.
 
 Legend: T video frames, H W pixels.
 """
@@ -15,7 +15,10 @@ from data.video.decode import decode_video
 
 
 def check_clip(task: tuple[str, Bucket, Members, Store]) -> None:
-    """Decodes the window of a sample: (shard, bucket, members, store).
+    """Decodes the window of a sample.
+
+    Args:
+        task: (shard, bucket, members, store).
 
     Raises:
         ValueError: if a member is missing or wrong, or the clip cannot be decoded.
@@ -27,20 +30,25 @@ def check_clip(task: tuple[str, Bucket, Members, Store]) -> None:
     decode_video(read_clip(shard, members, store), window)
 
 
-def some_frames(task: tuple[str, Members, Store], count: int) -> tuple[str, NDArray[np.uint8]]:
-    """Caption and `count` frames (T, H, W, 3), evenly spaced, of a sample's window: (shard, members, store).
+def decode_some_frames(task: tuple[str, Members, Store], count: int) -> tuple[str, NDArray[np.uint8]]:
+    """Caption and `count` evenly spaced frames (T, H, W, 3) of a sample's window.
+
+    Args:
+        task: (shard, members, store).
+        count: number of frames.
 
     Raises:
-        ValueError, OSError: as `check_clip`.
+        ValueError: if a member is missing or wrong, or the clip cannot be decoded.
+        OSError: if the shard cannot be read.
     """
     shard, members, store = task
     window = read_window(shard, members, store)
-    picked = [window[i] for i in evenly(len(window), count)]
-    return _caption(shard, members, store), decode_video(read_clip(shard, members, store), picked)
+    indices = [window[i] for i in even_indices(len(window), count)]
+    return _caption(shard, members, store), decode_video(read_clip(shard, members, store), indices)
 
 
-def evenly(length: int, count: int) -> list[int]:
-    """`count` places in a list of `length`, from its first to its last; all of a shorter one."""
+def even_indices(length: int, count: int) -> list[int]:
+    """`count` evenly spaced indices of a list, from its first to its last item; all indices of a shorter list."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Encoding where something is wrong: damaged samples, cut shards, settings and folders that cannot be."""
+"""Encoding where something is wrong: damaged samples, truncated shards, invalid settings and folders."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLMochi
 
 from data.encode.command import encode
 from data.shards.format import read_samples
-from tests.support.clip_shards import write_encoders, write_video_shards
+from tests.support.clip_shards import write_video_shards
 from tests.support.encoded_shards import (
     FIRST,
     SECOND,
@@ -20,24 +20,8 @@ from tests.support.encoded_shards import (
     faults_of,
     files,
     lay_out,
-    make_clips,
     read_all,
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_encoders(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips"))
-
-
-@pytest.fixture(scope="module")
-def shards(clips, tmp_path_factory):
-    return write_video_shards(tmp_path_factory.mktemp("video"), lay_out(clips), per_shard=3)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +46,7 @@ def test_a_damaged_sample_costs_that_sample_and_is_named(spoiled, base, tmp_path
     assert json.loads((tmp_path / "index.json").read_text())["faults"] == 3
 
 
-def test_above_the_share_the_run_stops_and_the_shard_that_went_above_is_not_finished(
+def test_too_many_faults_stop_the_run_before_the_shard_that_exceeds_the_share_is_finished(
     spoiled, base, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")  # from the first shard on
@@ -76,7 +60,7 @@ def test_above_the_share_the_run_stops_and_the_shard_that_went_above_is_not_fini
     assert len(faults_of(tmp_path)) == 3
 
 
-def test_a_shard_that_is_cut_costs_what_lies_behind_the_cut(shards, base, tmp_path):
+def test_a_truncated_shard_costs_the_samples_behind_the_cut(shards, base, tmp_path):
     cut = shutil.copytree(shards, tmp_path / "video")
     last = dict(read_samples(str(cut), FIRST, STORE))["clip-2"]
     os.truncate(cut / FIRST, last["mp4"].offset + 100)
@@ -112,7 +96,7 @@ def test_faults_are_found_before_anything_is_loaded(shards, base, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_written_stops_the_run(shards, base, tmp_path):
+def test_a_shard_that_cannot_be_written_stops_the_run(shards, base, tmp_path):
     (tmp_path / FIRST / "in the way").mkdir(parents=True)
     with pytest.raises(OSError, match=FIRST):
         encode(str(shards), tmp_path, base=base)

@@ -1,4 +1,4 @@
-"""Tables of clips and captions: CSV, JSON lines, Parquet; local or remote. A table is read row by row, never held."""
+"""Captioned clips in tables: CSV, JSON lines, Parquet; local or remote. Tables are read row by row, never whole."""
 
 import csv
 import hashlib
@@ -11,36 +11,36 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
-from data.pack.entries import VIDEO_EXTENSIONS, Columns, Entry, Piece, make_key, printable, split_suffix
+from data.pack.entries import VIDEO_EXTENSIONS, ByteRange, ClipEntry, Columns, make_key, printable, split_suffix
 from data.storage.store import Store, check_location, is_remote, join
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-_BATCH = 1024  # rows of a Parquet file that are held at once
-_LONGEST = 1 << 24  # of a CSV field, in characters
+_BATCH = 1024  # rows of a Parquet file in memory at once
+_MAX_FIELD = 1 << 24  # characters of a CSV field
 
-#: A row, or why it is none.
-Row = dict[str, Any] | str
+#: A row, or the problem with it.
+_TableRow = dict[str, Any] | str
 
 
 @dataclass(frozen=True)
-class Table:
-    """Clips and captions by rows.
+class TableSource:
+    """Clips and captions of the rows of a table.
 
     Args:
         location: of the table, path or URL.
         columns: names of its columns.
-        store: that reads it.
+        store: reads it.
     """
 
     location: str
     columns: Columns
     store: Store
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[ClipEntry]:
         """One entry for each row.
 
         Raises:
-            ValueError: if the table lacks a column, or is none.
+            ValueError: if the table lacks a column or is damaged.
             OSError: if it cannot be read.
         """
         suffix = split_suffix(urlsplit(self.location).path if is_remote(self.location) else self.location)[1]
@@ -49,39 +49,39 @@ class Table:
             for number, row in enumerate(read(path), start=1):
                 yield self._entry(number, row)
 
-    def _unknown(self, there: list[str]) -> NoReturn:
+    def _refuse(self, names: list[str]) -> NoReturn:
         raise ValueError(
-            f"{self.location} has columns {there}, expected {self.columns.clip!r} and {self.columns.caption!r}; "
+            f"{self.location} has columns {names}, expected {self.columns.clip!r} and {self.columns.caption!r}; "
             "name yours with columns.clip and columns.caption."
         )
 
-    def _check(self, there: list[str]) -> None:
-        if not {self.columns.clip, self.columns.caption} <= set(there):
-            self._unknown(there)
+    def _check(self, names: list[str]) -> None:
+        if not {self.columns.clip, self.columns.caption} <= set(names):
+            self._refuse(names)
 
-    def _csv(self, path: Path) -> Iterator[Row]:
-        csv.field_size_limit(_LONGEST)
-        # Bytes that are no UTF-8 become surrogates, and a fault of their row instead of the whole table's.
+    def _csv(self, path: Path) -> Iterator[_TableRow]:
+        csv.field_size_limit(_MAX_FIELD)
+        # Bytes that are not UTF-8 become surrogates: a fault of their row instead of the whole table.
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = csv.DictReader(file, strict=True)  # a quote left open must not swallow the rest of the table
+            rows = csv.DictReader(file, strict=True)  # an unclosed quote must not include the rest of the table
             try:
                 self._check(list(rows.fieldnames or []))
                 yield from rows
             except csv.Error as error:
                 raise ValueError(f"{self.location} is not CSV at line {rows.line_num} ({error}); mend it.") from error
 
-    def _jsonl(self, path: Path) -> Iterator[Row]:
+    def _jsonl(self, path: Path) -> Iterator[_TableRow]:
         with path.open("rb") as file:
             rows = self._json_rows(file)
-            # One row may lack a column, which is its own fault; a table in which none has both is another table.
+            # A row may lack a column, which is a fault of that row. If no row has both, the table has other columns.
             first = list(islice(rows, _BATCH))
             objects = [list(row) for row in first if isinstance(row, dict)]
             if objects and not any({self.columns.clip, self.columns.caption} <= set(names) for names in objects):
-                self._unknown(objects[0])
+                self._refuse(objects[0])
             yield from first
             yield from rows
 
-    def _json_rows(self, file: BinaryIO) -> Iterator[Row]:
+    def _json_rows(self, file: BinaryIO) -> Iterator[_TableRow]:
         for line in file:
             if not line.strip():
                 continue
@@ -95,7 +95,7 @@ class Table:
                 continue
             yield row
 
-    def _parquet(self, path: Path) -> Iterator[Row]:
+    def _parquet(self, path: Path) -> Iterator[_TableRow]:
         try:
             import pyarrow
             from pyarrow import parquet
@@ -106,24 +106,26 @@ class Table:
             with parquet.ParquetFile(path) as table:
                 self._check(list(table.schema_arrow.names))
                 for batch in table.iter_batches(batch_size=_BATCH, columns=names, use_threads=False):
-                    # As binary: a text column may hold what is no UTF-8, which is that row's fault alone.
+                    # As binary: text that is not UTF-8 is a fault of its row, not of the whole column.
                     columns = [_values(batch.column(name), pyarrow) for name in names]
                     yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
         except pyarrow.ArrowException as error:
             raise ValueError(f"{self.location} is not Parquet ({error}); mend it.") from error
 
-    def _entry(self, number: int, row: Row) -> Entry:
-        place = f"row-{number:06d}"
+    def _entry(self, number: int, row: _TableRow) -> ClipEntry:
+        row_name = f"row-{number:06d}"
         if isinstance(row, str):
-            return Entry(place, place, self.location, problem=row)
+            return ClipEntry(row_name, row_name, self.location, problem=row)
         clip, caption = row.get(self.columns.clip), row.get(self.columns.caption)
         if not isinstance(clip, str) or not clip.strip():
-            return Entry(place, place, self.location, problem=f"its {self.columns.clip} is {clip!r}, expected text")
+            return ClipEntry(
+                row_name, row_name, self.location, problem=f"its {self.columns.clip} is {clip!r}, expected text"
+            )
         source = printable(clip.strip())
         try:
             location, name = self._resolve(clip.strip())
         except ValueError as error:
-            return Entry(place, source, self.location, problem=str(error))
+            return ClipEntry(row_name, source, self.location, problem=str(error))
         stem, extension = split_suffix(name)
         key = make_key(stem)
         problem = None
@@ -137,14 +139,14 @@ class Table:
             problem = "its caption is not UTF-8"
         if problem:
             caption = None
-        # What a URL answers often has no suffix; the container is known by its bytes, the name only labels it.
-        return Entry(key, source, self.location, Piece(location), extension or "mp4", caption, problem=problem)
+        # URLs often have no suffix. Readers recognise the container by its bytes, so the extension is only a label.
+        return ClipEntry(key, source, self.location, ByteRange(location), extension or "mp4", caption, problem=problem)
 
     def _resolve(self, clip: str) -> tuple[str, str]:
-        """Location of a row's clip, and the path that its key is made of.
+        """Location of a row's clip, and the path from which its key is made.
 
         Raises:
-            ValueError: for a command or an unknown scheme; for a local file in a table from another machine.
+            ValueError: for a command or an unknown scheme, and for a local file in a remote table.
         """
         check_location(clip)
         if is_remote(clip):
@@ -152,21 +154,21 @@ class Table:
             if not parts.query:
                 return clip, parts.path
             stem, extension = split_suffix(parts.path)
-            # Two URLs may differ in their query alone.
-            mark = hashlib.sha256(parts.query.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-            return clip, f"{stem}-{mark}.{extension}" if extension else f"{stem}-{mark}"
+            # Two URLs may differ only in their query.
+            digest = hashlib.sha256(parts.query.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+            return clip, f"{stem}-{digest}.{extension}" if extension else f"{stem}-{digest}"
         if is_remote(self.location):
             if clip.startswith(("/", "file:")) or ".." in clip.split("/"):
                 raise ValueError(f"got {clip!r} in a table that is remote; expected a URL or a path inside its folder")
             return join(self.location.split("?")[0].rpartition("/")[0], clip), clip
         folder = Path(self.location.removeprefix("file://")).absolute().parent
         path = os.path.normpath(folder / clip.removeprefix("file://"))
-        inside = os.path.relpath(path, folder) if path.startswith(f"{folder}{os.sep}") else path
-        return path, inside
+        relative = os.path.relpath(path, folder) if path.startswith(f"{folder}{os.sep}") else path
+        return path, relative
 
 
 def _values(column: Any, pyarrow: Any) -> list[Any]:
-    """Values of a column; text that is no UTF-8 with surrogates, as Python reads names of files."""
+    """Values of a column; bytes that are not UTF-8 become surrogates, as in Python's file names."""
     kind = column.type
     if pyarrow.types.is_dictionary(kind):
         column = column.dictionary_decode()

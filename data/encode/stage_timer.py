@@ -1,4 +1,4 @@
-"""Where the time of a loop goes."""
+"""How long each stage of encoding takes."""
 
 import time
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-#: Stages of encoding in which a model runs, and those around them.
+#: Stages in which a model runs, and the stages around them.
 VAE, TEXT = "VAE", "text encoder"
 COPY = "copies between host and device"
 CLIPS, WRITER = "waiting for decoded clips", "waiting for the writer"
 MODEL_STAGES = (VAE, TEXT)
 
 
-class Stopwatch:
+class StageTimer:
     """Wall seconds per stage, of one thread. Stages do not nest.
 
     Args:
-        device: that the stages use; a CUDA device is waited for at the end of each stage, since its work is only
-            queued by the calls.
+        device: used by the stages. The timer waits for a CUDA device at the end of each stage, because a call only
+            queues its work.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -41,12 +41,12 @@ class Stopwatch:
 
 
 @dataclass
-class Report:
-    """Where the time of encoding went.
+class EncodeTimings:
+    """How long encoding took, by stage.
 
     Args:
-        clips: that were encoded.
-        wall: seconds, from the loaded models to the last shard in its place.
+        clips: number of encoded clips.
+        wall: seconds, from the loaded models to the last complete shard.
         seconds: per stage, of the thread that runs the models.
     """
 
@@ -54,18 +54,18 @@ class Report:
     wall: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def __add__(self, other: "Report") -> "Report":
+    def __add__(self, other: "EncodeTimings") -> "EncodeTimings":
         names = [*self.seconds, *(name for name in other.seconds if name not in self.seconds)]
         seconds = {name: self.seconds.get(name, 0.0) + other.seconds.get(name, 0.0) for name in names}
-        return Report(self.clips + other.clips, self.wall + other.wall, seconds)
+        return EncodeTimings(self.clips + other.clips, self.wall + other.wall, seconds)
 
     @property
     def idle(self) -> float:
-        """Share of the wall time in which no model ran."""
+        """Share of the wall time in which no model ran, 0 to 1."""
         return 1 - sum(self.seconds.get(name, 0.0) for name in MODEL_STAGES) / self.wall if self.wall else 0.0
 
-    def show(self) -> None:
-        """Prints it as a table."""
+    def print_table(self) -> None:
+        """Prints the stages, the rate, and the slowest stage."""
         if not self.clips:
             print("nothing was encoded here, so there is nothing to report")
             return

@@ -1,4 +1,4 @@
-"""Encoding by two processes that are killed again and again ends in the bytes of an undisturbed run."""
+"""Encoding by two processes that are killed repeatedly gives the bytes of an undisturbed run."""
 
 import contextlib
 import os
@@ -12,22 +12,24 @@ from pathlib import Path
 import pytest
 
 from data.bucket import Bucket
-from data.encode.claims import process_start
+from data.encode.process_identity import process_start
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
 from data.video.write import write_video
 from tests.support.clip_shards import write_encoders, write_video_shards
 from tests.support.encode_runner import FAILED
+from tests.support.encoded_shards import files
+from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KILLS, SHARDS, PER_SHARD, FRAMES, SIDE = 20, 100, 4, 7, 32
 BUCKET = Bucket(FRAMES, SIDE, SIDE)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def shards_and_base(tmp_path_factory):
     """Video shards with a damaged clip in every tenth, and a base."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("kills")
     rows = []
     for number in range(SHARDS * PER_SHARD):
         key = f"clip-{number:03d}"
@@ -41,7 +43,7 @@ def world(tmp_path_factory):
 
 
 class Runner:
-    """Starts and follows encoding processes."""
+    """Starts encoding processes through `tests.support.encode_runner`."""
 
     def __init__(self, shards, base, log):
         self.started = []
@@ -54,14 +56,14 @@ class Runner:
     def start(self, out):
         self.process.stdin.write(f"{out}\n")
         self.process.stdin.flush()
-        # The runs themselves print to the same place.
+        # The runs print to the same pipe.
         while not (line := self.process.stdout.readline()).strip().isdigit():
             assert line, "the runner ended"
         self.started.append(int(line))
         return self.started[-1]
 
     def close(self):
-        for pid in self.started:  # none is reaped before, so none of the numbers is another's
+        for pid in self.started:  # nobody waited for them before, so no other process can have one of these ids
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.stdin.close()
@@ -69,34 +71,27 @@ class Runner:
         self.process.wait(timeout=30)
 
 
-def wait_until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "encoding does not go on"
-        time.sleep(0.01)
-
-
 def wait_for(pids):
-    wait_until(lambda: not any(process_start(pid) for pid in pids))
-
-
-def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    wait_until(lambda: not any(map(process_start, pids)), 120, "encoding makes no progress")
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_trace(world, tmp_path):
+def test_twenty_kills_do_not_change_the_result(shards_and_base, tmp_path):
     with (tmp_path / "log").open("w") as log:
-        runner = Runner(*world, log)
+        runner = Runner(*shards_and_base, log)
         try:
-            wait_for([runner.start(tmp_path / "calm")])
-            calm, killed, chance = files(tmp_path / "calm"), tmp_path / "killed", random.Random(0)
-            assert len(calm) == 2 + 2 * SHARDS and calm["faults.jsonl"].count(b"\n") == SHARDS / 10
+            wait_for([runner.start(tmp_path / "undisturbed")])
+            undisturbed, killed, chance = files(tmp_path / "undisturbed"), tmp_path / "killed", random.Random(0)
+            assert len(undisturbed) == 2 + 2 * SHARDS and undisturbed["faults.jsonl"].count(b"\n") == SHARDS / 10
             running = [runner.start(killed) for _ in range(2)]
-            # Where in the work they are killed is random, and the work is never over before: on any machine.
+            # Each kill waits for a random number of finished shards, so that work is left on any machine.
             for count in sorted(chance.sample(range(SHARDS - 10), KILLS)):
-                wait_until(lambda count=count: len(list(killed.glob("records/*.json"))) >= count)
-                time.sleep(chance.uniform(0.0, 0.3))  # and where in a shard
+                wait_until(
+                    lambda count=count: len(list(killed.glob("records/*.json"))) >= count,
+                    120,
+                    "encoding makes no progress",
+                )
+                time.sleep(chance.uniform(0.0, 0.3))  # a random moment within a shard
                 victim = chance.randrange(2)
                 os.kill(running[victim], signal.SIGKILL)
                 running[victim] = runner.start(killed)
@@ -105,5 +100,7 @@ def test_twenty_kills_leave_no_trace(world, tmp_path):
             runner.close()
     assert FAILED not in (tmp_path / "log").read_text(), (tmp_path / "log").read_text()
     found = files(killed)
-    # What was killed while writing the index is swept by a run that comes later.
-    assert {name: content for name, content in found.items() if not name.startswith((".index", ".faults"))} == calm
+    # A process killed while it writes the index leaves a temporary file, which a later run removes.
+    assert {
+        name: content for name, content in found.items() if not name.startswith((".index", ".faults"))
+    } == undisturbed

@@ -1,4 +1,4 @@
-"""The base's encoders, how they are fed, and what they make of one batch."""
+"""The base's encoders, the batches that they get, and what they return for one batch."""
 
 import contextlib
 import json
@@ -12,22 +12,18 @@ from transformers import T5EncoderModel
 
 from data.base_folder import read_base
 from data.bucket import Bucket, check_size
-from data.encode.command import choose_device, encode_batch
-from data.encode.decoding import Batch, Clip, Work, ahead, decoded
+from data.encode.clip_batches import DecodedBatch, DecodedClip, ShardTask, decode_batches
+from data.encode.device import choose_device
+from data.encode.encode_loop import encode_batch
 from data.encode.encoders import Encoders
-from data.encode.writer import Caption, Latent
+from data.encode.latent_shard_writer import EncodedCaption, EncodedClip
+from data.encode.prefetch import prefetch
 from data.shards.format import Fault, text_digest
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
 from data.video.worker_pool import WorkerPool
-from tests.support.clip_shards import write_encoders
 
 TALL, FIRST = Bucket(7, 32, 32), "7x32x32-000000.tar"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_encoders(tmp_path_factory.mktemp("base"))
 
 
 def test_numbers_that_are_not_finite_cost_their_clip(base):
@@ -39,23 +35,25 @@ def test_numbers_that_are_not_finite_cost_their_clip(base):
     encoders.vae.encoder.register_forward_hook(spoil)
     pixels = torch.full((3, 7, 32, 32, 3), 128, dtype=torch.uint8)
     pixels[1] = 0
-    work = Work(FIRST, TALL, [])
-    found = [
-        Clip("a", "red", "a.mp4", []),
+    shard = ShardTask(FIRST, TALL, [])
+    results = [
+        DecodedClip("a", "red", "a.mp4", []),
         Fault("b", "hung", FIRST),
-        Clip("c", "blue", "c", []),
-        Clip("d", "red", "d", []),
+        DecodedClip("c", "blue", "c", []),
+        DecodedClip("d", "red", "d", []),
     ]
-    encoded = encode_batch(Batch(work, found, pixels, last=False), encoders)
+    encoded = encode_batch(DecodedBatch(shard, results, pixels, last=False), encoders)
     assert [fault.key for fault in encoded.faults] == ["b", "c"]
     assert encoded.faults[1] == Fault("c", "the VAE gave numbers that are not finite", FIRST)
-    kinds = [(type(e), e.digest if isinstance(e, Caption) else e.clip.key) for e in encoded.entries]
-    assert kinds == [(Caption, text_digest("red")), (Latent, "a"), (Latent, "d")]
+    kinds = [(type(e), e.digest if isinstance(e, EncodedCaption) else e.clip.key) for e in encoded.entries]
+    assert kinds == [(EncodedCaption, text_digest("red")), (EncodedClip, "a"), (EncodedClip, "d")]
 
     encoders.text_encoder.shared.weight.data[:] = float("inf")
-    found = [Clip("e", "red", "e", []), Clip("f", "green", "f", [])]
-    encoded = encode_batch(Batch(work, found, pixels[[0, 0]], last=True), encoders)
-    assert [type(entry) for entry in encoded.entries] == [Latent]  # "red" was encoded while all was well
+    results = [DecodedClip("e", "red", "e", []), DecodedClip("f", "green", "f", [])]
+    encoded = encode_batch(DecodedBatch(shard, results, pixels[[0, 0]], last=True), encoders)
+    assert [type(entry) for entry in encoded.entries] == [
+        EncodedClip
+    ]  # "red" was encoded before the weights were spoilt
     assert encoded.faults == [Fault("f", "the text encoder gave numbers that are not finite", FIRST)]
 
 
@@ -67,7 +65,7 @@ def test_numbers_that_are_not_finite_cost_their_clip(base):
         ({"latents_mean": [0.0]}, "has {'latents_mean': 1, 'latents_std': 12} values"),
     ],
 )
-def test_a_base_that_is_not_mochis(base, tmp_path, change, message):
+def test_a_base_of_another_model_is_refused(base, tmp_path, change, message):
     copy = shutil.copytree(base, tmp_path / "base")
     config = copy / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
@@ -119,18 +117,21 @@ def test_tiles_of_large_frames_give_nearly_the_same_latents(base):
     assert 0 < difference < 0.2
 
 
-def test_clips_are_decoded_ahead_but_not_without_bound():
+def test_clips_are_decoded_ahead_up_to_a_limit():
     taken = 0
 
-    def works():
+    def tasks():
         nonlocal taken
         for number in range(1000):
             taken += 1
-            yield Work(f"{number}", TALL, [Fault("a", "damaged", f"{number}")])
+            yield ShardTask(f"{number}", TALL, [Fault("a", "damaged", f"{number}")])
 
-    with WorkerPool(1, 60.0) as pool, contextlib.closing(ahead(decoded(works(), pool, batch_size=2), 2)) as ready:
-        names = [next(ready).found[0].shard for _ in range(3)]
-        # Three that were used, two that wait, one to be put, one being put together, two batches in the pool.
+    with (
+        WorkerPool(1, 60.0) as pool,
+        contextlib.closing(prefetch(decode_batches(tasks(), pool, batch_size=2), 2)) as ready,
+    ):
+        names = [next(ready).results[0].shard for _ in range(3)]
+        # Three were used, two wait in the queue, one waits for the queue, one is being assembled, two are in the pool.
         deadline = time.monotonic() + 10
         while taken < 9 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -141,18 +142,18 @@ def test_clips_are_decoded_ahead_but_not_without_bound():
         assert 9 <= taken <= 13 and names == ["0", "1", "2"]
 
 
-def test_an_error_ahead_comes_through():
+def test_prefetch_propagates_errors():
     def values():
         yield 1
-        raise KeyError("ahead")
+        raise KeyError("prefetched")
 
-    ready = ahead(values(), 1)
+    ready = prefetch(values(), 1)
     assert next(ready) == 1
-    with pytest.raises(KeyError, match="ahead"):
+    with pytest.raises(KeyError, match="prefetched"):
         next(ready)
 
 
-def test_a_node_with_several_devices_gives_each_task_its_own(monkeypatch):
+def test_each_task_of_a_node_gets_a_device_of_its_own(monkeypatch):
     assert choose_device("cpu") == "cpu"
     if not torch.cuda.is_available():
         assert choose_device("auto") == "cpu"
@@ -171,7 +172,7 @@ def test_a_node_with_several_devices_gives_each_task_its_own(monkeypatch):
     assert choose_device("cuda") == choose_device("auto") == "cuda:2"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_device("cuda") == "cuda:1"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # its own is all it is shown
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the task sees only its own device
     assert choose_device("cuda") == "cuda:0"
 
 
