@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.attention_draws import DTYPES, KINDS, draw_heads, reduced_attention
-from trainer.attention import interventions, reference
+from trainer.attention import dense as reference
+from trainer.attention import interventions
 from trainer.attention.interventions import (
     first_text_token,
     skip_heads,

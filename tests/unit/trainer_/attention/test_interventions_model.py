@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.attention_draws import reduced_attention
-from trainer.attention import reference
+from trainer.attention import dense as reference
 from trainer.attention.interventions import MapRecord, at_steps, first_text_token, skip_heads, temperature
 from trainer.models.layout import dense_attention
 from trainer.models.mochi import SplitModel
