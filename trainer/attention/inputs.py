@@ -61,7 +61,7 @@ def checked(
     thresholds: Tensor | None = None,
     num_vision: int | None = None,
 ) -> Inputs:
-    """Inputs of one layer; arguments that a function does not have keep their default.
+    """The inputs of one layer. Functions give the arguments that they have; None and () are not checked.
 
     Args:
         q: (B, h, N, d).
@@ -69,13 +69,13 @@ def checked(
         v: (B, h, M, any width).
         lengths: (B,) integers from 1 to N; needs N = M.
         num_keys: from 1 to M; None: M.
-        chunk: at least 1; None.
+        chunk: at least 1.
         eps: E weights from 0 to 1.
         ratios: R shares from 0 to 1.
-        rank_error: a share from 0 to 1; None.
+        rank_error: from 0 to 1.
         lse: (B, h, N).
         thresholds: (B, h) or (B, h, N).
-        num_vision: leading vision tokens, from 1 to the length of the shortest sample.
+        num_vision: from 1 to the length of the shortest sample.
 
     Raises:
         ValueError: if one of these does not hold.
