@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from trainer.attention import chunked_masking, chunked_quantiles, chunked_statistics
-from trainer.attention.backend import LayerStatistics, RowStatistics, Tail
+from trainer.attention.backend import LayerStatistics, RowStatistics
 from trainer.attention.chunked_weights import logit_and_weight_chunks, weight_chunks
 from trainer.attention.inputs import Inputs
 
 
 class Chunked:
     """`Backend` that holds one chunk of weights, and a few times its memory, at a time."""
+
+    row_quantiles = staticmethod(chunked_quantiles.row_quantiles)
+    masked_attention = staticmethod(chunked_masking.masked_attention)
+    log_histogram = staticmethod(chunked_statistics.log_histogram)
 
     def row_statistics(self, x: Inputs) -> RowStatistics:
         rows = chunked_statistics.RowCollector(x)
@@ -31,9 +35,6 @@ class Chunked:
     def pooled_quantiles(self, x: Inputs, ratios: Sequence[float], rank_error: float | None) -> Tensor:
         return chunked_quantiles.pooled_quantiles(x, ratios, rank_error or 0.0)
 
-    def row_quantiles(self, x: Inputs, ratios: Sequence[float]) -> Tensor:
-        return chunked_quantiles.row_quantiles(x, ratios)
-
     def layer_statistics(
         self, x: Inputs, eps: Sequence[float], ratios: Sequence[float], rank_error: float | None
     ) -> LayerStatistics:
@@ -46,11 +47,3 @@ class Chunked:
 
         thresholds = chunked_quantiles.pooled_quantiles(x, ratios, rank_error or 0.0, observer)
         return LayerStatistics(rows.result(), keys.mass, keys.counts, thresholds)
-
-    def masked_attention(
-        self, x: Inputs, v: Tensor, thresholds: Tensor, renormalise: bool, tail: Tail
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return chunked_masking.masked_attention(x, v, thresholds, renormalise, tail)
-
-    def log_histogram(self, x: Inputs, bins: int, lowest: float) -> Tensor:
-        return chunked_statistics.log_histogram(x, bins, lowest)

@@ -31,9 +31,8 @@ def row_statistics(
 
 
 @row_statistics.register_fake
-def _(q: Tensor, k: Tensor, lengths: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    lse, maximum, entropy = (q.new_empty(q.shape[:3], dtype=_result_dtype(backend)) for _ in range(3))
-    return lse, maximum, entropy
+def _(q, k, lengths=None, backend=None):
+    return tuple(q.new_empty(q.shape[:3], dtype=_result_dtype(backend)) for _ in range(3))
 
 
 @torch.library.custom_op("reblock::key_statistics", mutates_args=())
@@ -45,12 +44,9 @@ def key_statistics(
 
 
 @key_statistics.register_fake
-def _(
-    q: Tensor, k: Tensor, eps: Sequence[float], lengths: Tensor | None = None, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    batch, heads, keys = *q.shape[:2], k.shape[2]
-    counts = q.new_empty((batch, heads, len(eps), keys), dtype=torch.int32)
-    return q.new_empty((batch, heads, keys), dtype=_result_dtype(backend)), counts
+def _(q, k, eps, lengths=None, backend=None):
+    counts = q.new_empty((*q.shape[:2], len(eps), k.shape[2]), dtype=torch.int32)
+    return q.new_empty(k.shape[:3], dtype=_result_dtype(backend)), counts
 
 
 @torch.library.custom_op("reblock::pooled_quantiles", mutates_args=())
@@ -67,14 +63,7 @@ def pooled_quantiles(
 
 
 @pooled_quantiles.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    ratios: Sequence[float],
-    num_keys: int | None = None,
-    lengths: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
+def _(q, k, ratios, num_keys=None, lengths=None, backend=None):
     return q.new_empty((*q.shape[:2], len(ratios)), dtype=_result_dtype(backend))
 
 
@@ -98,20 +87,9 @@ def masked_attention(
 
 
 @masked_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    thresholds: Tensor,
-    num_keys: int | None = None,
-    lengths: Tensor | None = None,
-    renormalise: bool = True,
-    tail: str = "zero",
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    per_head, dtype = q.shape[:2], _result_dtype(backend)
-    out = v.new_empty((*q.shape[:3], v.shape[-1]))
-    return out, q.new_empty(per_head, dtype=dtype), q.new_empty(per_head, dtype=dtype)
+def _(q, k, v, thresholds, num_keys=None, lengths=None, renormalise=True, tail="zero", backend=None):
+    realised = q.new_empty(q.shape[:2], dtype=_result_dtype(backend))
+    return v.new_empty((*q.shape[:3], v.shape[-1])), realised, torch.empty_like(realised)
 
 
 def _mark_non_differentiable(ctx: Any, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
