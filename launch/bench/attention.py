@@ -25,14 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from launch.bench.command import Options, Result, host_peak
-from trainer.attention import (
-    layer_statistics,
-    masked_attention,
-    pooled_quantiles,
-    reference,
-)
-from trainer.attention.rows import choose_backend
-from trainer.attention.statistics import EPS
+from trainer.attention import EPS, layer_statistics, masked_attention, pooled_quantiles
+from trainer.attention import dense as reference
+from trainer.attention.api import choose_backend
 
 RATIOS = tuple(tenth / 10 for tenth in range(1, 10))
 MEDIAN = RATIOS.index(0.5)

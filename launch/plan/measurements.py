@@ -17,8 +17,8 @@ from data.batch import Sample
 from launch.plan.fake_step import autocast, fake_batch
 from launch.plan.inputs import Job
 from launch.plan.operations import Ledger
-from trainer.attention.rows import CPU_CHUNK_WEIGHTS
-from trainer.attention.statistics import EPS
+from trainer.attention import EPS
+from trainer.attention.chunked_weights import CPU_CHUNK_WEIGHTS
 from trainer.callbacks.masking import MaskingRobustness
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeSet

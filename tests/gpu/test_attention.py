@@ -9,10 +9,16 @@ import os
 import pytest
 import torch
 
-from trainer.attention import layer_statistics, log_histogram, reference
-from trainer.attention.masking import masked_attention
-from trainer.attention.quantile import pooled_quantiles
-from trainer.attention.statistics import key_statistics, row_statistics, sink_statistics
+from trainer.attention import dense as reference
+from trainer.attention import (
+    key_statistics,
+    layer_statistics,
+    log_histogram,
+    masked_attention,
+    pooled_quantiles,
+    row_statistics,
+    sink_statistics,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -8,7 +8,9 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from trainer.attention import reference
+from trainer.attention import dense as reference
+from trainer.attention.chunked_weights import weight_chunks
+from trainer.attention.inputs import checked
 
 KINDS = ("random", "sharp", "peaked", "uniform", "sink", "diagonal")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,3 +68,8 @@ def reduced_attention(q, k, v, lengths, vision, *, value=1.0, keys=None):
         weights = reference.attention_weights(q[own, :, :valid].double() / value, k[own][:, :, used])
         out[own, :, :valid] = weights @ v[own][:, :, used].double()
     return out
+
+
+def chunked_weights(q, k, *, chunk=None, lengths=None):
+    """The weights A (B, h, N, M) that the chunked back end computes, float32."""
+    return torch.cat([weights for _, weights in weight_chunks(checked(q, k, chunk=chunk, lengths=lengths))], dim=2)

@@ -1,12 +1,12 @@
 """Attention functions that change what attention does: heads skipped, temperature, another map, one text token.
 
-Each builder returns a function (q, k, v, call) -> out for the seam of a model, set for chosen layers and taken off by
-that seam's own context manager, also when something raises:
+Each builder returns a function (q, k, v, call) -> out that replaces a model's own attention in chosen layers. The
+model's context manager sets the functions and removes them, also when something raises:
 
-    with split_model.attention({46: skip_heads([3, 7]), 47: temperature(0.5)}):
+    with model.attention({46: skip_heads([3, 7]), 47: temperature(0.5)}):
         ...
 
-They compose: `attend` is what happens apart from the intervention, and `heads` leaves the other heads to it. `at_steps`
+They compose: `attend` computes what the intervention does not, and `heads` leaves the other heads to it. `at_steps`
 limits any of them to chosen denoising steps. Gradients pass through all of them.
 
 Legend: B batch, N vision tokens, L text tokens, h heads, d head width.
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Layout(Protocol):
-    """Token order [vision | text] of a batch, as a model's seam describes it."""
+class TokenLayoutLike(Protocol):
+    """What an intervention reads of a batch's token layout, [vision | text]."""
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
@@ -31,12 +31,12 @@ class Layout(Protocol):
 
     @property
     def key_mask(self) -> Tensor | None:
-        """(B, N + L) bool, true on tokens that may be attended to; None: all may."""
+        """(B, N + L) bool, true on tokens that may be attended to; None: all may be."""
         ...
 
 
-class Call(Protocol):
-    """What a seam tells an attention function besides q, k and v."""
+class AttentionCallLike(Protocol):
+    """What an intervention reads of the call that a model makes, besides q, k and v."""
 
     @property
     def layer(self) -> int:
@@ -44,17 +44,17 @@ class Call(Protocol):
         ...
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TokenLayoutLike:
         """Token order of the batch."""
         ...
 
 
 #: (q, k, v each (B, h, N + L, d), call) -> (B, h, N + L, d)
-Attention = Callable[[Tensor, Tensor, Tensor, Call], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionCallLike], Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-    """Nothing changed: torch's fused attention; 0 at padded text queries, as the model itself has it."""
+def unmodified_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
+    """torch's fused attention; 0 at padded text queries, as in the model itself."""
     return _softmax_attention(q, k, v, call.layout.key_mask, call.layout.key_mask, None)
 
 
@@ -67,20 +67,20 @@ def _softmax_attention(
     return out if queries is None else out * queries[:, None, :, None].to(out.dtype)
 
 
-def _chosen(heads: Collection[int], available: int) -> list[int]:
+def _sorted_heads(heads: Collection[int], available: int) -> list[int]:
     unknown = sorted(head for head in heads if not 0 <= head < available)
     if unknown:
         raise ValueError(f"got heads {unknown}, expected 0 .. {available - 1}.")
     return sorted(set(heads))
 
 
-def _on_heads(function: Attention, heads: Collection[int] | None, otherwise: Attention) -> Attention:
+def _on_heads(function: Attend, heads: Collection[int] | None, otherwise: Attend) -> Attend:
     """`function` on `heads`, `otherwise` on the others; None: `function` on all."""
     if heads is None:
         return function
 
-    def split(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        inside = _chosen(heads, q.shape[1])
+    def split(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
+        inside = _sorted_heads(heads, q.shape[1])
         outside = [head for head in range(q.shape[1]) if head not in inside]
         if not inside or not outside:
             return (function if inside else otherwise)(q, k, v, call)
@@ -93,21 +93,21 @@ def _on_heads(function: Attention, heads: Collection[int] | None, otherwise: Att
     return split
 
 
-def skip_heads(heads: Collection[int], *, attend: Attention = attend) -> Attention:
-    """These heads say nothing: their outputs are 0 before the output projection. The others are untouched.
+def skip_heads(heads: Collection[int], *, attend: Attend = unmodified_attention) -> Attend:
+    """The outputs of these heads are 0 before the output projection. The others are unchanged.
 
     Raises:
         ValueError: when called with fewer heads than named.
     """
 
-    def skipped(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        own = torch.tensor(_chosen(heads, q.shape[1]), dtype=torch.int64, device=q.device)
+    def skipped(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
+        own = torch.tensor(_sorted_heads(heads, q.shape[1]), dtype=torch.int64, device=q.device)
         return attend(q, k, v, call).index_fill(1, own, 0.0)
 
     return skipped
 
 
-def temperature(value: float, *, heads: Collection[int] | None = None, attend: Attention = attend) -> Attention:
+def temperature(value: float, *, heads: Collection[int] | None = None, attend: Attend = unmodified_attention) -> Attend:
     """softmax(Q K^T / (T sqrt(d))) V; below 1 sharper, above 1 flatter.
 
     The factor goes into the softmax's scale: no input is rounded again.
@@ -115,7 +115,7 @@ def temperature(value: float, *, heads: Collection[int] | None = None, attend: A
     Args:
         value: T, above 0.
         heads: only these; None: all.
-        attend: what the other heads do.
+        attend: the attention of the other heads.
 
     Raises:
         ValueError: if T is not a positive number.
@@ -123,7 +123,7 @@ def temperature(value: float, *, heads: Collection[int] | None = None, attend: A
     if not 0.0 < value < math.inf:
         raise ValueError(f"got temperature {value}, expected a positive number; 1 changes nothing.")
 
-    def tempered(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def tempered(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
         mask = call.layout.key_mask
         return _softmax_attention(q, k, v, mask, mask, 1 / (value * math.sqrt(q.shape[-1])))
 
@@ -136,8 +136,8 @@ def transfer(
     *,
     text_lengths: tuple[int, ...] | None = None,
     heads: Collection[int] | None = None,
-    attend: Attention = attend,
-) -> Attention:
+    attend: Attend = unmodified_attention,
+) -> Attend:
     """The map A of a source, from its q and k, on the target's own values: A itself is never stored.
 
     Args:
@@ -152,7 +152,7 @@ def transfer(
         ValueError: when called on another number of tokens, heads or valid text tokens than the source's.
     """
 
-    def transferred(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def transferred(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
         if source_q.shape != q.shape or source_k.shape != k.shape:
             raise ValueError(
                 f"got a map from q of shape {tuple(source_q.shape)} and k of shape {tuple(source_k.shape)} for "
@@ -166,16 +166,16 @@ def transfer(
             )
         foreign_q, foreign_k = (t.to(q.device, q.dtype) for t in (source_q, source_k))
         if heads is not None:
-            own = torch.tensor(_chosen(heads, q.shape[1]), dtype=torch.int64, device=q.device)
+            own = torch.tensor(_sorted_heads(heads, q.shape[1]), dtype=torch.int64, device=q.device)
             foreign_q, foreign_k = (t.index_copy(1, own, f[:, own]) for t, f in ((q, foreign_q), (k, foreign_k)))
         return attend(foreign_q, foreign_k, v, call)
 
     return transferred
 
 
-def transfer_rows(
-    source: Sequence[int], *, heads: Collection[int] | None = None, attend: Attention = attend
-) -> Attention:
+def transfer_within_batch(
+    source: Sequence[int], *, heads: Collection[int] | None = None, attend: Attend = unmodified_attention
+) -> Attend:
     """Like `transfer` where source and target are generated in one batch: nothing is stored between passes.
 
     Args:
@@ -187,7 +187,7 @@ def transfer_rows(
         ValueError: when called on a batch of another size, or where caption lengths of a pair differ.
     """
 
-    def transferred(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def transferred(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
         lengths = call.layout.text_lengths
         if len(source) != q.shape[0] or not all(0 <= row < q.shape[0] for row in source):
             raise ValueError(f"got sources {tuple(source)}, expected one sample of the batch for each of {q.shape[0]}.")
@@ -198,27 +198,27 @@ def transfer_rows(
     return transferred
 
 
-class MapRecord:
+class AttentionMapRecorder:
     """q and k of a source generation by (layer, step), and their transfer into a target generation.
 
     Costs 2 B h (N + L) d numbers for each layer and step recorded.
 
     Args:
-        step: tells the current denoising step; the same steps must come in both generations.
-        device: where the source's q and k wait, e.g. `cpu`; None: where they are.
+        step: returns the current denoising step; the same steps must come in both generations.
+        device: where the source's q and k are kept, e.g. `cpu`; None: where they are.
     """
 
     def __init__(self, step: Callable[[], Hashable], *, device: torch.device | str | None = None) -> None:
         self.step = step
         self.device = device
-        self._kept: dict[tuple[int, Hashable], tuple[Tensor, Tensor, tuple[int, ...]]] = {}
+        self._recorded: dict[tuple[int, Hashable], tuple[Tensor, Tensor, tuple[int, ...]]] = {}
 
-    def record(self, *, attend: Attention = attend) -> Attention:
-        """Attention that changes nothing and keeps q and k; a layer and step seen twice keeps the last."""
+    def record(self, *, attend: Attend = unmodified_attention) -> Attend:
+        """Attention that changes nothing and keeps q and k; of a layer and step seen twice, the last ones."""
 
-        def recording(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        def recording(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
             device = q.device if self.device is None else self.device
-            self._kept[call.layer, self.step()] = (
+            self._recorded[call.layer, self.step()] = (
                 q.detach().to(device, copy=True),
                 k.detach().to(device, copy=True),
                 call.layout.text_lengths,
@@ -227,36 +227,40 @@ class MapRecord:
 
         return recording
 
-    def inject(self, *, heads: Collection[int] | None = None, attend: Attention = attend) -> Attention:
+    def inject(self, *, heads: Collection[int] | None = None, attend: Attend = unmodified_attention) -> Attend:
         """`transfer` from what was recorded at the same layer and step.
 
         Raises:
             ValueError: when called at a layer and step that were not recorded.
         """
 
-        def injecting(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        def injecting(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
             at = (call.layer, self.step())
-            if at not in self._kept:
+            if at not in self._recorded:
                 raise ValueError(
                     f"got layer {at[0]} at step {at[1]}, expected one that was recorded: "
-                    f"{sorted(self._kept, key=str)}. Record the same layers and steps in the source generation."
+                    f"{sorted(self._recorded, key=str)}. Record the same layers and steps in the source generation."
                 )
-            source_q, source_k, lengths = self._kept[at]
+            source_q, source_k, lengths = self._recorded[at]
             return transfer(source_q, source_k, text_lengths=lengths, heads=heads, attend=attend)(q, k, v, call)
 
         return injecting
 
 
 def first_text_token(
-    num_vision: int, keep: int | None = 0, *, heads: Collection[int] | None = None, attend: Attention = attend
-) -> Attention:
-    """Joint attention in which one text token is left as key and value; every query, text included, still asks.
+    num_vision: int,
+    keep: int | None = 0,
+    *,
+    heads: Collection[int] | None = None,
+    attend: Attend = unmodified_attention,
+) -> Attend:
+    """Joint attention in which one text token is left as key and value; all queries stay, text included.
 
     Args:
         num_vision: N, vision tokens before the text.
-        keep: which text token stays, 0 the first; None: none does. A caption that is shorter keeps none.
+        keep: index of the text token that stays, 0 the first; None: none stays. A caption that is shorter keeps none.
         heads: only these; None: all.
-        attend: what the other heads do.
+        attend: the attention of the other heads.
 
     Raises:
         ValueError: if `keep` is negative, or when called with fewer than `num_vision` tokens.
@@ -264,31 +268,31 @@ def first_text_token(
     if num_vision < 1 or (keep is not None and keep < 0):
         raise ValueError(f"got num_vision {num_vision} and keep {keep}, expected at least 1, and 0 or more, or None.")
 
-    def reduced(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def reduced(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
         tokens, layout = k.shape[2], call.layout
         if tokens < num_vision:
             raise ValueError(f"got {tokens} tokens, expected {num_vision} vision tokens first.")
         stays = [] if keep is None or num_vision + keep >= tokens else [num_vision + keep]
-        own = torch.tensor([*range(num_vision), *stays], device=k.device)
-        keys = None if layout.key_mask is None or not stays else layout.key_mask[:, own]
-        return _softmax_attention(q, k[:, :, own], v[:, :, own], keys, layout.key_mask, None)
+        used = torch.tensor([*range(num_vision), *stays], device=k.device)
+        keys = None if layout.key_mask is None or not stays else layout.key_mask[:, used]
+        return _softmax_attention(q, k[:, :, used], v[:, :, used], keys, layout.key_mask, None)
 
     return _on_heads(reduced, heads, attend)
 
 
 def at_steps(
-    steps: Collection[Hashable], step: Callable[[], Hashable], inside: Attention, *, attend: Attention = attend
-) -> Attention:
+    steps: Collection[Hashable], step: Callable[[], Hashable], inside: Attend, *, attend: Attend = unmodified_attention
+) -> Attend:
     """`inside` at the chosen denoising steps, `attend` at all others.
 
     Args:
-        steps: the chosen ones.
-        step: tells the current one, e.g. `lambda: scheduler.step_index`.
+        steps: the chosen steps.
+        step: returns the current step, e.g. `lambda: scheduler.step_index`.
         inside: the intervention.
-        attend: what happens at the other steps.
+        attend: the attention at the other steps.
     """
 
-    def timed(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def timed(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
         return (inside if step() in steps else attend)(q, k, v, call)
 
     return timed

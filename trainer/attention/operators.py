@@ -1,7 +1,8 @@
-"""The engine as operators of torch, each with a fake implementation: a compiled model holds them without a graph break.
+"""Functions of the engine as operators of torch (`torch.ops.reblock`), which a compiled model calls in its graph.
 
-They take and give what the functions of the same names do, with tensors and plain values alone. Like those, they need
-no gradients of their inputs and give none: nothing flows back through them, and a model that is trained may hold them.
+Each takes and gives what the function of the same name in `api` does, with tensors and plain values alone, and has a
+fake implementation that gives the results' shapes. Their outputs have no gradients, so a model in training may call
+them too.
 
 Legend: B batch, N tokens (queries and keys), h heads, d head width, R ratios, E eps values.
 """
@@ -12,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from trainer.attention import masking, quantile, statistics
+from trainer.attention import api
+from trainer.attention.backend import Tail
 
 
-def _float(backend: str | None) -> torch.dtype:
-    """What a back end counts and sums in."""
+def _result_dtype(backend: str | None) -> torch.dtype:
     return torch.float64 if backend == "dense" else torch.float32
 
 
@@ -24,33 +25,28 @@ def _float(backend: str | None) -> torch.dtype:
 def row_statistics(
     q: Tensor, k: Tensor, lengths: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`statistics.row_statistics`: log-sum-exp, largest weight and entropy of each row, (B, h, N) each."""
-    found = statistics.row_statistics(q, k, lengths=lengths, backend=backend)
-    return found.lse, found.maximum, found.entropy
+    """Log-sum-exp, largest weight and entropy of each row, (B, h, N) each."""
+    rows = api.row_statistics(q, k, lengths=lengths, backend=backend)
+    return rows.lse, rows.maximum, rows.entropy
 
 
 @row_statistics.register_fake
-def _(q: Tensor, k: Tensor, lengths: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    shape, dtype = q.shape[:3], _float(backend)
-    return q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
+def _(q, k, lengths=None, backend=None):
+    return tuple(q.new_empty(q.shape[:3], dtype=_result_dtype(backend)) for _ in range(3))
 
 
 @torch.library.custom_op("reblock::key_statistics", mutates_args=())
 def key_statistics(
     q: Tensor, k: Tensor, eps: Sequence[float], lengths: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`statistics.key_statistics`: column sums (B, h, N), and counts of A > eps (B, h, E, N)."""
-    mass, counts = statistics.key_statistics(q, k, eps=eps, lengths=lengths, backend=backend)
-    return mass, counts
+    """Column sums (B, h, N), and counts of A > eps (B, h, E, N)."""
+    return api.key_statistics(q, k, eps=eps, lengths=lengths, backend=backend)
 
 
 @key_statistics.register_fake
-def _(
-    q: Tensor, k: Tensor, eps: Sequence[float], lengths: Tensor | None = None, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    batch, heads, keys = *q.shape[:2], k.shape[2]
-    counts = q.new_empty((batch, heads, len(eps), keys), dtype=torch.int32)
-    return q.new_empty((batch, heads, keys), dtype=_float(backend)), counts
+def _(q, k, eps, lengths=None, backend=None):
+    counts = q.new_empty((*q.shape[:2], len(eps), k.shape[2]), dtype=torch.int32)
+    return q.new_empty(k.shape[:3], dtype=_result_dtype(backend)), counts
 
 
 @torch.library.custom_op("reblock::pooled_quantiles", mutates_args=())
@@ -62,20 +58,13 @@ def pooled_quantiles(
     lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`quantile.pooled_quantiles`: thresholds (B, h, R)."""
-    return quantile.pooled_quantiles(q, k, ratios, num_keys=num_keys, lengths=lengths, backend=backend)
+    """Thresholds (B, h, R)."""
+    return api.pooled_quantiles(q, k, ratios, num_keys=num_keys, lengths=lengths, backend=backend)
 
 
 @pooled_quantiles.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    ratios: Sequence[float],
-    num_keys: int | None = None,
-    lengths: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    return q.new_empty((*q.shape[:2], len(ratios)), dtype=_float(backend))
+def _(q, k, ratios, num_keys=None, lengths=None, backend=None):
+    return q.new_empty((*q.shape[:2], len(ratios)), dtype=_result_dtype(backend))
 
 
 @torch.library.custom_op("reblock::masked_attention", mutates_args=())
@@ -90,37 +79,26 @@ def masked_attention(
     tail: str = "zero",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`masking.masked_attention`: output (B, h, N, d), realised ratio (B, h), dropped mass (B, h)."""
-    return masking.masked_attention(
+    """Output (B, h, N, d), realised ratio (B, h), dropped mass (B, h)."""
+    return api.masked_attention(
         q, k, v, thresholds, num_keys=num_keys, lengths=lengths, renormalise=renormalise,
-        tail=cast(masking.Tail, tail), backend=backend,
+        tail=cast(Tail, tail), backend=backend,
     )  # fmt: skip
 
 
 @masked_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    thresholds: Tensor,
-    num_keys: int | None = None,
-    lengths: Tensor | None = None,
-    renormalise: bool = True,
-    tail: str = "zero",
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    per_head, dtype = q.shape[:2], _float(backend)
-    out = v.new_empty((*q.shape[:3], v.shape[-1]))
-    return out, q.new_empty(per_head, dtype=dtype), q.new_empty(per_head, dtype=dtype)
+def _(q, k, v, thresholds, num_keys=None, lengths=None, renormalise=True, tail="zero", backend=None):
+    realised = q.new_empty(q.shape[:2], dtype=_result_dtype(backend))
+    return v.new_empty((*q.shape[:3], v.shape[-1])), realised, torch.empty_like(realised)
 
 
-def _give_no_gradients(ctx: Any, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+def _mark_non_differentiable(ctx: Any, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
 
 
-def _never_asked(ctx: Any, *gradients: Tensor) -> None:
-    raise AssertionError("gradients of outputs that are not differentiable")
+def _backward(ctx: Any, *gradients: Tensor) -> None:
+    raise AssertionError("torch asked for gradients of outputs that are not differentiable")
 
 
 for _operator in (row_statistics, key_statistics, pooled_quantiles, masked_attention):
-    _operator.register_autograd(_never_asked, setup_context=_give_no_gradients)
+    _operator.register_autograd(_backward, setup_context=_mark_non_differentiable)

@@ -1,8 +1,9 @@
 """Triton kernels: attention weights A recomputed tile by tile from q and k, never stored.
 
 Throughout, t = log2 A = (q . k) scale - lse, with scale = log2(e) / sqrt(d) and lse the row's log-sum-exp in base 2.
-Products are accumulated in float32 from bfloat16, float16 or float32 inputs; every count is exact. Tokens behind a
-sample's length are neither queries nor keys.
+Products are accumulated in float32 from bfloat16, float16 or float32 inputs; every count is exact. `lengths` (B,) are
+valid tokens per sample: tokens from there on are padding, neither queries nor keys. Strides such as sqb, sqh, sqn are
+those of q along B, h and N.
 
 Legend: B batch, N tokens (queries and keys), h heads, d head width, E eps values, J edges.
 """
@@ -11,15 +12,15 @@ import triton
 import triton.language as tl
 
 #: Scales t - edge so far up that a saturating multiply-add turns it into 0 or 1; a power of two, so nothing is rounded.
-STEEP = tl.constexpr(2.0**40)
+EDGE_SCALE = tl.constexpr(2.0**40)
 
 #: Weights are multiplied by it before they take the values' type: 1 / 44,776 is subnormal in float16. A power of two.
-LIFT = tl.constexpr(2.0**15)
+WEIGHT_SCALE = tl.constexpr(2.0**15)
 
 
 @triton.jit
 def _above(t, shifted, NATIVE: tl.constexpr):
-    """1.0 where t > edge, else 0.0; `shifted` is -edge * STEEP.
+    """1.0 where t > edge, else 0.0; `shifted` is -edge * EDGE_SCALE.
 
     One full-rate instruction: comparisons and integer adds run at half the rate of multiply-adds on NVIDIA GPUs, and
     counting edges is most of a statistics pass.
@@ -29,7 +30,7 @@ def _above(t, shifted, NATIVE: tl.constexpr):
             "fma.rn.sat.f32 $0, $1, 0f53800000, $2;", "=f,f,f", [t, shifted], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return tl.where(t * STEEP + shifted > 0, 1.0, 0.0)
+        return tl.where(t * EDGE_SCALE + shifted > 0, 1.0, 0.0)
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def row_kernel(
     base = K + b * skb + h * skh
     top = tl.full([BM], -1e30, tl.float32)
     mass = tl.zeros([BM], tl.float32)
-    work = tl.zeros([BM], tl.float32)
+    gap_mass = tl.zeros([BM], tl.float32)
     for start in tl.range(0, N, BN):
         at = start + cols
         inside = at[None, :] < keys
@@ -70,14 +71,14 @@ def row_kernel(
         step = (top - new) * scale
         shrink = tl.exp2(step)
         if WITH_ENTROPY:  # relative to the running maximum, so that nothing large cancels
-            work = (work + mass * tl.maximum(step, -1e9)) * shrink + tl.sum(tl.where(p > 0, p * gap, 0.0), 1)
+            gap_mass = (gap_mass + mass * tl.maximum(step, -1e9)) * shrink + tl.sum(tl.where(p > 0, p * gap, 0.0), 1)
         mass = mass * shrink + tl.sum(p, 1)
         top = new
     place = bh.to(tl.int64) * N + rows
     tl.store(LSE + place, top * scale + tl.log2(mass), mask=rows < keys)
     tl.store(TOP + place, top, mask=rows < keys)
     if WITH_ENTROPY:
-        tl.store(ENTROPY + place, (tl.log2(mass) - work / mass) * 0.6931471805599453, mask=rows < keys)
+        tl.store(ENTROPY + place, (tl.log2(mass) - gap_mass / mass) * 0.6931471805599453, mask=rows < keys)
 
 
 @triton.jit
@@ -107,12 +108,12 @@ def key_kernel(
     for e in tl.static_range(E):
         if e > 0:
             heavy = heavy + (tl.zeros([BN], tl.float32),)
-        heavy_edges = heavy_edges + (tl.load(eps + e) * -STEEP,)
+        heavy_edges = heavy_edges + (tl.load(eps + e) * -EDGE_SCALE,)
     above = ()
     shifted = ()
     for j in tl.static_range(J):
         above = above + (tl.zeros([BN], tl.float32),)
-        shifted = shifted + (tl.load(edges + bh * J + j) * -STEEP,)
+        shifted = shifted + (tl.load(edges + bh * J + j) * -EDGE_SCALE,)
     for start in tl.range(0, N, BM):
         at = start + rows
         inside = at < keys
@@ -136,16 +137,16 @@ def key_kernel(
                     for e in tl.static_range(1, E):
                         more = more + (heavy[e - 1] + tl.sum(_above(t, heavy_edges[e], NATIVE), 1),)
                     heavy = more
-    real = cols < keys
+    valid = cols < keys
     place = bh.to(tl.int64) * N + cols
     if WITH_MASS:
-        tl.store(MASS + place, tl.sum(mass, 1), mask=real)
+        tl.store(MASS + place, tl.sum(mass, 1), mask=valid)
     if E > 0:
-        tl.store(HEAVY + bh.to(tl.int64) * E * N + cols, least.to(tl.int32), mask=real)
+        tl.store(HEAVY + bh.to(tl.int64) * E * N + cols, least.to(tl.int32), mask=valid)
     for e in tl.static_range(1, E):
-        tl.store(HEAVY + (bh.to(tl.int64) * E + e) * N + cols, heavy[e - 1].to(tl.int32), mask=real)
+        tl.store(HEAVY + (bh.to(tl.int64) * E + e) * N + cols, heavy[e - 1].to(tl.int32), mask=valid)
     if J > 0:
-        of_head = real & (cols < tl.load(counted + b))
+        of_head = valid & (cols < tl.load(counted + b))
         for j in tl.static_range(J):
             tl.atomic_add(ABOVE + bh * J + j, tl.sum(tl.where(of_head, above[j], 0.0).to(tl.int64)))
 
@@ -169,30 +170,30 @@ def sample_kernel(
 
 @triton.jit
 def masked_kernel(
-    Q, K, V, OUT, LSE, LIMIT, REMOVED, DROPPED, lengths, spared, scale, N, H,
+    Q, K, V, OUT, LSE, LIMIT, REMOVED, DROPPED, lengths, protected, scale, N, H,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RENORMALISE: tl.constexpr,
     TAIL: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Attention without weights below their row's limit (in t); keys from `spared` on are never removed. With TAIL,
-    each row's removed weights are replaced by their mean."""
+    """Attention without weights below their row's limit (in t); keys from `protected` on are never removed. With TAIL,
+    the mean of a row's removed weights takes the place of each."""
     block, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     keys = tl.load(lengths + b)
-    first_spared = tl.load(spared + b)
+    first_protected = tl.load(protected + b)
     rows, cols, ds = block * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
-    real = rows < keys
+    valid = rows < keys
     q = tl.load(
-        Q + b * sqb + h * sqh + rows[:, None] * sqn + ds[None, :], mask=real[:, None] & (ds[None, :] < D), other=0.0
+        Q + b * sqb + h * sqh + rows[:, None] * sqn + ds[None, :], mask=valid[:, None] & (ds[None, :] < D), other=0.0
     )
     place = bh.to(tl.int64) * N + rows
-    lse = tl.load(LSE + place, mask=real, other=float("inf"))
-    limit = tl.load(LIMIT + place, mask=real, other=0.0)
+    lse = tl.load(LSE + place, mask=valid, other=float("inf"))
+    limit = tl.load(LIMIT + place, mask=valid, other=0.0)
     acc = tl.zeros([BM, BD], tl.float32)
-    rest = tl.zeros([BM, BD], tl.float32)
+    tail_values = tl.zeros([BM, BD], tl.float32)
     kept = tl.zeros([BM], tl.float32)
-    lost = tl.zeros([BM], tl.float32)
-    gone = tl.zeros([BM], tl.float32)
+    dropped = tl.zeros([BM], tl.float32)
+    removed = tl.zeros([BM], tl.float32)
     for start in tl.range(0, N, BN):
         at = start + cols
         inside = at[None, :] < keys
@@ -202,28 +203,28 @@ def masked_kernel(
             mask=(at[:, None] < keys) & (ds[None, :] < D), other=0.0,
         )  # fmt: skip
         t = tl.where(inside, _dot(q, k, NATIVE) * scale - lse[:, None], float("-inf"))
-        keep = ~(t < limit[:, None]) | (at[None, :] >= first_spared)  # NaN is below nothing
+        keep = ~(t < limit[:, None]) | (at[None, :] >= first_protected)  # NaN is below nothing
         a = tl.exp2(t)
         p = tl.where(keep, a, 0.0)
         kept += tl.sum(p, 1)
-        lost += tl.sum(a - p, 1)
+        dropped += tl.sum(a - p, 1)
         out = tl.where(keep | (at[None, :] >= keys), 0.0, 1.0)
-        gone += tl.sum(out, 1)
+        removed += tl.sum(out, 1)
         if NATIVE:
-            acc += _dot((p * LIFT).to(v.dtype), v, NATIVE)
+            acc += _dot((p * WEIGHT_SCALE).to(v.dtype), v, NATIVE)
         else:
             acc += _dot(p, v, NATIVE)
         if TAIL:
-            rest += _dot(out.to(v.dtype), v, NATIVE)
+            tail_values += _dot(out.to(v.dtype), v, NATIVE)
     if NATIVE:
-        acc = acc * (1 / LIFT)
+        acc = acc * (1 / WEIGHT_SCALE)
     if TAIL:
-        acc += rest * (lost / tl.maximum(gone, 1.0))[:, None]
-    elif RENORMALISE:  # a row that lost nothing is left as it is
-        acc = acc / tl.where(gone > 0, kept, 1.0)[:, None]
+        acc += tail_values * (dropped / tl.maximum(removed, 1.0))[:, None]
+    elif RENORMALISE:  # a row that dropped nothing is left as it is
+        acc = acc / tl.where(removed > 0, kept, 1.0)[:, None]
     tl.store(
         OUT + b * sob + h * soh + rows[:, None] * son + ds[None, :], acc.to(OUT.dtype.element_ty),
-        mask=real[:, None] & (ds[None, :] < D),
+        mask=valid[:, None] & (ds[None, :] < D),
     )  # fmt: skip
-    tl.atomic_add(REMOVED + bh, tl.sum(tl.where(real, gone, 0.0).to(tl.int64)))
-    tl.atomic_add(DROPPED + bh, tl.sum(tl.where(real, lost, 0.0)))
+    tl.atomic_add(REMOVED + bh, tl.sum(tl.where(valid, removed, 0.0).to(tl.int64)))
+    tl.atomic_add(DROPPED + bh, tl.sum(tl.where(valid, dropped, 0.0)))

@@ -11,8 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainer.attention import sink_statistics, sink_verdict
-from trainer.attention.statistics import EPS
+from trainer.attention import EPS, sink_statistics, sink_verdict
 from trainer.callbacks import figures
 from trainer.callbacks.measurement_files import planted_heads, wilson_interval
 from trainer.callbacks.probe_callback import ProbeCallback

@@ -14,7 +14,7 @@ from launch.demo.assemble_base import caption_tokenizer, small_text_encoder
 from launch.sample.command import sample
 from launch.sample.contact_sheet import strip
 from launch.sample.generate import IDENTICAL_DB, Painter, Settings, bottom_masked, likeness
-from trainer.attention.reference import attention_weights, masked_attention, pooled_quantiles
+from trainer.attention.dense import attention_weights, masked_attention, pooled_quantiles
 from trainer.models.layout import AttentionCall, TokenLayout
 
 SMALL = {"steps": 3, "frames": 7, "height": 16, "width": 64}

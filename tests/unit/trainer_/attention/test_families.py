@@ -10,6 +10,7 @@ import torch
 
 from tests.support.attention_draws import DTYPES
 from trainer.attention import (
+    EPS,
     key_statistics,
     log_histogram,
     masked_attention,
@@ -17,7 +18,6 @@ from trainer.attention import (
     row_statistics,
     sink_statistics,
 )
-from trainer.attention.statistics import EPS
 
 #: (h, d) of Mochi and HunyuanVideo, Wan 1.3B and 14B, CogVideoX 2B and 5B.
 FAMILIES = [(24, 128), (12, 128), (40, 128), (30, 64), (48, 64)]

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.attention_draws import DTYPES, KINDS, draw_heads, reduced_attention
-from trainer.attention import interventions, reference
+from trainer.attention import dense as reference
+from trainer.attention import interventions
 from trainer.attention.interventions import (
     first_text_token,
     skip_heads,
     temperature,
     transfer,
-    transfer_rows,
+    transfer_within_batch,
 )
 from trainer.models.layout import AttentionCall, TokenLayout, dense_attention
 
@@ -65,7 +66,7 @@ SMOOTH = ("random", "uniform", "sink", "diagonal")
 @given(inputs())
 def test_nothing_changed_is_the_models_own_attention_bit_for_bit(x):
     own = dense_attention(x.q, x.k, x.v, x.call)
-    assert torch.equal(interventions.attend(x.q, x.k, x.v, x.call), own)
+    assert torch.equal(interventions.unmodified_attention(x.q, x.k, x.v, x.call), own)
     for nothing in (
         skip_heads([]),
         temperature(2.0, heads=[]),
@@ -133,19 +134,19 @@ def test_first_text_token_drops_the_other_text_keys(x, keep, heads, all_heads):
     assert_exact(out, torch.where(picked, changed, dense), x.q.dtype)
 
 
-def test_transfer_rows_uses_another_sample_of_the_batch():
+def test_transfer_within_batch_uses_another_sample_of_the_batch():
     q, k, v = draw_heads("sharp", 1, 3, 2, 12, 16)
     call = call_of(9, (3, 3, 3))
-    out = transfer_rows([0, 0, 2], heads=[1])(q, k, v, call)
+    out = transfer_within_batch([0, 0, 2], heads=[1])(q, k, v, call)
     own = reduced_attention(q, k, v, (3, 3, 3), 9)
     own[1, 1] = reduced_attention(q[:1], k[:1], v[1:2], (3,), 9)[0, 1]
     assert_exact(out, own, torch.float32)
     with pytest.raises(ValueError, match=r"got a map from captions of \(1, 1, 3\) tokens"):
-        transfer_rows([0, 0, 2])(q, k, v, call_of(9, (1, 3, 3)))
+        transfer_within_batch([0, 0, 2])(q, k, v, call_of(9, (1, 3, 3)))
     with pytest.raises(ValueError, match="got sources"):
-        transfer_rows([0, 0])(q, k, v, call)
+        transfer_within_batch([0, 0])(q, k, v, call)
     with pytest.raises(ValueError, match="got sources"):
-        transfer_rows([0, 3, 1])(q, k, v, call)
+        transfer_within_batch([0, 3, 1])(q, k, v, call)
 
 
 def test_interventions_compose_and_gradients_pass():

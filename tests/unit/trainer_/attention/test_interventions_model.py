@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.support.attention_draws import reduced_attention
-from trainer.attention import reference
-from trainer.attention.interventions import MapRecord, at_steps, first_text_token, skip_heads, temperature
+from trainer.attention import dense as reference
+from trainer.attention.interventions import AttentionMapRecorder, at_steps, first_text_token, skip_heads, temperature
 from trainer.models.layout import dense_attention
 from trainer.models.mochi import SplitModel
 
@@ -71,7 +71,7 @@ def test_a_recorded_map_injected_is_the_stored_map_injected(split_model, make_ba
     source, target = make_batch((4, 4), seed=1), make_batch((4, 4), seed=2)
     maps: dict[tuple[int, int], torch.Tensor] = {}
     step = 0
-    record = MapRecord(lambda: step, device="cpu")
+    record = AttentionMapRecorder(lambda: step, device="cpu")
 
     def store(q, k, v, call):
         maps[call.layer, step] = reference.attention_weights(q, k)

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import known_answers
+from trainer.attention import dense as reference
 from trainer.attention import (
     key_statistics,
     masked_attention,
     pooled_quantiles,
-    reference,
     row_quantiles,
     row_statistics,
     sink_statistics,

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.attention_draws import draw_heads, heads_strategy, lengths_of
-from trainer.attention import key_statistics, layer_statistics, pooled_quantiles, quantile, row_statistics
-from trainer.attention.statistics import EPS
+from trainer.attention import EPS, chunked_quantiles, key_statistics, layer_statistics, pooled_quantiles, row_statistics
 
 RATIOS = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -33,8 +32,10 @@ def test_it_is_bit_for_bit_what_the_single_functions_give(backend, draw, chunk, 
 
 @pytest.mark.parametrize("ratios, passes", [((), 1), (RATIOS, 2)])
 def test_rows_and_keys_are_read_in_the_first_pass_of_the_thresholds(ratios, passes, monkeypatch):
-    made, counted = [], quantile.logit_weight_rows
-    monkeypatch.setattr(quantile, "logit_weight_rows", lambda *a, **o: made.append(1) or counted(*a, **o))
+    made, counted = [], chunked_quantiles.logit_and_weight_chunks
+    monkeypatch.setattr(
+        chunked_quantiles, "logit_and_weight_chunks", lambda *a, **o: made.append(1) or counted(*a, **o)
+    )
     q, k, _ = draw_heads("random", 3, 1, 2, 40, 16)
     layer_statistics(q, k, ratios=ratios, chunk=7)
     assert len(made) == passes

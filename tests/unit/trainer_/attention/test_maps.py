@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.attention_draws import draw_heads, heads_strategy, lengths_of
-from trainer.attention import frame_offset_mass, log_histogram, pooled_map, reference
+from trainer.attention import dense as reference
+from trainer.attention import frame_offset_mass, log_histogram, pooled_map
 
 
 @settings(max_examples=80, deadline=None)

@@ -6,8 +6,10 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from tests.support import attention_draws as draws
-from trainer.attention import masked_attention, pooled_quantiles, reference, row_quantiles, uniform_attention
-from trainer.attention.rows import weight_rows
+from trainer.attention import dense as reference
+from trainer.attention import masked_attention, pooled_quantiles, row_quantiles, uniform_attention
+from trainer.attention.chunked_weights import weight_chunks
+from trainer.attention.inputs import checked
 
 
 def draw_heads(seed: int, batch: int, heads: int, tokens: int, width: int, scale: float) -> tuple[torch.Tensor, ...]:
@@ -196,7 +198,7 @@ def test_ratio_zero_is_dense_bit_for_bit(drawn, chunk, renormalise, tail, per_ro
     out, realised, dropped = masked_attention(
         q, k, v, find(q, k, (0.0,), chunk=chunk)[..., 0], chunk=chunk, backend="chunked", **options
     )
-    dense = torch.cat([rows @ v.float() for _, rows in weight_rows(q, k, chunk=chunk)], dim=2).to(v.dtype)
+    dense = torch.cat([w @ v.float() for _, w in weight_chunks(checked(q, k, chunk=chunk))], dim=2).to(v.dtype)
     assert torch.equal(out, dense) and realised.max() == dropped.max() == 0
 
     thresholds = find(q, k, (0.0,), backend="dense")[..., 0]
@@ -216,7 +218,7 @@ def test_ratio_one_keeps_exactly_the_row_maxima(drawn, chunk, per_row, backend):
     if backend == "dense":
         weights = reference.attention_weights(q, k)
     else:
-        weights = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk)], dim=2)
+        weights = draws.chunked_weights(q, k, chunk=chunk)
     largest = weights == weights.amax(dim=-1, keepdim=True)  # ties are kept all
     expected = 1 - largest.double().mean(dim=(-1, -2))
     torch.testing.assert_close(realised.double(), expected, rtol=1e-6, atol=1e-7)
@@ -233,7 +235,7 @@ def test_realised_ratio_counts_what_lies_below_among_the_pooled(drawn, chunk, ra
     thresholds = pooled_quantiles(q, k, (ratio,), **options)[..., 0]
     _, realised, _ = masked_attention(q, k, v, thresholds, **options)
     assert (realised <= ratio + 1e-6).all()
-    every = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths)], dim=2)
+    every = draws.chunked_weights(q, k, chunk=chunk, lengths=lengths)
     for sample, length in enumerate(lengths or [q.shape[2]] * q.shape[0]):
         own = every[sample, :, :length]
         pool = own[..., : min(length, options["num_keys"])]

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import attention_draws as draws
-from trainer.attention import pooled_quantiles, quantile, reference, row_quantiles
-from trainer.attention.quantile import ranks
-from trainer.attention.rows import float32_matmul, weight_rows
+from trainer.attention import chunked_quantiles, pooled_quantiles, radix_select, row_quantiles
+from trainer.attention import dense as reference
+from trainer.attention.float32 import float32_matmul
+from trainer.attention.inputs import threshold_ranks
 
 RATIOS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
@@ -27,7 +28,7 @@ heads_strategy = st.tuples(
 
 
 def all_weights(q, k, chunk):
-    return torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk)], dim=2)
+    return draws.chunked_weights(q, k, chunk=chunk)
 
 
 @settings(max_examples=60, deadline=None)
@@ -38,7 +39,7 @@ def test_is_the_exact_order_statistic_of_the_weights(drawn, chunk):
     total = weights[0, 0].numel()
     ordered = np.sort(weights.flatten(2).numpy(), axis=-1)
     got = pooled_quantiles(q, k, RATIOS, chunk=chunk)
-    expected = torch.from_numpy(ordered[..., ranks(RATIOS, total)])
+    expected = torch.from_numpy(ordered[..., threshold_ranks(RATIOS, total)])
     assert torch.equal(got, expected)
     strictly_below = (weights[..., None] < got[:, :, None, None]).sum(dim=(2, 3))
     assert (strictly_below <= torch.tensor(RATIOS) * total + 1e-6 * total).all()
@@ -71,14 +72,14 @@ def test_uniform_attention_ties_everywhere_and_nothing_lies_below():
     [(0.0, 10, 0), (0.1, 10, 1), (0.3, 10, 3), (0.99, 10, 9), (1.0, 10, 9), (0.29, 100, 29)],  # 0.29 * 100 < 29
 )
 def test_rank_reads_the_ratio_as_its_decimal(ratio, total, expected):
-    assert ranks([ratio], total) == [expected]
+    assert threshold_ranks([ratio], total) == [expected]
 
 
 def test_many_ratios_that_share_leading_bits():
     q, k, _ = draw_heads(1, 1, 2, 40, 8, 0.01)  # all weights within a few per cent of 1/40
     ratios = tuple(i / 50 for i in range(51))
     weights = all_weights(q, k, 16)
-    expected = np.sort(weights.flatten(2).numpy(), axis=-1)[..., ranks(ratios, 1600)]
+    expected = np.sort(weights.flatten(2).numpy(), axis=-1)[..., threshold_ranks(ratios, 1600)]
     assert torch.equal(pooled_quantiles(q, k, ratios, chunk=16), torch.from_numpy(expected))
 
 
@@ -130,10 +131,10 @@ def test_pools_leading_keys_and_valid_tokens_only(drawn, chunk, num_keys, padded
     num_keys = min(num_keys, k.shape[2])
     lengths = draws.lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
     got = pooled_quantiles(q, k, RATIOS, num_keys=num_keys, lengths=lengths, chunk=chunk)
-    every = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths)], dim=2)
+    every = draws.chunked_weights(q, k, chunk=chunk, lengths=lengths)
     for sample, length in enumerate(lengths or [q.shape[2]] * q.shape[0]):
         pool = np.sort(every[sample, :, :length, : min(length, num_keys)].flatten(1).numpy(), axis=-1)
-        assert torch.equal(got[sample], torch.from_numpy(pool[:, ranks(RATIOS, pool.shape[1])]))
+        assert torch.equal(got[sample], torch.from_numpy(pool[:, threshold_ranks(RATIOS, pool.shape[1])]))
     weights = reference.attention_weights(q, k, lengths)
     within(got, reference.pooled_quantiles(weights, RATIOS, num_keys=num_keys, lengths=lengths))
 
@@ -145,11 +146,11 @@ def test_row_quantiles_are_each_rows_order_statistic(drawn, chunk, num_keys, pad
     num_keys = min(num_keys, k.shape[2])
     lengths = draws.lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
     got = row_quantiles(q, k, RATIOS, num_keys=num_keys, lengths=lengths, chunk=chunk)
-    every = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths)], dim=2)
+    every = draws.chunked_weights(q, k, chunk=chunk, lengths=lengths)
     for sample, length in enumerate(lengths or [q.shape[2]] * q.shape[0]):
         total = min(length, num_keys)
         ordered = np.sort(every[sample, :, :length, :total].numpy(), axis=-1)
-        assert torch.equal(got[sample, :, :length], torch.from_numpy(ordered[..., ranks(RATIOS, total)]))
+        assert torch.equal(got[sample, :, :length], torch.from_numpy(ordered[..., threshold_ranks(RATIOS, total)]))
         assert not got[sample, :, length:].any()
     weights = reference.attention_weights(q, k, lengths)
     within(got, reference.row_quantiles(weights, RATIOS, num_keys=num_keys, lengths=lengths))
@@ -158,18 +159,20 @@ def test_row_quantiles_are_each_rows_order_statistic(drawn, chunk, num_keys, pad
 @pytest.fixture
 def passes(monkeypatch):
     """One entry for every pass over the weights."""
-    found, counted = [], quantile.logit_weight_rows
-    monkeypatch.setattr(quantile, "logit_weight_rows", lambda *a, **o: found.append(1) or counted(*a, **o))
+    found, counted = [], chunked_quantiles.logit_and_weight_chunks
+    monkeypatch.setattr(
+        chunked_quantiles, "logit_and_weight_chunks", lambda *a, **o: found.append(1) or counted(*a, **o)
+    )
     return found
 
 
 @pytest.mark.parametrize("counts, expected_passes", [(1, 3), (2**23, 2)])
 @pytest.mark.parametrize("kind", draws.KINDS)
 def test_two_passes_and_three_find_the_same(kind, counts, expected_passes, passes, monkeypatch):
-    monkeypatch.setattr(quantile, "_COUNTS", counts)  # 1: the low bits are read in two passes
+    monkeypatch.setattr(radix_select, "_MAX_COUNTS", counts)  # 1: the low bits are read in two passes
     q, k, _ = draws.draw_heads(kind, 5, 2, 2, 33, 16)
     ratios = tuple(i / 20 for i in range(21))
-    expected = np.sort(all_weights(q, k, 10).flatten(2).numpy(), axis=-1)[..., ranks(ratios, 33 * 33)]
+    expected = np.sort(all_weights(q, k, 10).flatten(2).numpy(), axis=-1)[..., threshold_ranks(ratios, 33 * 33)]
     assert torch.equal(pooled_quantiles(q, k, ratios, chunk=10), torch.from_numpy(expected))
     assert len(passes) == expected_passes
 
@@ -178,7 +181,9 @@ def test_two_passes_and_three_find_the_same(kind, counts, expected_passes, passe
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0])
 def test_a_bin_may_hold_most_weights_of_a_long_chunk(scale, ratios):
     q, k, _ = draws.draw_heads("random", 4, 1, 2, 300, 16)
-    expected = np.sort(all_weights(q * scale, k, 200).flatten(2).numpy(), axis=-1)[..., ranks(ratios, 300 * 300)]
+    expected = np.sort(all_weights(q * scale, k, 200).flatten(2).numpy(), axis=-1)[
+        ..., threshold_ranks(ratios, 300 * 300)
+    ]
     assert torch.equal(pooled_quantiles(q * scale, k, ratios, chunk=200), torch.from_numpy(expected))
 
 
@@ -188,11 +193,11 @@ def test_rank_error_is_kept(drawn, chunk, rank_error, padded):
     q, k, _ = draws.draw_heads(*drawn)
     lengths = draws.lengths_of(drawn[1], q.shape[0], q.shape[2]) if padded else None
     got = pooled_quantiles(q, k, RATIOS, chunk=chunk, rank_error=rank_error, lengths=lengths)
-    every = torch.cat([rows for _, rows in weight_rows(q, k, chunk=chunk, lengths=lengths)], dim=2)
+    every = draws.chunked_weights(q, k, chunk=chunk, lengths=lengths)
     for sample, length in enumerate(lengths or [q.shape[2]] * q.shape[0]):
         pool = every[sample, :, :length, :length].flatten(1)
         total = pool.shape[1]
-        for place, rank in enumerate(ranks(RATIOS, total)):
+        for place, rank in enumerate(threshold_ranks(RATIOS, total)):
             threshold = got[sample, :, place, None]
             below, up_to = (pool < threshold).sum(dim=1), (pool <= threshold).sum(dim=1)
             assert (below <= rank).all()

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.attention_draws import DTYPES, draw_heads, heads_strategy, lengths_of, planted_sink
-from trainer.attention import key_statistics, reference, row_statistics
-from trainer.attention.statistics import EPS
+from trainer.attention import EPS, key_statistics, row_statistics
+from trainer.attention import dense as reference
 
 
 @settings(max_examples=80, deadline=None)

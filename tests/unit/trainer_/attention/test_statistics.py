@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from trainer.attention import reference, sink_statistics, sink_verdict, through_projection
-from trainer.attention.statistics import EPS
+from trainer.attention import EPS, sink_statistics, sink_verdict, through_projection
+from trainer.attention import dense as reference
 
 AT_DEFAULT = EPS.index(0.3)
 

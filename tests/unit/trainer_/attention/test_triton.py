@@ -51,7 +51,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype):
     given = {"Q": dtype, "K": dtype, "V": dtype, "OUT": dtype, "scale": "fp32"}
     floats = dict.fromkeys(("LSE", "TOP", "ENTROPY", "MASS", "LIMIT", "DROPPED", "T", "eps", "edges"), "fp32")
     whole = {"ABOVE": "i64", "REMOVED": "i64"}
-    whole |= dict.fromkeys(("HEAVY", "ROWS", "COLS", "lengths", "counted", "spared"), "i32")
+    whole |= dict.fromkeys(("HEAVY", "ROWS", "COLS", "lengths", "counted", "protected"), "i32")
     tile = {"D": 128, "BD": 128, "BM": 64, "BN": 64, "NATIVE": True}
     for kernel, constants in (
         (kernels.row_kernel, tile | {"WITH_ENTROPY": True}),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.batch import Sample
-from trainer.attention import reference
+from trainer.attention import dense as reference
 from trainer.callbacks.masking import FLOOR, MaskingRobustness, critical_ratio
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.module import RetrainBlocks, SurgeryConfig

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from tests.support import known_answers
+from trainer.attention import dense as reference
 from trainer.attention import (
     masked_attention,
     pooled_quantiles,
-    reference,
     row_quantiles,
     row_statistics,
     sink_statistics,
     uniform_attention,
 )
-from trainer.attention.rows import weight_rows
+from trainer.attention.chunked_weights import weight_chunks
+from trainer.attention.inputs import checked
 from trainer.models.mochi import SplitModel
 
 backends = pytest.mark.parametrize("backend", known_answers.BACKENDS)
@@ -100,7 +101,7 @@ def dense_velocity(split_model, batch, backend, chunk):
     """The velocity where every layer attends to all keys, in the arithmetic of the back end."""
     dense = {
         "dense": lambda q, k, v: (reference.attention_weights(q, k) @ v.double()).float(),
-        "chunked": lambda q, k, v: torch.cat([rows @ v for _, rows in weight_rows(q, k, chunk=chunk)], dim=2),
+        "chunked": lambda q, k, v: torch.cat([w @ v for _, w in weight_chunks(checked(q, k, chunk=chunk))], dim=2),
         "triton": lambda q, k, v: masked_attention(q, k, v, torch.full(q.shape[:2], -math.inf), backend="triton")[0],
     }
     return everywhere(split_model, batch, dense[backend])

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.support import known_answers
-from trainer.attention import key_statistics, sink_statistics, sink_verdict
-from trainer.attention.statistics import EPS
+from trainer.attention import EPS, key_statistics, sink_statistics, sink_verdict
 from trainer.models.mochi import SplitModel
 
 backends = pytest.mark.parametrize("backend", known_answers.BACKENDS)

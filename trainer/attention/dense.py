@@ -1,7 +1,7 @@
-"""Dense float64 truth that every fast path is tested against. Stores all N^2 weights: for small N only.
+"""The dense back end, in float64: the reference that the others are tested against. It stores all N M weights: small N.
 
-Written from the definitions, without the fast paths' helpers. `lengths` (B,) are valid tokens per sample: what lies
-behind is neither query nor key, and its weights are 0.
+The functions are written from the definitions, without the helpers of the other back ends. `lengths` (B,) are valid
+tokens per sample: tokens from there on are padding, neither queries nor keys, and their weights are 0.
 
 Legend: B batch, N queries, M keys, h heads, d head width, R ratios, E eps values, F frames, S side of a pooled map.
 """
@@ -9,15 +9,16 @@ Legend: B batch, N queries, M keys, h heads, d head width, R ratios, E eps value
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Lengths = Tensor | Sequence[int]
+from trainer.attention.backend import LayerStatistics, RowStatistics, Tail
+from trainer.attention.inputs import Inputs, Lengths
 
 
-def _valid(weights_or_q: Tensor, lengths: Lengths | None) -> list[int]:
+def _valid_queries(weights_or_q: Tensor, lengths: Lengths | None) -> list[int]:
+    """Valid queries of each sample, from weights (B, h, N, M) or q (B, h, N, d)."""
     batch, _, tokens, _ = weights_or_q.shape
     return [tokens] * batch if lengths is None else [int(length) for length in lengths]
 
@@ -33,7 +34,7 @@ def attention_weights(q: Tensor, k: Tensor, lengths: Lengths | None = None) -> T
     if lengths is None:
         return torch.softmax(scores, dim=-1)
     weights = torch.zeros_like(scores)
-    for sample, length in enumerate(_valid(q, lengths)):
+    for sample, length in enumerate(_valid_queries(q, lengths)):
         weights[sample, :, :length, :length] = torch.softmax(scores[sample, :, :length, :length], dim=-1)
     return weights
 
@@ -42,7 +43,7 @@ def row_statistics(q: Tensor, k: Tensor, lengths: Lengths | None = None) -> tupl
     """Log-sum-exp of the logits, largest weight and entropy in nats of every row, each (B, h, N) float64."""
     scores = logits(q, k)
     found = [torch.zeros(q.shape[:3], dtype=torch.float64, device=q.device) for _ in range(3)]
-    for sample, length in enumerate(_valid(q, lengths)):
+    for sample, length in enumerate(_valid_queries(q, lengths)):
         own = scores[sample, :, :length] if lengths is None else scores[sample, :, :length, :length]
         weights = torch.softmax(own, dim=-1)
         found[0][sample, :, :length] = torch.logsumexp(own, dim=-1)
@@ -69,14 +70,13 @@ def alpha(weights: Tensor) -> Tensor:
 
 
 def rank(ratio: float, total: int) -> int:
-    """Index, from 0 in ascending order, of the weight that is the threshold at `ratio`: floor(ratio * total), at most
-    total - 1. So at most ratio * total weights lie strictly below it."""
+    """Index, ascending from 0, of the threshold at `ratio` among `total` weights."""
     return min(math.floor(Fraction(str(ratio)) * total), total - 1)
 
 
 def _pools(weights: Tensor, num_keys: int | None, lengths: Lengths | None) -> Iterator[Tensor]:
-    """Per sample, its weights (h, valid queries, valid keys among the first `num_keys`)."""
-    for own, length in zip(weights, _valid(weights, lengths), strict=True):
+    """Yields each sample's weights (h, valid queries, valid keys among the first `num_keys`)."""
+    for own, length in zip(weights, _valid_queries(weights, lengths), strict=True):
         last = own.shape[-1] if lengths is None else length
         yield own[:, :length, : last if num_keys is None else min(last, num_keys)]
 
@@ -97,11 +97,11 @@ def pooled_quantiles(
 def row_quantiles(
     weights: Tensor, ratios: Sequence[float], *, num_keys: int | None = None, lengths: Lengths | None = None
 ) -> Tensor:
-    """The order statistic of every row at each ratio, (B, h, N, R) float64; 0 at invalid queries."""
+    """The order statistic of every row at each ratio, (B, h, N, R) float64; 0 at padded queries."""
     found = weights.new_zeros(*weights.shape[:3], len(ratios))
-    for place, pool in zip(found, _pools(weights, num_keys, lengths), strict=True):
+    for sample, pool in zip(found, _pools(weights, num_keys, lengths), strict=True):
         ordered = pool.sort(dim=-1).values
-        place[:, : pool.shape[1]] = ordered[..., [rank(r, ordered.shape[-1]) for r in ratios]]
+        sample[:, : pool.shape[1]] = ordered[..., [rank(r, ordered.shape[-1]) for r in ratios]]
     return found
 
 
@@ -113,7 +113,7 @@ def masked_attention(
     num_keys: int | None = None,
     lengths: Lengths | None = None,
     renormalise: bool = True,
-    tail: Literal["zero", "mean"] = "zero",
+    tail: Tail = "zero",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, h, N, d), removed share (B, h) and dropped mass (B, h), all float64.
 
@@ -122,8 +122,8 @@ def masked_attention(
     """
     limit = thresholds.double()[..., None] if thresholds.ndim == 3 else thresholds.double()[..., None, None]
     counted = torch.zeros_like(weights, dtype=torch.bool)
-    for place, pool in zip(counted, _pools(weights, num_keys, lengths), strict=True):
-        place[:, : pool.shape[1], : pool.shape[2]] = True
+    for sample, pool in zip(counted, _pools(weights, num_keys, lengths), strict=True):
+        sample[:, : pool.shape[1], : pool.shape[2]] = True
     removed = counted & (weights < limit) & (weights < weights.amax(dim=-1, keepdim=True))
     kept = weights.masked_fill(removed, 0.0)
     mass, number = (weights - kept).sum(dim=-1, keepdim=True), removed.sum(dim=-1, keepdim=True)
@@ -131,7 +131,7 @@ def masked_attention(
         kept = torch.where(removed, mass / number.clamp(min=1), kept)
     elif renormalise:
         kept = torch.where(number > 0, kept / kept.sum(dim=-1, keepdim=True), kept)
-    queries = torch.tensor(_valid(weights, lengths), dtype=torch.float64, device=weights.device)[:, None]
+    queries = torch.tensor(_valid_queries(weights, lengths), dtype=torch.float64, device=weights.device)[:, None]
     share = removed.sum(dim=(-1, -2)).double() / counted.sum(dim=(-1, -2))
     return kept @ v.double(), share, mass[..., 0].sum(dim=-1) / queries
 
@@ -141,8 +141,8 @@ def log_histogram(weights: Tensor, *, bins: int, lowest: float, lengths: Lengths
     low = math.log10(lowest)
     found = []
     for pool in _pools(weights, None, lengths):
-        place = ((pool.flatten(1).log10() - low) / -low * bins).floor().clamp(0, bins - 1).nan_to_num(0.0).long()
-        found.append(torch.stack([torch.bincount(head, minlength=bins) for head in place]))
+        index = ((pool.flatten(1).log10() - low) / -low * bins).floor().clamp(0, bins - 1).nan_to_num(0.0).long()
+        found.append(torch.stack([torch.bincount(head, minlength=bins) for head in index]))
     return torch.stack(found)
 
 
@@ -173,3 +173,41 @@ def value_norm_ratio(norms: Tensor, key: Tensor) -> Tensor:
     """|v_key| / mean of the other norms; norms (B, h, N), key (B, h)."""
     at_key = norms.gather(-1, key[..., None])[..., 0]
     return at_key / ((norms.sum(dim=-1) - at_key) / (norms.shape[-1] - 1))
+
+
+class Dense64:
+    """`Backend` in float64 that stores all weights; outputs of `masked_attention` are in v's dtype."""
+
+    def row_statistics(self, x: Inputs) -> RowStatistics:
+        return RowStatistics(*row_statistics(x.q, x.k, x.lengths))
+
+    def key_statistics(self, x: Inputs, eps: Sequence[float], lse: Tensor | None) -> tuple[Tensor, Tensor]:
+        return key_statistics(_weights(x), eps)
+
+    def pooled_quantiles(self, x: Inputs, ratios: Sequence[float], rank_error: float | None) -> Tensor:
+        return pooled_quantiles(_weights(x), ratios, num_keys=x.num_keys, lengths=x.lengths)
+
+    def row_quantiles(self, x: Inputs, ratios: Sequence[float]) -> Tensor:
+        return row_quantiles(_weights(x), ratios, num_keys=x.num_keys, lengths=x.lengths)
+
+    def layer_statistics(
+        self, x: Inputs, eps: Sequence[float], ratios: Sequence[float], rank_error: float | None
+    ) -> LayerStatistics:
+        mass, counts = self.key_statistics(x, eps, None)
+        thresholds = self.pooled_quantiles(x, ratios, rank_error)
+        return LayerStatistics(self.row_statistics(x), mass, counts, thresholds)
+
+    def masked_attention(
+        self, x: Inputs, v: Tensor, thresholds: Tensor, renormalise: bool, tail: Tail
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, realised, dropped = masked_attention(
+            _weights(x), v, thresholds, num_keys=x.num_keys, lengths=x.lengths, renormalise=renormalise, tail=tail
+        )
+        return out.to(v.dtype), realised, dropped
+
+    def log_histogram(self, x: Inputs, bins: int, lowest: float) -> Tensor:
+        return log_histogram(_weights(x), bins=bins, lowest=lowest, lengths=x.lengths)
+
+
+def _weights(x: Inputs) -> Tensor:
+    return attention_weights(x.q, x.k, x.lengths)
