@@ -4,9 +4,13 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Tests of functions that start no process, write no video and run no fit; `make test` runs these too.
+PURE := tests/unit/test_imports.py tests/unit/data_/shards tests/unit/data_/stream tests/unit/data_/test_batch.py \
+  tests/unit/data_/test_bucket.py tests/unit/trainer_/attention tests/unit/trainer_/test_ema.py \
+  tests/unit/trainer_/test_objective.py tests/unit/trainer_/test_surgery.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench
+.PHONY: help demo test check types pure bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,15 +18,20 @@ help: ## list the targets
 demo: $(STAMP) ## the whole road on two cores in minutes: clips -> shards -> base -> retraining -> runs/demo/report.html
 	$(BIN)/reblock demo
 
-test: $(STAMP) ## every test, on two cores in about 25 minutes
+test: $(STAMP) ## every test; as root on Debian it installs the Slurm that some of them need first
+	bash tests/cluster/slurm-lab.sh install
 	$(BIN)/pytest -n 2 --dist loadgroup
 
-check: $(STAMP) ## format, lint, types, import direction, the fast tests
+check: $(STAMP) ## format, lint, types, import direction, the tests of pure functions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory -j2 types pure
+
+types: $(STAMP)
 	$(BIN)/mypy
-	$(BIN)/pytest tests/unit/test_imports.py
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+
+pure: $(STAMP)
+	$(BIN)/pytest -q -m "not slow" $(PURE)
 
 bench: $(STAMP) ## step time and memory of trunk / head against the stock forward
 	$(BIN)/reblock bench step

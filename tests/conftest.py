@@ -67,6 +67,16 @@ def _batch(
     return batch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests share a worker of pytest-xdist (`--dist loadgroup`): those of one file, so that a run which several
+    of them look at is made once, and all that take the Slurm lab, also by way of another fixture, so that there is one.
+    """
+    for item in items:
+        lab = "_session_lab" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("lab" if lab else item.location[0]))
+
+
 @pytest.fixture(scope="session")
 def make_transformer() -> Callable[..., MochiTransformer3DModel]:
     """(seed, **config) -> a tiny transformer with every parameter away from its default."""

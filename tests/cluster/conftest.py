@@ -7,14 +7,6 @@ import pytest
 from tests.cluster.lab import Lab, why_not
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the lab share one worker of pytest-xdist (`--dist loadgroup`), hence one lab."""
-    for item in items:
-        if "lab" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("lab"))
-
-
 @pytest.fixture(scope="session")
 def _session_lab() -> Iterator[Lab]:
     reason = why_not()

@@ -17,6 +17,9 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("slurm-lab.sh")
 
+#: Where `slurm-lab.sh` looks for programs: daemons lie outside the PATH of some shells.
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+
 #: Job states that nothing but a requeue follows.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -26,9 +29,12 @@ def why_not() -> str | None:
     if os.uname().sysname != "Linux":
         return "a Slurm lab needs Linux (network and process namespaces)"
     if os.geteuid() != 0:
-        return "a Slurm lab needs root, to make namespaces and to install slurm the first time"
-    if shutil.which("apt-get") is None and shutil.which("slurmctld") is None:
-        return "a Slurm lab needs slurm: neither slurmctld nor apt-get is here"
+        return "a Slurm lab needs root, to make namespaces"
+    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name, path=PATH) is None]
+    if missing:
+        return (
+            f"a Slurm lab needs {', '.join(missing)}: `bash tests/cluster/slurm-lab.sh install` as root, or `make test`"
+        )
     return None
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # slurm-lab.sh - the cluster of the tests: a real Slurm (munged + slurmctld + N slurmd) on one Linux host. tests/cluster/lab.py uses it.
 #
+#   slurm-lab.sh install            install what is missing with apt-get, or say in one line that it cannot
 #   slurm-lab.sh up     [options]   install what is missing, start everything, wait until all nodes are idle
 #   slurm-lab.sh down   [options]   cancel jobs, stop only what `up` started (pid files), remove namespaces
 #   slurm-lab.sh status [options]   exit 0: everything runs and all nodes respond; 1: partly; 3: not running
@@ -79,24 +80,49 @@ load_params() { [ -r "$DIR/params" ] && . "$DIR/params"; }
 slurm() { SLURM_CONF=$CONF timeout "${T:-15}" "$@"; }
 
 # ---------------------------------------------------------------- installation
-install() {
-  local need=() b
+missing() { # packages of which a command is not here
+  local b
   for b in slurmctld:slurmctld slurmd:slurmd srun:slurm-client sbatch:slurm-client munged:munge \
            unshare:util-linux setsid:util-linux ip:iproute2 ss:iproute2; do
-    command -v "${b%%:*}" >/dev/null || need+=("${b##*:}")
+    command -v "${b%%:*}" >/dev/null || echo "${b##*:}"
+  done | sort -u
+}
+update_lists() { # apt-get waits for no other process that holds the lock of the lists: try again for two minutes
+  local i out
+  for ((i = 0; i < 24; i++)); do
+    out=$("$@" update 2>&1) && { echo "$out"; return 0; }
+    echo "$out"
+    [[ $out == *"Could not get lock"* ]] || return 1
+    sleep 5
   done
-  [ ${#need[@]} -eq 0 ] && return 0
-  need=($(printf '%s\n' "${need[@]}" | sort -u))
-  command -v apt-get >/dev/null || die "missing ${need[*]} and no apt-get"
-  log "installing: ${need[*]}"
-  local guard=
+  return 1
+}
+install() { # one process at a time, whatever lab it is for; the second finds everything there
+  local record=$1 guard= need rc
+  need=$(missing)
+  [ -n "$need" ] || return 0
+  [ "$(id -u)" -eq 0 ] || die "missing: ${need//$'\n'/ }; only root can install them"
+  command -v apt-get >/dev/null || die "missing: ${need//$'\n'/ }; there is no apt-get to install them"
+  mkdir -p /run/lock; exec 8>/run/lock/slurm-lab-install; flock -w 600 8 || die "another process has been installing packages for 600 s"
+  need=$(missing)
+  [ -n "$need" ] || { exec 8>&-; return 0; }
+  log "installing: ${need//$'\n'/ }"
   if [ ! -e /usr/sbin/policy-rc.d ]; then     # keep the packages from starting their own services
     guard=/usr/sbin/policy-rc.d; printf '#!/bin/sh\nexit 101\n' >$guard && chmod 755 $guard
   fi
-  ( export DEBIAN_FRONTEND=noninteractive; A="apt-get -q -o DPkg::Lock::Timeout=120 -o Acquire::Retries=3"
-    $A update 9>&- && $A install -y --no-install-recommends "${need[@]}" 9>&- ) >"$DIR/log/install.log" 2>&1
-  local rc=$?; [ -n "$guard" ] && rm -f "$guard"
-  [ $rc -eq 0 ] || { tail -5 "$DIR/log/install.log" >&2; die "apt-get failed, see $DIR/log/install.log"; }
+  ( exec 8>&- 9>&-; export DEBIAN_FRONTEND=noninteractive
+    A=(apt-get -q -o DPkg::Lock::Timeout=120 -o Acquire::Retries=3)
+    update_lists "${A[@]}" && "${A[@]}" install -y --no-install-recommends $need ) >"$record" 2>&1
+  rc=$?; [ -n "$guard" ] && rm -f "$guard"
+  [ $rc -eq 0 ] || { tail -5 "$record" >&2; die "apt-get failed"; }
+  exec 8>&-
+}
+cmd_install() { # for `make test`: without the rights to install, the tests that need it are skipped
+  if [ -n "$(missing)" ] && { [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; }; then
+    log "not installed: $(missing | tr '\n' ' ')- tests/cluster is skipped; root can install them with apt-get"
+    return 0
+  fi
+  local out; out=$(mktemp); install "$out"; rm -f "$out"
 }
 
 # ---------------------------------------------------------------- isolation
@@ -274,7 +300,7 @@ cmd_up() {
     if cmd_status >/dev/null 2>&1; then log "already up: export SLURM_CONF=$CONF"; return 0; fi
   else
     [ -n "$have" ] && teardown      # leftovers of a lab or machine that died
-    install
+    install "$DIR/log/install.log"
     NODES=$want_n CPUS=$want_c GPUS=$want_g PREFIX=$want_p ASKED=$want_i
     ISOLATION=$(choose_isolation "$ASKED") || exit 1
     PORT=$(free_port_base) || die "no free ports"; SUBNET=$(free_subnet) || die "no free subnet"
@@ -344,11 +370,12 @@ cmd_status() {
   [ $up -eq $all ] && all_idle
 }
 case $cmd in
+  install) cmd_install;;
   up) cmd_up;;
   down) cmd_down;;
   status) cmd_status;;
   env) echo "export SLURM_CONF=$CONF";;
   exec) [ $# -gt 0 ] || die "exec needs a command"; SLURM_CONF=$CONF exec "$@";;
   -h|--help|help|'') usage; [ -n "$cmd" ] || exit 2;;
-  *) die "unknown subcommand $cmd (up, down, status, env, exec)";;
+  *) die "unknown subcommand $cmd (install, up, down, status, env, exec)";;
 esac
