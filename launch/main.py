@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(usage())
     try:
         if argv is None:  # the process is ours: first of all, since torch takes seconds to import
-            signals.listen(command)
+            signals.block_signals(command)
         for message in KNOWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         check_packages()

@@ -1,9 +1,9 @@
-"""Signals that ask a run to end: held back by the kernel, looked at between steps, never acted on in the middle of one.
+"""Signals that ask a run to end: blocked, looked at between steps, never acted on in the middle of one.
 
 A signal that is blocked stays pending in the kernel: that is the flag. No handler runs in the middle of a backward
-pass, a write or a lock, nothing that Lightning installs can run either, and child processes inherit the block, so that
-a signal to a whole job (Slurm's, without cgroups) does not end loader workers. Imports nothing heavy: it must stand
-before torch is imported.
+pass, a write or a lock, nor does any that Lightning installs; and child processes inherit the block, so that a signal
+to a whole job (Slurm's, without cgroups) does not end loader workers. Imports nothing that takes long: signals must be
+blocked before torch is imported.
 """
 
 import os
@@ -18,34 +18,38 @@ BETWEEN_STEPS = ("fit", "validate")
 AT_ONCE = ("encode",)
 
 
-class Request(IntEnum):
-    """What a process has been asked to do; of all ranks, the largest counts."""
+class SignalRequest(IntEnum):
+    """What a process has been asked to do by signals; of all ranks, the largest counts."""
 
     NOTHING = 0
-    GO_ON_LATER = 1  # by the stop signal
-    END = 2  # by SIGTERM
+    RESUME_LATER = 1  # by the stop signal
+    TERMINATE = 2  # by SIGTERM
 
     @property
     def status(self) -> int:
-        """The exit status of a process that has done so: 75 (EX_TEMPFAIL: go on later) or 143 (as by SIGTERM)."""
-        return {Request.NOTHING: 0, Request.GO_ON_LATER: 75, Request.END: 128 + signal.SIGTERM}[self]
+        """Exit status of a process that has followed it: 75 (EX_TEMPFAIL: to be resumed) or 143 (as by SIGTERM)."""
+        return {
+            SignalRequest.NOTHING: 0,
+            SignalRequest.RESUME_LATER: 75,
+            SignalRequest.TERMINATE: 128 + signal.SIGTERM,
+        }[self]
 
 
-#: Exit status of a rank that could not write the state that it was stopped at; above 75, for srun gives the highest.
+#: Exit status of a rank that could not write the state that it stopped at; above 75, for srun returns the highest.
 UNSAVED = 76
 
 
 class Stopped(SystemExit):
-    """Raised on every rank at the same place, once all have agreed to end; leaves with the request's status.
+    """Raised on every rank at the same place, once all have agreed to end; the process exits with the request's status.
 
-    A rank that then fails to write the state leaves with `UNSAVED`.
+    A rank that then fails to write the state exits with `UNSAVED`.
 
     Args:
         request: that all ranks follow.
-        where: what had been done, in words.
+        where: after what it stopped, in words.
     """
 
-    def __init__(self, request: Request, where: str) -> None:
+    def __init__(self, request: SignalRequest, where: str) -> None:
         super().__init__(request.status)
         self.request = request
         self.where = where
@@ -55,7 +59,7 @@ def stop_signal() -> signal.Signals:
     """SIGUSR1, or the one that REBLOCK_STOP_SIGNAL names.
 
     Raises:
-        ValueError: if it names none that may be held back.
+        ValueError: if it names none that may be blocked.
     """
     name = os.environ.get("REBLOCK_STOP_SIGNAL", "SIGUSR1")
     full = name if name.startswith("SIG") else f"SIG{name}"
@@ -69,28 +73,28 @@ def stop_signal() -> signal.Signals:
     return found
 
 
-def listen(command: str) -> None:
-    """From here on the stop signal (and SIGTERM, where a checkpoint is written) no longer ends this process.
+def block_signals(command: str) -> None:
+    """Keeps the stop signal (and SIGTERM, where a checkpoint is written) from ending this process from here on.
 
-    Called once, before anything long, in the process's only thread; threads and child processes inherit it.
+    Called once, before anything that takes long, in the process's only thread; threads and child processes inherit it.
 
     Raises:
         ValueError: if REBLOCK_STOP_SIGNAL names no signal.
     """
     if command in BETWEEN_STEPS:
         signal.pthread_sigmask(signal.SIG_BLOCK, {stop_signal(), signal.SIGTERM})
-        os.register_at_fork(after_in_child=_obey_the_parent)
+        os.register_at_fork(after_in_child=_end_on_sigterm_of_parent)
     elif command in AT_ONCE:
         signal.pthread_sigmask(signal.SIG_BLOCK, {stop_signal()})
         threading.Thread(target=_interrupt, args=(stop_signal(),), name="stop-signal", daemon=True).start()
 
 
-def requested() -> Request:
+def requested() -> SignalRequest:
     """What this process has been asked by signals so far."""
     pending = signal.sigpending()
     if signal.SIGTERM in pending:
-        return Request.END
-    return Request.GO_ON_LATER if stop_signal() in pending else Request.NOTHING
+        return SignalRequest.TERMINATE
+    return SignalRequest.RESUME_LATER if stop_signal() in pending else SignalRequest.NOTHING
 
 
 _interrupted = threading.Event()
@@ -98,7 +102,7 @@ _interrupted = threading.Event()
 
 def status_of_interrupt() -> int:
     """The exit status after KeyboardInterrupt: 75 if the stop signal caused it, otherwise 130, as shells report it."""
-    return Request.GO_ON_LATER.status if _interrupted.is_set() else 128 + signal.SIGINT
+    return SignalRequest.RESUME_LATER.status if _interrupted.is_set() else 128 + signal.SIGINT
 
 
 def _interrupt(awaited: signal.Signals) -> None:
@@ -110,7 +114,7 @@ def _interrupt(awaited: signal.Signals) -> None:
     signal.pthread_kill(main, signal.SIGINT)
 
 
-def _obey_the_parent() -> None:
+def _end_on_sigterm_of_parent() -> None:
     """In a forked child, a loader worker: SIGTERM ends it if its parent sends it, and only then.
 
     Slurm may send SIGTERM to every process of a job. A worker that it ended would fail the step that the parent wants

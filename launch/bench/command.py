@@ -154,6 +154,7 @@ def environment(device: str) -> str:
     """Versions and hardware, in one line."""
     import torch
 
+    from launch.versions import cpu_model
     from trainer.versions import package_versions
 
     found = package_versions(("torch", "triton", "lightning", "diffusers"))
@@ -161,15 +162,8 @@ def environment(device: str) -> str:
     if device.startswith("cuda"):
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{_processor()}, {torch.get_num_threads()} thread(s)"
+        hardware = f"{cpu_model()}, {torch.get_num_threads()} thread(s)"
     return f"{hardware}; python {platform.python_version()}, {', '.join(packages)}, {sys.platform}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.is_file() else []  # fmt: skip
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def host_peak(*, reset: bool = False) -> int:

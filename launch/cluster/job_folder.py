@@ -10,32 +10,22 @@ logs/                                      of scripts and tasks
 
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from data.files import write_json, write_text
+from data.files import append_line, write_json, write_text
 from launch.cluster.script import Job, render
 from launch.cluster.stages import Plan
 from launch.run_folder import RunFolder
-
-_CODE = Path(__file__).resolve().parents[2]
+from launch.versions import git_output
 
 
 def changes() -> str:
     """How the code differs from its commit, as a patch; new files too. Empty outside a checkout."""
-
-    def git(*command: str) -> str:
-        try:
-            done = subprocess.run(["git", "-C", str(_CODE), *command], capture_output=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        return done.stdout.decode(errors="replace")
-
-    new = [name for name in git("ls-files", "--others", "--exclude-standard", "-z").split("\0") if name]
-    return git("diff", "--binary", "HEAD") + "".join(git("diff", "--no-index", "--", os.devnull, name) for name in new)
+    new = [name for name in git_output("ls-files", "--others", "--exclude-standard", "-z").split("\0") if name]
+    patches = [git_output("diff", "--no-index", "--", os.devnull, name) for name in new]
+    return "".join([git_output("diff", "--binary", "HEAD"), *patches])
 
 
 def write_folder(plan: Plan, recipe: str, jobs: Sequence[Job], versions: dict[str, Any]) -> None:
@@ -45,7 +35,7 @@ def write_folder(plan: Plan, recipe: str, jobs: Sequence[Job], versions: dict[st
         plan: of the submission.
         recipe: text of the resolved recipe.
         jobs: the scripts.
-        versions: as `launch.fit.run_record.versions` gives them.
+        versions: as `launch.versions.versions` gives them.
 
     Raises:
         ValueError: if the folder cannot be written.
@@ -67,10 +57,7 @@ def write_folder(plan: Plan, recipe: str, jobs: Sequence[Job], versions: dict[st
 def note_job(run: RunFolder, stage: str, number: str, after: Sequence[str], nodes: int) -> None:
     """Appends a job to the run's list."""
     entry = {"job": number, "stage": stage, "after": list(after), "nodes": nodes, "time": f"{datetime.now():%F %T}"}
-    with run.job_list.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(run.job_list, json.dumps(entry))
 
 
 def noted_jobs(run: RunFolder) -> list[dict[str, Any]]:

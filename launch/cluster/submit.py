@@ -22,15 +22,15 @@ from launch.cluster.job_folder import note_job, noted_jobs, write_folder
 from launch.cluster.options import JobConfig
 from launch.cluster.script import Job, render
 from launch.cluster.stages import Plan, make_jobs
-from launch.fit.cli import RecipeCLI, recipe_cli
-from launch.fit.run_record import versions
+from launch.fit.cli import ReadingCLI, recipe_cli
 from launch.run_config import RunConfig, refuse_taken
 from launch.run_folder import RunFolder
+from launch.versions import versions
 
 _OPTIONS = tuple(option.name for option in fields(JobConfig))
 
 
-class SubmitCLI(RecipeCLI):
+class SubmitCLI(ReadingCLI):
     """The recipe's objects and the options of the job; the Trainer is built as far as a log-in node allows."""
 
     trainer_fault: str | None = None
@@ -38,9 +38,6 @@ class SubmitCLI(RecipeCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(JobConfig)
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn here, and a seed in the environment would go on into the job."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # There is no GPU here, and no other rank: these are checked by other means.
@@ -54,13 +51,12 @@ class SubmitCLI(RecipeCLI):
     @property
     def job(self) -> JobConfig:
         """The options of the job."""
-        return JobConfig(**{name: self._get(self.config_init, name) for name in _OPTIONS})
+        return JobConfig(**{name: self.objects[name] for name in _OPTIONS})
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe, as `reblock fit --config` takes it."""
-        self._dump_config()
-        return {key: value for key, value in self.config_dump.items() if key not in (*_OPTIONS, "config")}
+        return {key: value for key, value in super().recipe.items() if key not in _OPTIONS}
 
 
 def run(argv: list[str]) -> None:
@@ -79,7 +75,7 @@ def run(argv: list[str]) -> None:
     faults += [cli.trainer_fault] if cli.trainer_fault else []
     memory = None
     if not job.faults():
-        callbacks = cli._get(cli.config_init, "trainer").get("callbacks") or []
+        callbacks = cli.objects.trainer.get("callbacks") or []
         faults += checks.layout_faults(plan)
         faults += checks.content_faults(plan, cli.model, cli.datamodule, callbacks)
         if not faults:  # it would only name the same ones again

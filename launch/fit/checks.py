@@ -1,15 +1,15 @@
 """What can be wrong with a recipe's objects together, before anything is loaded."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from lightning.fabric.connector import _convert_precision_to_unified_args
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from data.modules.latents import LatentSource, ShardDataModule
+from launch.fit.lightning_private import precision_name
+from launch.fit.parser import class_at
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.module import RetrainBlocks, SurgeryConfig
 from trainer.parallel.combinations import check_trainer
@@ -41,17 +41,13 @@ def check_combination(config: Any) -> None:
             f"got trainer.strategy {strategy!r}, expected auto, ddp, another of Lightning's names, or a class as the "
             "overlays in recipes/cluster name it: {class_path: ..., init_args: {...}}."
         )
-    precision = str(_convert_precision_to_unified_args(trainer.get("precision")) or "32-true")
     check_trainer(
-        chosen, precision, trainer.get("gradient_clip_val"), SurgeryConfig(**model.surgery.as_dict()),
+        chosen,
+        precision_name(trainer.get("precision")),
+        trainer.get("gradient_clip_val"),
+        SurgeryConfig(**model.surgery.as_dict()),
         split_trunk=model.split_trunk,
-    )  # fmt: skip
-
-
-def class_at(path: str) -> type:
-    """The class of a recipe's `class_path`, which the parser has found to exist."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    )
 
 
 def check_fit(
@@ -60,7 +56,6 @@ def check_fit(
     *,
     ranks: int | None = None,
     callbacks: Sequence[Callback] = (),
-    trainer: Trainer | None = None,
 ) -> None:
     """Everything about base, blocks, shards and probes that can be wrong, in one message, before anything is loaded.
 
@@ -69,7 +64,6 @@ def check_fit(
         data: that it is fitted on.
         ranks: processes that train together; None does not train.
         callbacks: of the run.
-        trainer: whose strategy, precision and clipping are checked.
 
     Raises:
         ValueError: naming every fault.
@@ -85,8 +79,6 @@ def check_fit(
 
     for part in (model, data):
         attempt(getattr(part, "check", lambda: None))
-    if trainer is not None and isinstance(model, RetrainBlocks):
-        attempt(partial(model.check_trainer, trainer))
     if not faults and isinstance(data, ShardDataModule) and ranks is not None:
         attempt(lambda: data.check_batches(ranks))
     if not faults and isinstance(data, LatentSource):

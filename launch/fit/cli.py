@@ -1,12 +1,13 @@
 """`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
 
-import json
 import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -15,12 +16,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from launch.fit import requeue
 from launch.fit.checks import check_combination, check_fit
 from launch.fit.last_checkpoint import BestCheckpoints, LastCheckpoint
+from launch.fit.lightning_private import set_collective_timeout, use_checkpoint_connector
 from launch.fit.metrics_csv import MetricsPosition, loggers, rewind
 from launch.fit.parser import RecipeParser, in_short
-from launch.fit.rank_consistency import SameEverywhere, flat
+from launch.fit.rank_consistency import RankConsistency, flatten
 from launch.fit.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from launch.fit.run_record import EpochLines, VersionsFile
-from launch.fit.stop_callback import StopTogether, leave
+from launch.fit.stop_callback import StopOnSignal, end_stopped_run
 from launch.fit.watchdog import Watchdog
 from launch.run_config import RunConfig, prepare_folder
 from launch.signals import Stopped
@@ -57,7 +59,7 @@ class RecipeCLI(LightningCLI):
         }
 
     def instantiate_classes(self) -> None:
-        check_combination(self.config.get(self.subcommand, self.config) if self.subcommand else self.config)
+        check_combination(self.values)
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -65,9 +67,26 @@ class RecipeCLI(LightningCLI):
             raise ValueError("\n".join(line.strip().removeprefix("- ") for line in in_short(str(error)))) from error
 
     @property
+    def values(self) -> Namespace:
+        """The recipe as it was parsed: plain values and class paths."""
+        return self.config.get(str(self.subcommand), self.config)
+
+    @property
+    def objects(self) -> Namespace:
+        """The recipe with the objects that were made from it."""
+        return self.config_init.get(str(self.subcommand), self.config_init)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe, as a YAML file would hold it."""
+        found = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml"))
+        found = found[self.subcommand] if self.subcommand else found
+        return {key: value for key, value in found.items() if key != "config"}
+
+    @property
     def run_config(self) -> RunConfig:
         """The recipe's `run` part."""
-        return self._get(self.config_init, "run")
+        return self.objects.run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run = self.run_config
@@ -75,8 +94,8 @@ class RecipeCLI(LightningCLI):
         last = LastCheckpoint(run.folder.last_checkpoint, run.save_every)
         callbacks: list[Callback] = [
             *([Watchdog(run.folder, run.watchdog_s)] if run.watchdog_s else []),
-            SameEverywhere(self.facts),
-            *(self._get(self.config_init, "trainer").get("callbacks") or []),
+            RankConsistency(self.facts),
+            *(self.objects.trainer.get("callbacks") or []),
             RandomStateCheckpoint(),
             *([FrozenCheck(), ThroughputLogger(), DataFaults(), GraftWriter()] if retrains else []),
             MetricsPosition(),
@@ -89,7 +108,7 @@ class RecipeCLI(LightningCLI):
                 enable_version_counter=False,
             ),
             last,  # after ModelCheckpoint: it holds which files are the best
-            StopTogether(last),
+            StopOnSignal(last),
             VersionsFile(),
             EpochLines(),
             RichProgressBar(leave=True),
@@ -99,56 +118,68 @@ class RecipeCLI(LightningCLI):
             logger=loggers(run.folder, wandb=run.wandb) if self.subcommand == "fit" else False,
             callbacks=callbacks,
             plugins=[
-                *(self._get(self.config_init, "trainer").get("plugins") or []),
+                *(self.objects.trainer.get("plugins") or []),
                 BackgroundCheckpointIO(max_failures=run.save_failures),
             ],
             **kwargs,
         )
-        trainer._checkpoint_connector = SharedCheckpoint(trainer)
+        use_checkpoint_connector(trainer, SharedCheckpoint(trainer))
         if run.collective_timeout_s is not None:
-            timeout = timedelta(seconds=run.collective_timeout_s)
-            trainer.strategy._timeout = timeout  # type: ignore[attr-defined]  # of every strategy with more than one rank
+            set_collective_timeout(trainer.strategy, timedelta(seconds=run.collective_timeout_s))
         return trainer
 
     def facts(self) -> dict[str, Any]:
         """What all ranks of a job must have in common: the recipe's values."""
-        config = self.config.get(self.subcommand, self.config)
-        return flat(json.loads(self._parser(self.subcommand).dump(config, format="json")))
+        return {name: value for name, value in flatten(self.recipe).items() if value is not None}
 
     def before_fit(self) -> None:
         """Refuses what cannot work; finds the checkpoint of a run that goes on."""
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        check_fit(self.model, self.datamodule, ranks=ranks, callbacks=callbacks, trainer=self.trainer)
-        self._resume_from: Path | None = None
+        check_fit(self.model, self.datamodule, ranks=ranks, callbacks=callbacks)
+        self._checkpoint: Path | None = None
         if not self.trainer.is_global_zero:
             return  # rank zero decides, and tells the others once they can speak to each other
         prepare_folder(self.run_config)
         folder = self.run_config.folder
         clear_leftovers(folder)
         if self.run_config.resume:
-            self._resume_from = find_checkpoint(folder)
-        if self._resume_from is None:  # killed before its first checkpoint: it starts over
+            self._checkpoint = find_checkpoint(folder)
+        if self._checkpoint is None:  # killed before its first checkpoint: it starts over
             rewind(folder, {"rows": 0, "row": {}})
 
     def before_validate(self) -> None:
         """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        check_fit(self.model, self.datamodule, callbacks=callbacks, trainer=self.trainer)
+        check_fit(self.model, self.datamodule, callbacks=callbacks)
         folder = self.run_config.folder
-        self._resume_from = find_checkpoint(folder)
-        if self._resume_from is None:
+        self._checkpoint = find_checkpoint(folder)
+        if self._checkpoint is None:
             raise ValueError(
                 f"{folder.last_checkpoint} does not exist; expected the checkpoint of a run, whose blocks are "
                 "measured. Name a run that was fitted: --run.name, --run.root."
             )
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        found = super()._prepare_subcommand_kwargs(subcommand)
-        if self._resume_from is None:
-            # Under Slurm, Lightning would look for an hpc_ckpt_N.ckpt in the run folder, whoever wrote it.
-            self.trainer._checkpoint_connector._user_managed = True
-        return {**found, "ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
+    def fit(self, **objects: Any) -> None:
+        """What LightningCLI calls for the verb `fit`: the Trainer's, from the checkpoint that was found."""
+        self.trainer.fit(**objects, ckpt_path=self._checkpoint, weights_only=True)
+
+    def validate(self, **objects: Any) -> None:
+        """What LightningCLI calls for the verb `validate`."""
+        self.trainer.validate(**objects, ckpt_path=self._checkpoint, weights_only=True)
+
+
+class ReadingCLI(RecipeCLI):
+    """Reads a recipe for a command that does not train: no seed is set, in this process or in its environment."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self._seed = self.config.seed_everything
+        self.config.seed_everything = False  # LightningCLI's value for setting none
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return super().recipe | {"seed_everything": self._seed}
 
 
 Cli = TypeVar("Cli", bound=RecipeCLI)
@@ -197,7 +228,7 @@ def run(argv: list[str]) -> None:
             # Its threads, alive when the interpreter ends, now and then abort a process that has done all its work.
             torch.distributed.destroy_process_group()
     except Stopped as stopped:
-        leave(stopped)
+        end_stopped_run(stopped)
         raise
     except MisconfigurationException as error:  # Lightning's word for a Trainer that cannot be built as asked
         raise ValueError(str(error)) from error

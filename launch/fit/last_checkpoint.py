@@ -5,9 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
-from launch.fit.resume import set_aside
+from launch.fit.lightning_private import (
+    PreparedModelCheckpoint,
+    accumulates,
+    epoch_has_validation,
+    epoch_is_complete,
+    training_ends_here,
+    validation_is_due,
+)
+from launch.fit.resume import rename_damaged
 from launch.signals import UNSAVED, Stopped
 from trainer.callbacks.rank_errors import raise_on_all_ranks
 from trainer.checkpoint.io import BackgroundCheckpointIO
@@ -43,23 +51,23 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every = every
         #: The step whose state this fit saved last.
-        self.saved: int | None = None
+        self.saved_step: int | None = None
         self._stop = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not before: a refused resume must not change anything in the run folder.
         if trainer.is_global_zero and trainer.ckpt_path and Path(trainer.ckpt_path).name == PREVIOUS:
-            set_aside(self.path)
+            rename_damaged(self.path)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        if accumulates(trainer):
             self._stop |= trainer.should_stop
             trainer.should_stop = False
             return
         trainer.should_stop |= self._stop
-        if self._due(trainer) and not _validates_here(trainer):
+        if self._due(trainer) and not validation_is_due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,12 +75,12 @@ class LastCheckpoint(Checkpoint):
             trainer.state.fn == "fit"
             and not trainer.sanity_checking
             and self._due(trainer)
-            and _validates_here(trainer)
+            and validation_is_due(trainer)
         ):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if epoch_is_complete(trainer):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,29 +98,25 @@ class LastCheckpoint(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Saves the state after this step; every rank calls it."""
         make_ready(trainer)
-        trainer.save_checkpoint(self.path)
-        self.saved = trainer.global_step
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self.saved_step = trainer.global_step
 
-    def exact(self, trainer: Trainer) -> bool:
+    def resumes_exactly(self, trainer: Trainer) -> bool:
         """Whether Lightning would go on exactly from the state at the end of this training batch."""
-        loop = trainer.fit_loop.epoch_loop
-        return not (loop._should_accumulate() or loop._num_ready_batches_reached() or _validates_here(trainer))
+        return not (accumulates(trainer) or epoch_is_complete(trainer) or validation_is_due(trainer))
 
     def _due(self, trainer: Trainer) -> bool:
         """Whether the state in mid-epoch is to be saved: it is the last one of this fit, or some steps have passed."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or loop._num_ready_batches_reached():
+        if accumulates(trainer) or epoch_is_complete(trainer):
             return False
-        stops = loop._is_training_done or (trainer.should_stop and trainer.fit_loop._can_stop_early)
-        return stops or trainer.global_step % self.every == 0 or _pause_follows(trainer)
+        return training_ends_here(trainer) or trainer.global_step % self.every == 0 or _pause_follows(trainer)
 
 
-class BestCheckpoints(ModelCheckpoint):
+class BestCheckpoints(PreparedModelCheckpoint):
     """`ModelCheckpoint`, each of whose saves all ranks give up together."""
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+    def prepare(self, trainer: Trainer) -> None:
         make_ready(trainer)
-        super()._save_checkpoint(trainer, filepath)
 
 
 def make_ready(trainer: Trainer) -> None:
@@ -130,18 +134,6 @@ def _files(trainer: Trainer) -> BackgroundCheckpointIO:
     return files
 
 
-def _validates_here(trainer: Trainer) -> bool:
-    """Whether the recipe asks for a validation after this batch; one that is made because the fit stops is another."""
-    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    if fetcher is None or trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
-        return False
-    stops, trainer.should_stop = trainer.should_stop, False
-    try:
-        return loop._should_check_val_fx(fetcher)
-    finally:
-        trainer.should_stop = stops
-
-
 def _pause_follows(trainer: Trainer) -> bool:
     """Whether the next optimiser step is followed by a validation or by the end of the epoch."""
     loop = trainer.fit_loop.epoch_loop
@@ -150,7 +142,7 @@ def _pause_follows(trainer: Trainer) -> bool:
     if last >= batches:
         return True
     every = trainer.val_check_batch
-    if every is None or every == float("inf") or not loop._should_check_val_epoch():
+    if every is None or every == float("inf") or not epoch_has_validation(trainer):
         return False
     # Counted over the whole fit where validations do not keep to epochs.
     before = loop.total_batch_idx - loop.batch_idx if trainer.check_val_every_n_epoch is None else 0

@@ -3,43 +3,116 @@
 import csv
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
+from data.files import atomic_file
 from launch.run_folder import RunFolder
 
-
-class _KeepingWriter(_ExperimentWriter):
-    """Lightning's writer deletes the file of an earlier start; a resumed run's figures must stay."""
-
-    def _check_log_dir_exists(self) -> None:
-        self.metrics_keys = RunFolder(Path(self.log_dir)).read_metrics()[0]
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        # Lightning's empties the file first: a process that is killed then would lose every row.
-        path = Path(self.metrics_file_path)
-        _replace_rows(path, fieldnames, RunFolder(Path(self.log_dir)).read_metrics()[1])
-
-    def log_hparams(self, params: dict) -> None:
-        """The resolved config is saved as config.yaml already."""
+#: Steps after which rows are written, where Lightning does not ask for it before.
+_FLUSH_STEPS = 100
 
 
-def _replace_rows(path: Path, keys: list[str], rows: list[dict[str, Any]]) -> None:
-    """Writes the table beside its place and renames it."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=keys)
+class MetricsFile(Logger):
+    """`metrics.csv` in the run folder, continued by a resumed run; columns in alphabetical order.
+
+    Lightning's CSVLogger deletes the file of an earlier start, and empties it before it adds a column: a process that
+    was killed then would lose every row.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__()
+        self.run = run
+        #: The last step whose loss was logged.
+        self.last_step = -1
+        self._columns: list[str] | None = None  # None: the file was not read yet
+        self._rows_written = 0
+        self._pending: list[dict[str, Any]] = []
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.run.path)
+
+    @property
+    def rows(self) -> int:
+        """Rows in the file and on their way to it."""
+        self._read()
+        return self._rows_written + len(self._pending)
+
+    def reopen(self) -> None:
+        """Forgets what was read of the file, which `rewind` has replaced, and what was not written to it."""
+        self._columns, self._pending = None, []
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the resolved config is saved as config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        step = self.rows if step is None else step
+        row = _without_empty_bands(metrics)
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
+        self._pending.append(row | {"step": step})
+        if "train/loss" in metrics:
+            self.last_step = step
+        if (step + 1) % _FLUSH_STEPS == 0:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Appends the rows that are not in the file yet."""
+        if not self._pending:
+            return
+        columns = self._read()
+        new = {name for row in self._pending for name in row} - set(columns)
+        exists = self.run.metrics.is_file()
+        if new:
+            columns = self._columns = sorted({*columns, *new})
+            if exists:
+                replace_table(self.run, columns, self.run.read_metrics()[1])
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        with self.run.metrics.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=columns)
+            if not exists:
+                writer.writeheader()
+            writer.writerows(self._pending)
+        self._rows_written += len(self._pending)
+        self._pending = []
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _read(self) -> list[str]:
+        """Columns of the file, whose rows are counted at the first call."""
+        if self._columns is None:
+            self._columns, rows = self.run.read_metrics()
+            self._rows_written = len(rows)
+        return self._columns
+
+
+def replace_table(run: RunFolder, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a new metrics.csv in the place of the old one."""
+    with atomic_file(run.metrics) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _without_empty_bands(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,38 +120,8 @@ def _without_empty_bands(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in metrics.items() if not ("_sigma_" in k and math.isnan(v))}
 
 
-class MetricsFile(CSVLogger):
-    """`metrics.csv` in the run folder, continued by a resumed run."""
-
-    def __init__(self, run: RunFolder) -> None:
-        super().__init__(run.path, name="", version="")
-        #: Rows in the file and on their way to it; counted at the first use, and anew after `rewind`.
-        self.rows = 0
-        #: The last step whose loss was logged.
-        self.last_step = -1
-
-    @property
-    def experiment(self) -> _ExperimentWriter:
-        if self._experiment is None:
-            self._experiment = _KeepingWriter(log_dir=self.log_dir)
-            self.rows = len(RunFolder(Path(self.log_dir)).read_metrics()[1])
-        return self._experiment
-
-    def reopen(self) -> None:
-        """Forgets what was read of the file, which `rewind` has replaced."""
-        self._experiment = None
-        assert self.experiment is not None  # read it now, so that `rows` is right before the next row is logged
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        super().log_metrics(_without_empty_bands(metrics), step)
-        self.rows += 1
-        if "train/loss" in metrics and step is not None:
-            self.last_step = step
-
-
 class MetricsPosition(Callback):
-    """Keeps in each checkpoint which rows of `metrics.csv` came before it: a resumed run writes the others again.
+    """Saves in each checkpoint which rows of `metrics.csv` came before it: a resumed run writes the others again.
 
     Lightning logs a step after the hook in which that step's checkpoint is saved, so the checkpoint holds that row.
     """
@@ -109,20 +152,20 @@ class MetricsPosition(Callback):
 
 
 def rewind(run: RunFolder, position: Mapping[str, Any]) -> None:
-    """Brings `metrics.csv` back to where a checkpoint was saved.
+    """Takes the rows out of `metrics.csv` that were written after a checkpoint was saved.
 
     Args:
         run: the run folder.
-        position: {"rows": how many come before it, "row": the one of its own step, or empty}.
+        position: {"rows": how many come before it, "row": the one of its own step, or empty}, as the checkpoint has it.
     """
-    keys, rows = run.read_metrics()
-    if keys:
+    columns, rows = run.read_metrics()
+    if columns:
         own = [position["row"]] if position["row"] else []
-        _replace_rows(run.metrics, sorted({*keys, *position["row"]}), rows[: position["rows"]] + own)
+        replace_table(run, sorted({*columns, *position["row"]}), rows[: position["rows"]] + own)
 
 
 def forget_measurements(run: RunFolder, epochs: int) -> None:
-    """Removes the measurements of epochs that a checkpoint has not seen the end of: they are made again.
+    """Removes the measurements of epochs that had not ended when a checkpoint was saved: they are made again.
 
     A fit that stopped in mid-epoch has measured there, under that epoch's name.
 

@@ -1,11 +1,28 @@
 """The recipe's parser, with errors for people."""
 
+import importlib
 import re
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 _ACCEPTED = "accepted here: "
+
+
+def class_at(path: str) -> type:
+    """The class that a recipe's `class_path` names.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError):
+        found = None
+    if not isinstance(found, type):
+        raise ValueError(f"got class path {path!r}, expected MODULE.CLASS of a class that exists.")
+    return found
 
 
 class RecipeParser(LightningArgumentParser):

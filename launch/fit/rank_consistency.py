@@ -1,4 +1,4 @@
-"""Whether all ranks are the same program on the same job, before anything is loaded."""
+"""Whether all ranks run the same software on the same recipe, data and checkpoint, before anything is loaded."""
 
 import hashlib
 import json
@@ -11,18 +11,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data.modules.latents import ShardDataModule
-from launch.fit.run_record import PACKAGES
-from launch.fit.stop_agreement import Agreement
+from launch.fit.cpu_group import CpuGroup
+from launch.versions import PACKAGES
 from trainer.versions import package_versions, source_digest
 
 #: Faults that are listed one by one; beyond them only their number is.
 _LISTED = 12
 
 
-class SameEverywhere(Callback):
+class RankConsistency(Callback):
     """Refuses to start where ranks differ in Python, packages, source, recipe, data or checkpoint.
 
-    Only digests travel, unless they differ.
+    Ranks exchange digests, and the facts themselves only where digests differ.
 
     Args:
         facts: called on every rank once its data are known: what else must be the same, name -> value.
@@ -34,21 +34,21 @@ class SameEverywhere(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size == 1:
             return
-        own = {**_program(), **self.facts()}
+        own = {**_software(), **self.facts()}
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ShardDataModule):
             own["order of the training data"] = data.order_hash()
         own = {name: str(value) for name, value in own.items()}
-        agreement = Agreement()
-        agreement.open(trainer)
+        group = CpuGroup()
+        group.open(trainer)
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-        if len(set(agreement.gather(digest))) > 1:
-            hosts, all_facts = zip(*agreement.gather((socket.gethostname(), own)), strict=True)
+        if len(set(group.gather(digest))) > 1:
+            hosts, all_facts = zip(*group.gather((socket.gethostname(), own)), strict=True)
             raise ValueError(_differences(hosts, all_facts))
-        agreement.close()
+        group.close()
 
 
-def _program() -> dict[str, Any]:
+def _software() -> dict[str, Any]:
     """Python, packages and our own source. Not the git commit: not every node has git."""
     return {
         "python": platform.python_version(),
@@ -57,7 +57,7 @@ def _program() -> dict[str, Any]:
     }
 
 
-def flat(config: Any, name: str = "") -> dict[str, Any]:
+def flatten(config: Any, name: str = "") -> dict[str, Any]:
     """A nested config by dotted names."""
     if isinstance(config, Mapping) and config:
         parts = ((f"{name}.{key}" if name else str(key), value) for key, value in config.items())
@@ -65,7 +65,7 @@ def flat(config: Any, name: str = "") -> dict[str, Any]:
         parts = ((f"{name}.{index}", value) for index, value in enumerate(config))
     else:
         return {name: config}
-    return {key: value for part, below in parts for key, value in flat(below, part).items()}
+    return {key: value for part, below in parts for key, value in flatten(below, part).items()}
 
 
 def _differences(hosts: tuple[str, ...], facts: tuple[dict[str, str], ...]) -> str:
@@ -76,7 +76,9 @@ def _differences(hosts: tuple[str, ...], facts: tuple[dict[str, str], ...]) -> s
         for rank, own in enumerate(facts):
             ranks[own.get(name, "nothing")].append(rank)
         if len(ranks) > 1:
-            lines.append(f"{name}: " + ", ".join(f"{value} on {_named(who, hosts)}" for value, who in ranks.items()))
+            lines.append(
+                f"{name}: " + ", ".join(f"{value} on {_ranks_and_hosts(who, hosts)}" for value, who in ranks.items())
+            )
     more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
     return "\n".join(
         [
@@ -88,8 +90,8 @@ def _differences(hosts: tuple[str, ...], facts: tuple[dict[str, str], ...]) -> s
     )
 
 
-def _named(ranks: list[int], hosts: tuple[str, ...]) -> str:
-    """At most four ranks with their hosts."""
+def _ranks_and_hosts(ranks: list[int], hosts: tuple[str, ...]) -> str:
+    """Ranks with their hosts, at most four of them by name."""
     named = ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:4])
     more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"

@@ -1,15 +1,14 @@
-"""Where a run goes on: the checkpoint that is whole, the same one on every rank, with no half file left beside it."""
+"""How a run is resumed: from an undamaged checkpoint, the same one on every rank, without files left half written."""
 
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from data.files import temporaries
+from launch.fit.lightning_private import ChosenCheckpoint
 from launch.run_folder import RunFolder
 from trainer.callbacks.rank_errors import raise_on_all_ranks
 from trainer.checkpoint.file import checkpoint_fault
@@ -17,7 +16,7 @@ from trainer.checkpoint.file import checkpoint_fault
 log = logging.getLogger(__name__)
 
 #: Seconds for which a rank waits to see what rank zero sees; NFS keeps what it knows of a folder for up to 60.
-_LAG = 120.0
+_LAG_S = 120.0
 
 
 def find_checkpoint(run: RunFolder) -> Path | None:
@@ -46,7 +45,7 @@ def find_checkpoint(run: RunFolder) -> Path | None:
     return None
 
 
-def set_aside(last: Path) -> None:
+def rename_damaged(last: Path) -> None:
     """Renames a damaged last checkpoint, which the next save would otherwise keep as the one before it."""
     if last.is_file():
         damaged = last.with_name(last.name + ".damaged")
@@ -55,23 +54,24 @@ def set_aside(last: Path) -> None:
 
 
 def clear_leftovers(run: RunFolder) -> None:
-    """Removes the incomplete files of a process that was killed while it wrote them; none has its final name."""
+    """Removes the files that a killed process was writing; none of them has its final name."""
     for folder in (run.path, run.checkpoints, run.measurements, run.figures):
         for path in (*temporaries(folder), *folder.glob("*.tmp")):  # *.tmp: of earlier versions
-            path.unlink(missing_ok=True)
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
-class SharedCheckpoint(_CheckpointConnector):
+class SharedCheckpoint(ChosenCheckpoint):
     """Every rank restores the file that rank zero has chosen, whatever its own view of a shared folder shows yet.
 
     Before Lightning calls this, ranks cannot speak to each other, and may not even all exist.
     """
 
-    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        super().resume_start(shared(self.trainer, checkpoint_path), weights_only=weights_only)
+    def choose(self, path: str | None) -> str | None:
+        return path_of_rank_zero(self.trainer, path)
 
 
-def shared(trainer: Trainer, path: str | Path | None) -> str | None:
+def path_of_rank_zero(trainer: Trainer, path: str | Path | None) -> str | None:
     """Rank zero's path, on every rank, once the file is seen there as rank zero sees it.
 
     Args:
@@ -83,12 +83,12 @@ def shared(trainer: Trainer, path: str | Path | None) -> str | None:
     """
     with raise_on_all_ranks(trainer):
         file = Path(path) if path and trainer.is_global_zero else None
-        chosen, expected = trainer.strategy.broadcast((str(file) if file else None, _seen(file)))
-        deadline, told = time.monotonic() + _LAG, False
-        while (found := _seen(Path(chosen) if chosen else None)) != expected:
-            if not told:
-                log.warning("%s is not here yet as rank zero sees it: waits up to %.0f s", chosen, _LAG)
-                told = True
+        chosen, expected = trainer.strategy.broadcast((str(file) if file else None, _size_and_time(file)))
+        deadline, warned = time.monotonic() + _LAG_S, False
+        while (found := _size_and_time(Path(chosen) if chosen else None)) != expected:
+            if not warned:
+                log.warning("%s is not here yet as rank zero sees it: waits up to %.0f s", chosen, _LAG_S)
+                warned = True
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"rank {trainer.global_rank} finds {found} (bytes, modified) at {chosen}, rank zero {expected}; "
@@ -98,7 +98,8 @@ def shared(trainer: Trainer, path: str | Path | None) -> str | None:
     return chosen
 
 
-def _seen(file: Path | None) -> tuple[int, int] | None:
+def _size_and_time(file: Path | None) -> tuple[int, int] | None:
+    """Bytes, and second of the last change; None if the file is not there."""
     try:
         found = file.stat() if file else None
     except FileNotFoundError:

@@ -1,130 +1,161 @@
-"""How a fit stops: all ranks agree at the end of a step, the checkpoint is written there, everybody leaves."""
+"""How a fit stops on a signal: all ranks agree at the end of a step, save the checkpoint there, and end."""
 
-import threading
 from typing import Any
 
 import torch.distributed as dist
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loops.utilities import _is_max_limit_reached
 from lightning.pytorch.utilities import rank_zero_info
 
 from launch.fit import requeue
+from launch.fit.cpu_group import CpuGroup, MaxReduction
 from launch.fit.last_checkpoint import LastCheckpoint
-from launch.fit.stop_agreement import Agreement
-from launch.signals import UNSAVED, Request, Stopped
+from launch.fit.lightning_private import accumulates, disable_signal_handling, release_child_processes
+from launch.signals import UNSAVED, SignalRequest, Stopped, requested
 from trainer.callbacks.probe_callback import ProbeCallback
 
 
-class StopTogether(Checkpoint):
+class StopAgreement:
+    """What any rank has been asked to do by a signal, the same answer on every rank.
+
+    Every rank calls its methods equally often and in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._group = CpuGroup()
+        self._exchange: MaxReduction | None = None  # under way
+
+    def open(self, trainer: Trainer) -> None:
+        """Makes the group of ranks; every rank calls it once the process group stands."""
+        self._group.open(trainer)
+
+    def close(self) -> None:
+        """Destroys this rank's end of the group; does not wait for the others."""
+        self._group.close()
+        self._exchange = None
+
+    def now(self) -> SignalRequest:
+        """What any rank has been asked by now; waits for all."""
+        before = self._finish_exchange()
+        self._start_exchange()
+        return max(before, self._finish_exchange())
+
+    def one_call_ago(self) -> SignalRequest:
+        """What any rank had been asked when this was last called, so that the exchange runs beside a step.
+
+        With one rank there is nothing to wait for: what it has been asked by now.
+        """
+        if not self._group.is_open:
+            return requested()
+        found = self._finish_exchange()
+        self._start_exchange()
+        return found
+
+    def _start_exchange(self) -> None:
+        self._exchange = self._group.start_max(int(requested()))
+
+    def _finish_exchange(self) -> SignalRequest:
+        if self._exchange is None:
+            return SignalRequest.NOTHING
+        exchange, self._exchange = self._exchange, None
+        return SignalRequest(exchange.wait())
+
+
+class StopOnSignal(Checkpoint):
     """Ends a run that was signalled: by `Stopped`, on every rank at the same place.
 
     - In training: at the end of the optimiser step after the one in which the signal came. Its state is `last.ckpt`.
     - At an epoch's last step, and where a validation is due: at once. `last.ckpt` is one step older.
     - In a validation or a measurement: after the batch. `last.ckpt` is one step older; both are made anew. (Finished
-      measurements of the same stage stand where a fit begins.)
+      measurements of the same stage are kept where a fit begins.)
     - Before training, e.g. while the base is loaded: as soon as all ranks have come so far.
     - Once the last step's validation and measurements are over: not at all; the fit is finished.
 
     Nothing of an epoch's end is run for the epoch that is cut: `Stopped` passes through Lightning as any exception.
 
     Args:
-        last: writes `last.ckpt`.
+        last_checkpoint: writes `last.ckpt`.
     """
 
     # It is a `Checkpoint` because Lightning calls those after all other callbacks, in the order of their list: the
     # state that it saves must hold what the others log at the end of a step.
 
-    def __init__(self, last: LastCheckpoint) -> None:
-        self.last = last
-        self.agreement = Agreement()
+    def __init__(self, last_checkpoint: LastCheckpoint) -> None:
+        self.last_checkpoint = last_checkpoint
+        self.agreement = StopAgreement()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _silence(trainer)
+        disable_signal_handling(trainer)
         self.agreement.open(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ProbeCallback):
-                callback.after_batch.append(lambda: self._end_if_asked("in a measurement"))
-        self._end_if_asked("before the base was loaded")
+                callback.after_batch.append(lambda: self._stop_if_requested("in a measurement"))
+        self._stop_if_requested("before the base was loaded")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_if_asked("before training")
+        self._stop_if_requested("before training")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_if_asked("before training")
+        self._stop_if_requested("before training")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or (asked := self.agreement.by_last_time()) is Request.NOTHING:
+        if accumulates(trainer) or (request := self.agreement.one_call_ago()) is SignalRequest.NOTHING:
             return
-        if _is_max_limit_reached(trainer.global_step, trainer.max_steps):
+        if _reached(trainer.global_step, trainer.max_steps):
             return  # no checkpoint leads back to what is left: a measurement, the graft
-        if self.last.exact(trainer) and self.last.saved != trainer.global_step:
-            self.last.save(trainer)
-        raise Stopped(asked, f"after step {trainer.global_step}")
+        if self.last_checkpoint.resumes_exactly(trainer) and self.last_checkpoint.saved_step != trainer.global_step:
+            self.last_checkpoint.save(trainer)
+        raise Stopped(request, f"after step {trainer.global_step}")
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._end_if_asked("in a validation")
+        self._stop_if_requested("in a validation")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not _finished(trainer):
-            self._end_if_asked(f"after epoch {trainer.current_epoch + 1}")
+        if not _is_finished(trainer):
+            self._stop_if_requested(f"after epoch {trainer.current_epoch + 1}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.agreement.now()  # a question on its way is answered before the group goes
+        self.agreement.now()  # an exchange under way is finished before the group is destroyed
         self.agreement.close()
 
-    def _end_if_asked(self, where: str) -> None:
-        asked = self.agreement.now()
-        if asked is not Request.NOTHING:
-            raise Stopped(asked, where)
+    def _stop_if_requested(self, where: str) -> None:
+        request = self.agreement.now()
+        if request is not SignalRequest.NOTHING:
+            raise Stopped(request, where)
 
 
-def _finished(trainer: Trainer) -> bool:
+def _is_finished(trainer: Trainer) -> bool:
     """Whether no epoch follows the one that has just ended."""
-    loop = trainer.fit_loop
+    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return (
         trainer.should_stop
-        or _is_max_limit_reached(loop.epoch_progress.current.processed, trainer.max_epochs or -1)  # type: ignore[attr-defined]
-        or _is_max_limit_reached(trainer.global_step, trainer.max_steps)
+        or _reached(epochs, trainer.max_epochs or -1)
+        or _reached(trainer.global_step, trainer.max_steps)
     )
 
 
-def _silence(trainer: Trainer) -> None:
-    """Keeps Lightning from its own ways with signals.
-
-    Its handlers save or broadcast in the middle of whatever runs; they would not run, since the signals are blocked,
-    but must not be found by a thread that unblocks them. Its question to rank zero before each batch waits for the
-    device, and hides the failure of a rank.
-    """
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+def _reached(count: int, limit: int) -> bool:
+    """Whether a count has come to its limit; -1 is none."""
+    return limit != -1 and count >= limit
 
 
-def leave(stopped: Stopped) -> None:
+def end_stopped_run(stopped: Stopped) -> None:
     """The end of a run that has stopped: the job is requeued once every rank has come here and all is on the disk.
 
     Slurm ends the steps of a job that is requeued.
     """
     leads = not dist.is_initialized() or dist.get_rank() == 0
     if leads:
-        _release_launched()
+        release_child_processes()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     then = ""
     saved = stopped.code != UNSAVED
-    if leads and saved and requeue.mode() == "self" and (stopped.request is Request.GO_ON_LATER or requeue.preempted()):
+    resumes = stopped.request is SignalRequest.RESUME_LATER
+    if leads and saved and requeue.mode() == "self" and (resumes or requeue.preempted()):
         then = "; " + requeue.requeue()
-    by = {Request.GO_ON_LATER: "the stop signal", Request.END: "SIGTERM"}[stopped.request]
+    by = {SignalRequest.RESUME_LATER: "the stop signal", SignalRequest.TERMINATE: "SIGTERM"}[stopped.request]
     rank_zero_info(f"stopped by {by} {stopped.where}, exit status {stopped.code}{then}")
-
-
-def _release_launched() -> None:
-    """Where Lightning started the other ranks itself, it kills rank zero soon after one of them ends with a status."""
-    for thread in threading.enumerate():
-        if isinstance(thread, _ChildProcessObserver):
-            thread._child_processes = []

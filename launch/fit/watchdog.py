@@ -15,9 +15,9 @@ from launch.run_folder import RunFolder
 from trainer.callbacks.probe_callback import ProbeCallback
 
 #: Exit status of a rank that was ended (EX_SOFTWARE).
-STATUS = 70
+EXIT_STATUS = 70
 #: The first step compiles, and the base is loaded before it: it may take so many deadlines.
-FIRST = 4
+FIRST_STEP_FACTOR = 4
 #: Seconds in which the other ranks, that wait for this one, come to their own deadline before it leaves.
 _GRACE = 5.0
 #: By its number: whatever has been put in place of `sys.stderr`.
@@ -100,7 +100,7 @@ class Watchdog(Callback):
 
         That is so where a call hangs and keeps the interpreter's lock.
         """
-        allowed = self.deadline if self._stepped else FIRST * self.deadline
+        allowed = self.deadline if self._stepped else FIRST_STEP_FACTOR * self.deadline
         faulthandler.dump_traceback_later(allowed + _GRACE, exit=True, file=_STDERR)
         return allowed
 
@@ -119,4 +119,4 @@ class Watchdog(Callback):
             faulthandler.dump_traceback(file)
             file.write("\n")
         time.sleep(_GRACE)
-        os._exit(STATUS)
+        os._exit(EXIT_STATUS)

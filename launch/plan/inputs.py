@@ -15,7 +15,7 @@ from data.modules.latents import LatentSource, ShardDataModule
 from data.storage.store import StoreError
 from data.stream.order import rank_size
 from launch.fit.checks import check_combination
-from launch.fit.cli import RecipeCLI, recipe_cli
+from launch.fit.cli import ReadingCLI, recipe_cli
 from launch.plan.hardware import Hardware
 from launch.plan.sharding import Sharding, read_sharding
 from trainer.models.load import read_config
@@ -29,7 +29,7 @@ _REFERENCE_CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "mochi1_tr
 _PRECISIONS = {"32": None, "32-true": None, "bf16-mixed": torch.bfloat16}
 
 
-class PlanCLI(RecipeCLI):
+class PlanCLI(ReadingCLI):
     """Reads a recipe and the plan's own options; makes model, data module and callbacks, but no Trainer."""
 
     def init_parser(self, **kwargs: Any) -> Any:
@@ -44,9 +44,6 @@ class PlanCLI(RecipeCLI):
         parser.add_argument("--text_tokens", type=int | None, default=None, help="of a caption; default: the longest")
         parser.add_argument("--json", type=Path | None, default=None, help="also write all figures to this file")
         parser.add_class_arguments(Hardware, "hardware")
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
 
     def instantiate_classes(self) -> None:
         config = self.config.clone()

@@ -1,12 +1,13 @@
 """How a strategy spreads the model over ranks, read from a recipe's `trainer.strategy`."""
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from launch.fit.parser import class_at
 
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -53,7 +54,10 @@ def read_sharding(strategy: Any, ranks: int) -> Sharding:
         return Sharding("ddp")
     if name.startswith("deepspeed") and "offload" not in name:
         return Sharding(f"zero{name[-1] if name[-1] in '123' else 2}")
-    kind = _class_of(name)
+    try:
+        kind = class_at(name)
+    except ValueError:
+        raise ValueError(_unknown(name)) from None
     if issubclass(kind, SingleDeviceStrategy):
         return Sharding("single")
     if issubclass(kind, DeepSpeedStrategy):  # a kind of DDPStrategy to Lightning
@@ -85,12 +89,3 @@ def _unknown(name: str) -> str:
         "ModelParallelStrategy (FSDP2) or DeepSpeedStrategy of stage 1, 2 or 3 without offloading: others are not "
         "planned."
     )
-
-
-def _class_of(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError):
-        found = None
-    return found if isinstance(found, type) else object

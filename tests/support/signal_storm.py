@@ -66,7 +66,7 @@ def trial(shards, folder: Path, number: int) -> tuple[int, bool]:
 
 
 def main(shards: str, root: Path, trials: int) -> None:
-    signals.listen("fit")
+    signals.block_signals("fit")
     torch.set_num_threads(1)
     whole = {}
     for accumulate in EVERY_OTHER_ACCUMULATES:

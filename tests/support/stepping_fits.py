@@ -20,7 +20,7 @@ from data.modules.latents import LatentDataModule
 from launch import signals
 from launch.fit.last_checkpoint import LastCheckpoint
 from launch.fit.metrics_csv import MetricsFile, MetricsPosition
-from launch.fit.stop_callback import StopTogether
+from launch.fit.stop_callback import StopOnSignal
 from launch.fit.watchdog import Watchdog
 from launch.run_folder import RunFolder
 from trainer.callbacks.random_state import RandomStateCheckpoint
@@ -55,11 +55,11 @@ def build(
     accumulate: int = 1,
     callbacks: Sequence[Callback] = (),
     timeout: float = 60.0,
-) -> tuple[Trainer, LatentDataModule, StopTogether]:
+) -> tuple[Trainer, LatentDataModule, StopOnSignal]:
     """Two ranks; epochs of 40 batches with a validation each."""
     seed_everything(0, verbose=False)
     last = LastCheckpoint(RunFolder(folder).last_checkpoint, 50)
-    together = StopTogether(last)
+    together = StopOnSignal(last)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=DDPStrategy(timeout=timedelta(seconds=timeout)), max_steps=steps,
         max_epochs=-1, default_root_dir=folder, logger=MetricsFile(RunFolder(folder)),
@@ -100,7 +100,7 @@ class Pace(Callback):
 
 
 def main(shards: str, folder: Path, steps: int, watchdog: float, timeout: float, fault: str) -> None:
-    signals.listen("fit")
+    signals.block_signals("fit")
     torch.set_num_threads(1)
     callbacks = [Watchdog(RunFolder(folder), watchdog), Fault(fault), *([Pace()] if fault == "nothing" else [])]
     trainer, data, _ = build(shards, folder, steps=steps, callbacks=callbacks, timeout=timeout)

@@ -81,7 +81,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        own = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return own.state_dict()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

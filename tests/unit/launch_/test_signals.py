@@ -9,39 +9,40 @@ from pathlib import Path
 import pytest
 
 from launch import signals
-from launch.signals import Request, stop_signal
+from launch.signals import SignalRequest, stop_signal
 
 ROOT = Path(signals.__file__).resolve().parents[1]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: pytest's must not hold signals back."""
+    """A process of its own: pytest's must not block signals."""
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60
     )
 
 
-def test_signals_are_heard_and_do_nothing():
+def test_blocked_signals_are_noticed_and_do_nothing():
     said = python(
-        "import os, signal\nfrom launch import signals\nsignals.listen('fit')\nprint(signals.requested().name)\n"
+        "import os, signal\nfrom launch import signals\nsignals.block_signals('fit')\nprint(signals.requested().name)\n"
         "for name in ('SIGUSR1', 'SIGUSR1', 'SIGTERM'):\n"
         "    os.kill(os.getpid(), signal.Signals[name])\n"
         "    print(signals.requested().name, signals.requested().status)\n"
     )
-    assert said.stdout.split("\n")[:4] == ["NOTHING", "GO_ON_LATER 75", "GO_ON_LATER 75", "END 143"]
+    assert said.stdout.split("\n")[:4] == ["NOTHING", "RESUME_LATER 75", "RESUME_LATER 75", "TERMINATE 143"]
     assert said.returncode == 0, said  # pending to the very end, and still not ended by them
 
 
 def test_another_signal_can_be_chosen_and_the_usual_one_then_ends_as_ever():
-    code = "import os, signal\nfrom launch import signals\nsignals.listen('fit')\nos.kill(os.getpid(), signal.{})\n" + (
-        "print(signals.requested().name)"
+    code = (
+        "import os, signal\nfrom launch import signals\nsignals.block_signals('fit')\nos.kill(os.getpid(), signal.{})\n"
+        + ("print(signals.requested().name)")
     )
-    assert python(code.format("SIGUSR2"), REBLOCK_STOP_SIGNAL="USR2").stdout == "GO_ON_LATER\n"
+    assert python(code.format("SIGUSR2"), REBLOCK_STOP_SIGNAL="USR2").stdout == "RESUME_LATER\n"
     assert python(code.format("SIGUSR1"), REBLOCK_STOP_SIGNAL="SIGUSR2").returncode == -signal.SIGUSR1
 
 
 @pytest.mark.parametrize("name", ["USR9", "SIGKILL", "TERM", ""])
-def test_a_signal_that_cannot_be_held_back_is_refused(monkeypatch, name):
+def test_a_signal_that_cannot_be_blocked_is_refused(monkeypatch, name):
     monkeypatch.setenv("REBLOCK_STOP_SIGNAL", name)
     with pytest.raises(ValueError, match="REBLOCK_STOP_SIGNAL="):
         stop_signal()
@@ -55,20 +56,23 @@ def test_a_wrong_name_is_one_line_before_anything_is_loaded():
 
 def test_other_commands_end_as_ever():
     for command in ("inspect", "export"):
-        code = f"import os, signal\nfrom launch import signals\nsignals.listen('{command}')\nos.kill(os.getpid(), 15)"
+        code = f"import os\nfrom launch import signals\nsignals.block_signals('{command}')\nos.kill(os.getpid(), 15)"
         assert python(code).returncode == -signal.SIGTERM
 
 
 def test_a_stopped_program_leaves_with_the_status_of_its_request():
-    for request, status in ((Request.GO_ON_LATER, 75), (Request.END, 143)):
-        code = f"from launch.signals import Request, Stopped\nraise Stopped(Request({int(request)}), 'after step 3')"
+    for request, status in ((SignalRequest.RESUME_LATER, 75), (SignalRequest.TERMINATE, 143)):
+        code = (
+            "from launch.signals import SignalRequest, Stopped\n"
+            f"raise Stopped(SignalRequest({int(request)}), 'after step 3')"
+        )
         assert python(code).returncode == status
 
 
 CHILD = """
 import os, signal, sys, time
 from launch import signals
-signals.listen("fit")
+signals.block_signals("fit")
 ready, theirs = os.pipe()
 child = os.fork()
 if child == 0:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.fit.rank_consistency import _program
+from launch.fit.rank_consistency import _software
 from trainer.versions import package_versions, source_digest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,7 +47,7 @@ def test_a_package_without_files_is_refused(tmp_path):
 
 
 def test_ranks_compare_the_source_of_all_our_packages():
-    assert _program()["source of reblock"] == source_digest(*PACKAGES)[:16]
+    assert _software()["source of reblock"] == source_digest(*PACKAGES)[:16]
 
 
 def test_versions_of_packages():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.fit.resume import clear_leftovers, find_checkpoint, set_aside
+from launch.fit.resume import clear_leftovers, find_checkpoint, rename_damaged
 from launch.run_folder import RunFolder
 from tests.support.checkpoints import content, value_of
 from trainer.checkpoint.file import write_checkpoint
@@ -30,7 +30,7 @@ def test_the_one_before_is_used_where_the_last_is_damaged_and_said(run, capsys):
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and f"{last} cannot be read" in said and f"the one before it, {previous}" in said
     assert last.is_file()  # as it was, until the run goes on
-    set_aside(last)
+    rename_damaged(last)
     assert find_checkpoint(run) == previous and f"{last} is missing; going on from" in capsys.readouterr().out
     write_checkpoint(content(3), last)
     assert value_of(previous) == 1 and value_of(last) == 3  # the damaged one did not take its place

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from data.files import sync, temporaries
 from launch.fit.last_checkpoint import LastCheckpoint
-from launch.signals import UNSAVED, Request, Stopped
+from launch.signals import UNSAVED, SignalRequest, Stopped
 from tests.support.checkpoints import content, names, value_of
 from trainer.checkpoint.io import BackgroundCheckpointIO
 from trainer.run_files import LAST, PREVIOUS
@@ -232,7 +232,7 @@ def test_once_ready_a_save_neither_waits_nor_raises(tmp_path, disk):
 def test_a_rank_that_cannot_save_where_it_stopped_says_so_by_its_status(tmp_path):
     trainer = Trainer(plugins=[BackgroundCheckpointIO()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
     files, last = trainer.strategy.checkpoint_io, LastCheckpoint(tmp_path / LAST, 10)
-    saved, unsaved = (Stopped(Request.GO_ON_LATER, "after step 3") for _ in range(2))
+    saved, unsaved = (Stopped(SignalRequest.RESUME_LATER, "after step 3") for _ in range(2))
     files.save_checkpoint(content(1), tmp_path / LAST)
     last.on_exception(trainer, None, saved)
     with no_room():
