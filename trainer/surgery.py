@@ -1,13 +1,15 @@
-"""Choosing blocks, re-initialising them, freezing the rest, and the fingerprint that proves it stayed frozen."""
+"""Which blocks are retrained, their fresh weights, what is frozen, and the fingerprint of the frozen weights."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 
+from trainer.models.from_scratch import fresh_frequencies, reserve_channels
 from trainer.parallel.sharded_tensors import full_tensor
 
 Initialisation = Literal["dit", "torch", "normal", "keep"]
@@ -139,6 +141,27 @@ def reinitialise(block: nn.Module, kind: Initialisation, seed: int) -> None:
     missed = {name for name, _ in block.named_parameters()} - done
     if missed:
         raise ValueError(f"no initialisation is known for {sorted(missed)}; expected linear layers and norms only.")
+
+
+def apply_surgery(model: MochiTransformer3DModel, blocks: Sequence[int], config: SurgeryConfig) -> None:
+    """Re-initialises `blocks` in place, and freezes everything that is not retrained.
+
+    Args:
+        model: the base; on the meta device no weight is drawn.
+        blocks: what `choose_blocks` gave.
+        config: how the blocks start, and what else is trained.
+    """
+    meta = model.device.type == "meta"
+    retrained = [model.transformer_blocks[i] for i in blocks]
+    for index, block in zip(blocks, retrained, strict=True):
+        if not meta:
+            reinitialise(block, config.init, config.seed * 1000 + index)
+    freeze_all_but(model, [model] if config.train_outside else retrained)
+    model.pos_frequencies.requires_grad_(False)
+    if config.train_outside and not meta:
+        fresh_frequencies(model, config.seed)
+    if config.reserved_channels:
+        reserve_channels(model, config.reserved_channels)
 
 
 def freeze_all_but(model: nn.Module, trainable: Iterable[nn.Module]) -> None:

@@ -8,7 +8,7 @@ Legend: P prompts, S sigmas, K scopes, R ratios, B probes of a batch, h heads, N
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.attention import masked_attention, pooled_quantiles, row_quantiles, uniform_attention
 from trainer.callbacks import figures
 from trainer.callbacks.probe_callback import ProbeCallback
-from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
+from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkCache, TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.mochi import State
@@ -86,11 +86,7 @@ class MaskingRobustness(ProbeCallback):
         removed: `renormalise` (logits of -inf), `zero` (rows keep what is left), or `mean` (each removed weight becomes
             the mean of its row's removed ones).
         prompts: how many held-out samples.
-        sigmas: noise levels, each in 0 .. 1.
-        seed: of the probes' noise.
-        batch_size: probes measured together; None chooses by the size of a latent.
-        base_stage: also measure the base's own weights.
-        every_n_epochs: measure after every so many epochs, and after the last.
+        settings: of the probes and stages, as `ProbeCallback` takes them.
     """
 
     kind = "masking"
@@ -104,20 +100,9 @@ class MaskingRobustness(ProbeCallback):
         quantile: Quantile = "head",
         removed: Removed = "renormalise",
         prompts: int = 8,
-        sigmas: tuple[float, ...] = SIGMAS,
-        seed: int = 1234,
-        batch_size: int | None = None,
-        base_stage: bool = True,
-        every_n_epochs: int = 1,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            prompts=prompts,
-            sigmas=sigmas,
-            seed=seed,
-            batch_size=batch_size,
-            base_stage=base_stage,
-            every_n_epochs=every_n_epochs,
-        )
+        super().__init__(prompts=prompts, **settings)
         if not ratios or list(ratios) != sorted(set(ratios)) or not 0.0 < min(ratios) <= max(ratios) < 1.0:
             raise ValueError(f"got ratios={tuple(ratios)}, expected ascending shares between 0 and 1, e.g. {RATIOS}.")
         if not scopes:

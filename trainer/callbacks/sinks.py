@@ -4,7 +4,7 @@ Legend: P prompts, S sigmas, Ly measured layers, B probes of a batch, h heads, d
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from trainer.attention.statistics import EPS
 from trainer.callbacks import figures
 from trainer.callbacks.measurement_files import planted_heads, wilson_interval
 from trainer.callbacks.probe_callback import ProbeCallback
-from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
+from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
 
@@ -46,11 +46,7 @@ class SinkFrequency(ProbeCallback):
         eps: weights above these are heavy.
         default_eps: the eps of the verdict that scalars and figures use; one of `eps`.
         prompts: how many held-out samples.
-        sigmas: noise levels, each in 0 .. 1.
-        seed: of the probes' noise.
-        batch_size: probes measured together; None chooses by the size of a latent.
-        base_stage: also measure the base's own weights.
-        every_n_epochs: measure after every so many epochs, and after the last.
+        settings: of the probes and stages, as `ProbeCallback` takes them.
     """
 
     kind = "sinks"
@@ -62,20 +58,9 @@ class SinkFrequency(ProbeCallback):
         eps: tuple[float, ...] = EPS,
         default_eps: float = 0.3,
         prompts: int = 14,
-        sigmas: tuple[float, ...] = SIGMAS,
-        seed: int = 1234,
-        batch_size: int | None = None,
-        base_stage: bool = True,
-        every_n_epochs: int = 1,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            prompts=prompts,
-            sigmas=sigmas,
-            seed=seed,
-            batch_size=batch_size,
-            base_stage=base_stage,
-            every_n_epochs=every_n_epochs,
-        )
+        super().__init__(prompts=prompts, **settings)
         if default_eps not in eps or not all(0.0 < e < 1.0 for e in eps):
             raise ValueError(
                 f"got eps={eps} with default_eps={default_eps}, expected values in 0 .. 1 that include it."
