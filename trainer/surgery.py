@@ -9,7 +9,7 @@ import torch
 from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 
-from trainer.models.from_scratch import fresh_frequencies, reserve_channels
+from trainer.models.from_scratch import draw_frequencies, reserve_channels
 from trainer.parallel.sharded_tensors import full_tensor
 
 Initialisation = Literal["dit", "torch", "normal", "keep"]
@@ -159,7 +159,7 @@ def apply_surgery(model: MochiTransformer3DModel, blocks: Sequence[int], config:
     freeze_all_but(model, [model] if config.train_outside else retrained)
     model.pos_frequencies.requires_grad_(False)
     if config.train_outside and not meta:
-        fresh_frequencies(model, config.seed)
+        draw_frequencies(model, config.seed)
     if config.reserved_channels:
         reserve_channels(model, config.reserved_channels)
 
@@ -172,9 +172,9 @@ def freeze_all_but(model: nn.Module, trainable: Iterable[nn.Module]) -> None:
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in name order; one tensor is whole and on the host at a time.
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names; one tensor is on the host at a time.
 
-    Of sharded tensors, too: every rank that holds a part calls it, and gets what the whole ones would give.
+    Sharded tensors give the same value as full ones. It is collective then: every rank that holds a part calls it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):

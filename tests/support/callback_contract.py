@@ -49,9 +49,9 @@ MAKE: dict[str, Callable[[Any, RunFolder], list[Callback]]] = {
     "TrunkCache": lambda kind, run: [kind(), SinkFrequency(layers="all", **SMALL)],
     "LastCheckpoint": lambda kind, run: [kind(run.last_checkpoint, 1)],
     "BestCheckpoints": lambda kind, run: [kind(dirpath=run.checkpoints, filename="best-{step}", monitor="val/loss")],
-    "StopOnSignal": lambda kind, run: [last := LastCheckpoint(run.last_checkpoint, 1), kind(last)],
+    "StopTogether": lambda kind, run: [last := LastCheckpoint(run.last_checkpoint, 1), kind(last)],
     "Watchdog": lambda kind, run: [kind(run, 3600.0)],
-    "RankConsistency": lambda kind, run: [kind(lambda: {"recipe": "the same"})],
+    "SameEverywhere": lambda kind, run: [kind(lambda: {"recipe": "the same"})],
     "SaveRecipe": lambda kind, run: [_saved_config(kind)],
 }
 

@@ -1,4 +1,4 @@
-"""What the velocity loses when the smallest attention weights are removed, on the probe set.
+"""How the velocity changes when the smallest attention weights are removed, on the probe set.
 
 The threshold of each head is taken in a dense pass of the whole model on the same probe (an oracle); a second pass
 removes what lies below it in the layers of a scope. How and why: docs/measurements.md.
@@ -42,9 +42,8 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def critical_ratio(ratios: Sequence[float], relative_increase: Sequence[float]) -> float:
     """The largest ratio at which the loss is at most 1 % above the dense loss, read off the curve.
 
-    The curve is linear between ratios and starts at ratio 0 with no increase. The largest ratio counts, not the first
-    crossing: a curve that comes back below 1 % is judged by its last crossing. An increase that is no number counts
-    as infinite.
+    The curve is linear between ratios and starts at ratio 0 with no increase. Of several crossings of 1 % the last one
+    counts. NaN counts as an infinite increase.
 
     Args:
         ratios: R ascending shares.
@@ -75,7 +74,7 @@ class _Dense:
 
 
 class MaskingRobustness(ProbeCallback):
-    """Distortion and loss of bottom-quantile masking, per scope and ratio, beside a uniform-attention control.
+    """Measures bottom-quantile masking: distortion and loss by scope and ratio, with uniform attention as the control.
 
     Args:
         ratios: shares of the weights that are removed, ascending, each between 0 and 1.
@@ -161,7 +160,7 @@ class MaskingRobustness(ProbeCallback):
                 row.append(compared(velocity) | removed)
             masked.append({name: torch.stack([figures[name] for figures in row], dim=1) for name in row[0]})
             evenly = TrunkForward(dict.fromkeys(layers, lambda q, k, v, call: uniform_attention(v)), changes="uniform")
-            uniform.append(compared(_rerun(module, self.store, probes, dense, evenly)))
+            uniform.append(compared(_rerun(module, self.trunk_cache, probes, dense, evenly)))
         return {
             "energy": _mean_square(dense.velocity),
             "dense_loss": _mean_square(dense.velocity - target),
@@ -182,7 +181,7 @@ class MaskingRobustness(ProbeCallback):
         layers = sorted(set().union(*scopes.values()))
         functions = dict.fromkeys(layers, attend)
         measures = f"{self.quantile} quantiles of layers {layers} at {self.ratios}, {self.keys} keys"
-        state = self.store.state(module, probes, TrunkForward(functions, measures=measures, found=found))
+        state = self.trunk_cache.state(module, probes, TrunkForward(functions, measures=measures, found=found))
         at, states = module.first, {}
         with split_model.attention(functions):
             for start in sorted({layers[0] for layers in scopes.values() if layers[0] >= module.first}):
@@ -216,7 +215,7 @@ class MaskingRobustness(ProbeCallback):
 
         settings = f"{self.ratios[index]} of {self.ratios}, {self.quantile}, {self.keys} keys, {self.removed}"
         masking = TrunkForward(dict.fromkeys(layers, attend), f"masked at {settings}", "what was removed", found)
-        velocity = _rerun(module, self.store, probes, dense, masking)
+        velocity = _rerun(module, self.trunk_cache, probes, dense, masking)
         removed = {
             name: torch.stack([found[f"{layer}/{name}"] for layer in layers]).mean(dim=0)
             for name in ("realised", "dropped")
@@ -269,7 +268,7 @@ class MaskingRobustness(ProbeCallback):
 
 
 def _rerun(
-    module: "RetrainBlocks", store: TrunkCache, probes: ProbeBatch, dense: _Dense, changed: TrunkForward
+    module: "RetrainBlocks", trunk_cache: TrunkCache, probes: ProbeBatch, dense: _Dense, changed: TrunkForward
 ) -> Tensor:
     """The velocity with the functions of `changed` in their layers; what lies before them is as in the dense pass."""
     split_model, at = module.split_model, min(changed.functions)
@@ -277,7 +276,7 @@ def _rerun(
         state = dense.states[at]
     else:
         named = replace(changed, changes=f"{changed.changes} in layers {sorted(changed.functions)}")
-        state, at = store.state(module, probes, named), module.first
+        state, at = trunk_cache.state(module, probes, named), module.first
     with split_model.attention(changed.functions):
         return split_model.finish(split_model.run(state, at, split_model.num_blocks))
 

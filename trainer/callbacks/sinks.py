@@ -1,4 +1,4 @@
-"""Attention sinks on the probe set: which heads, how strong, where.
+"""Attention sinks on the probe set: which heads have them, how strong they are, and at which token.
 
 Legend: P prompts, S sigmas, Ly measured layers, B probes of a batch, h heads, d head width, E eps values.
 """
@@ -39,11 +39,11 @@ _PER_HEAD = (
 
 
 class SinkFrequency(ProbeCallback):
-    """Sink verdicts for the eps sweep, alpha, value-norm ratios, positions, and the frequency with its interval.
+    """Measures attention sinks of every head: verdict per eps, alpha, value-norm ratios, position, frequency.
 
     Args:
         layers: `retrained`, `all`, or block indices.
-        eps: weights above these are heavy.
+        eps: thresholds above which an attention weight counts as heavy.
         default_eps: the eps of the verdict that scalars and figures use; one of `eps`.
         prompts: how many held-out samples.
         settings: of the probes and stages, as `ProbeCallback` takes them.
@@ -98,7 +98,7 @@ class SinkFrequency(ProbeCallback):
 
         functions = dict.fromkeys(layers, attend)
         measures = f"sinks of layers {layers} at {self.eps}"
-        state = self.store.state(module, probes, TrunkForward(functions, measures=measures, found=found))
+        state = self.trunk_cache.state(module, probes, TrunkForward(functions, measures=measures, found=found))
         with split_model.attention(functions):
             split_model.run(state, module.first, max(module.first, layers[-1] + 1))
         stacked = {name: torch.stack([found[f"{layer}/{name}"] for layer in layers], dim=1) for name in _PER_HEAD}
