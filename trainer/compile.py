@@ -1,6 +1,6 @@
-"""Blocks whose forward is compiled while they train, and runs as it is wherever something is measured."""
+"""Blocks whose forward is compiled in training steps, and eager in validation and measurements."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ CompiledPart = Literal["none", "trunk", "head", "both"]
 _VARIANTS = 64
 
 
-class _WhileTraining:
+class _CompiledInTraining:
     """The forward of one block: compiled in a training step, eager in evaluation or under another attention.
 
     Validation and measurements thus give the same figures whether or not a run is compiled, and the functions that a
@@ -34,12 +34,16 @@ class _WhileTraining:
         return (self._compiled if own else self._eager)(self._block, *args, **kwargs)
 
 
-def compile_blocks(blocks: Iterable[Any]) -> None:
-    """Compiles the blocks' forward in place, at its first use; names of parameters stay as they are.
+def compile_blocks(blocks: Sequence[Any], first: int, part: CompiledPart) -> None:
+    """Compiles the forward of blocks in place, at its first use; names of parameters stay as they are.
 
     Args:
-        blocks: each with a `JointAttention` as the processor of its `attn1`.
+        blocks: of the whole model, each with a `JointAttention` as the processor of its `attn1`.
+        first: index of the first retrained block: the trunk is before it, the head begins there.
+        part: which of them are compiled.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    for block in blocks:
-        block.forward = _WhileTraining(block)
+    chosen = {"none": (), "trunk": blocks[:first], "head": blocks[first:], "both": blocks}[part]
+    if chosen:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    for block in chosen:
+        block.forward = _CompiledInTraining(block)

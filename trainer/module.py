@@ -1,4 +1,4 @@
-"""The LightningModule: one training step, the optimiser, what a checkpoint holds.
+"""The LightningModule: how it is built, one training step, validation, optimisation.
 
 Legend: B batch, C channels, F latent frames, H W latent grid.
 """
@@ -14,32 +14,28 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from data.batch import Batch
-from trainer import surgery as operate
+from trainer.checkpoint.content import add_content, take_content
 from trainer.compile import CompiledPart, compile_blocks
-from trainer.ema import Ema, check_decay, holding
+from trainer.ema import Ema, check_decay, swapped_values
 from trainer.graft import base_block_weights
-from trainer.models.from_scratch import fresh_frequencies, reserve_channels
 from trainer.models.load import check_base, load_transformer, read_config
 from trainer.models.mochi import SplitModel, State
 from trainer.objective import Flow, SigmaSampler
 from trainer.optimizer import OptimConfig, adamw, clip_or_drop, linear_warmup
 from trainer.parallel.combinations import check_shards, check_trainer
-from trainer.parallel.sharded_tensors import full_tensor, gather_full
+from trainer.parallel.sharded_tensors import full_tensor
 from trainer.parallel.strategies import build_device, distribute
 from trainer.surgery import SurgeryConfig as SurgeryConfig
+from trainer.surgery import apply_surgery, choose_blocks, frozen_fingerprint
 
 log = logging.getLogger(__name__)
 
 #: Edges of the sigma bands that the loss is reported in.
 SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-#: What a checkpoint's `state_dict` puts before the name in the diffusers transformer, and what this module does. The
-#: file format keeps its names whatever the attributes are called.
-_IN_FILE, _IN_MODULE = "room.model.", "split_model.transformer."
-
 
 class _RestoreLiveWeights(Callback):
-    """If validation raises, puts the live weights back: a checkpoint written then must not hold averages as them."""
+    """Restores the live weights if validation raises: a checkpoint saved after that must not hold averages instead."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(pl_module, RetrainBlocks):
@@ -105,7 +101,7 @@ class RetrainBlocks(LightningModule):
         self.val_sigmas = val_sigmas
         self.split_model: SplitModel | None = None
         self.ema: Ema | None = None
-        self._evaluation = contextlib.ExitStack()  # holds the averages in place while validation lasts
+        self._evaluation = contextlib.ExitStack()  # during validation: restores the live weights when closed
         self.skipped = 0
         self.skipped_in_row = 0
         self.strict_loading = False  # a checkpoint holds no frozen weight
@@ -113,16 +109,16 @@ class RetrainBlocks(LightningModule):
     # -- building ------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Faults of base and block choice, before anything is loaded.
+        """Checks base and block choice, before anything is loaded.
 
         Raises:
-            ValueError: with what was got and expected.
+            ValueError: if the base is missing or incomplete, or the blocks are not its own.
         """
         config = check_base(self.base)
-        self._choose(config["num_layers"])
+        self.retrained_blocks(config["num_layers"])
 
     def check_data(self, latent_shape: tuple[int, ...], text_width: int) -> None:
-        """Whether shards of (C, F, H, W) latents and captions of `text_width` fit the base.
+        """Checks that shards of (C, F, H, W) latents and captions of `text_width` fit the base.
 
         Raises:
             ValueError: if they do not.
@@ -130,16 +126,16 @@ class RetrainBlocks(LightningModule):
         check_shards(self.base, latent_shape, text_width)
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Faults of the Trainer's strategy, precision and clipping with this model.
+        """Checks that the Trainer's strategy, precision and clipping fit what is retrained.
 
         Raises:
-            ValueError: naming all of them.
+            ValueError: naming every fault.
         """
         clip, precision = trainer.gradient_clip_val, str(trainer.precision)
         check_trainer(type(trainer.strategy), precision, clip, self.surgery, split_trunk=self.split_trunk)
 
-    def _choose(self, num_blocks: int) -> tuple[int, ...]:
-        return operate.choose_blocks(num_blocks, last=self.surgery.last, blocks=self.surgery.blocks)
+    def retrained_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        return choose_blocks(num_blocks, last=self.surgery.last, blocks=self.surgery.blocks)
 
     def configure_model(self) -> None:
         if self._trainer is None:
@@ -151,8 +147,8 @@ class RetrainBlocks(LightningModule):
         distribute(self, strategy)
 
     def build(self, device: torch.device | str) -> None:
-        """Loads the base onto `device` and operates on it: re-initialise, freeze, average."""
-        self.blocks = self._choose(read_config(self.base)["num_layers"])
+        """Loads the base onto `device`, re-initialises the retrained blocks, freezes the rest, starts the averages."""
+        self.blocks = self.retrained_blocks(read_config(self.base)["num_layers"])
         model = load_transformer(
             self.base, device=device, dtype=self.trunk_dtype, seed=self.surgery.seed, float32_from=self.first
         )
@@ -160,38 +156,29 @@ class RetrainBlocks(LightningModule):
         self.split_model = SplitModel(
             model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head
         )
-        retrained = [model.transformer_blocks[i] for i in self.blocks]
-        for index, block in zip(self.blocks, retrained, strict=True):
-            if torch.device(device).type != "meta":
-                operate.reinitialise(block, self.surgery.init, self.surgery.seed * 1000 + index)
-        operate.freeze_all_but(model, [model] if self.surgery.train_outside else retrained)
-        model.pos_frequencies.requires_grad_(False)
-        if self.surgery.train_outside and torch.device(device).type != "meta":
-            fresh_frequencies(model, self.surgery.seed)
-        if self.surgery.reserved_channels:
-            reserve_channels(model, self.surgery.reserved_channels)
-        wanted = {"trunk": range(self.first), "head": range(self.first, self.split_model.num_blocks)}
-        compile_blocks(
-            model.transformer_blocks[i]
-            for part, indices in wanted.items()
-            if self.compile_part in (part, "both")
-            for i in indices
-        )
+        apply_surgery(model, self.blocks, self.surgery)
+        compile_blocks(model.transformer_blocks, self.first, self.compile_part)
         self.ema = Ema(self.retrained_parameters(), decay=self.ema_decay)
 
     @property
     def first(self) -> int:
-        """The first retrained block: where the trunk ends and the head begins."""
+        """Index of the first retrained block: the trunk ends before it, the head begins with it."""
         return 0 if self.surgery.train_outside else self.blocks[0]
 
     def retrained_parameters(self) -> dict[str, Tensor]:
-        """Trained parameters by their name in the diffusers transformer."""
+        """Name in the diffusers transformer -> trained parameter."""
         return {name: p for name, p in self.split_model.transformer.named_parameters() if p.requires_grad}
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def trunk(self, x: Tensor, sigma: Tensor, batch: Batch) -> State:
-        """Everything before the first retrained block, without autograd."""
+        """Runs everything before the first retrained block, without autograd.
+
+        Args:
+            x: (B, C, F, H, W) noisy latents.
+            sigma: (B,) float32 noise levels.
+            batch: whose captions.
+        """
         trains = self.surgery.train_outside or not self.split_trunk
         narrow = self.trunk_dtype != torch.float32
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
@@ -200,11 +187,11 @@ class RetrainBlocks(LightningModule):
                     x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
                 )
                 state = self.split_model.run(state, 0, self.first)
-        # What the trunk computed in a narrow dtype goes on in the head's.
+        # The head goes on in its own dtype, whatever the trunk computed in.
         return state if trains else state.map(lambda t: t.to(x.dtype) if t.is_floating_point() else t)
 
     def head(self, state: State) -> Tensor:
-        """From the first retrained block to the velocity."""
+        """Runs the first retrained block and all that follows; gives the velocity (B, C, F, H, W)."""
         return self.split_model.finish(self.split_model.run(state, self.first, self.split_model.num_blocks))
 
     def velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
@@ -225,14 +212,15 @@ class RetrainBlocks(LightningModule):
         losses = self.losses(batch, noise, host_sigma.to(device, non_blocking=True))
         loss = losses.mean()
         self._log_losses(losses.detach(), host_sigma)
-        # A non-finite loss must give non-finite gradients on every rank, so that all skip the step together.
+        # A loss that is not finite makes all gradients of its rank not finite. The all-reduce passes that on to every
+        # rank, so that all of them skip the step.
         return loss * (loss - loss + 1).detach()
 
     def _log_losses(self, losses: Tensor, sigma: Tensor) -> None:
         self.log("train/loss", losses.mean(), on_step=True, prog_bar=True, batch_size=len(losses))
         for low, high in zip(SIGMA_BANDS[:-1], SIGMA_BANDS[1:], strict=True):
-            inside = ((sigma >= low) & (sigma < high)).nonzero().flatten()  # sigma is on the host: no wait
-            # Lightning would log a band without samples again with its last value: nan says that there is none.
+            inside = ((sigma >= low) & (sigma < high)).nonzero().flatten()  # sigma is on the host: no synchronisation
+            # For a band that is not logged Lightning repeats the last value; NaN says that no sample fell into it.
             value = losses[inside.to(losses.device)].mean() if len(inside) else math.nan
             self.log(f"train/loss_sigma_{low:.2f}-{high:.2f}", value, on_step=True)
 
@@ -240,7 +228,7 @@ class RetrainBlocks(LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        # Samples that come again only to give all ranks as many do not count.
+        # A sample that is repeated only so that all ranks have equally many does not count.
         counts = torch.tensor(batch.counts, device=batch.latents.device)
         rows = sum(batch.counts)
         shape = batch.latents.shape[1:]
@@ -259,7 +247,7 @@ class RetrainBlocks(LightningModule):
         self.end_evaluation()
 
     def end_evaluation(self) -> None:
-        """The retrained blocks hold their live weights again, if validation had averages in their place."""
+        """Restores the live weights of the retrained blocks, if validation has replaced them by their averages."""
         self._evaluation.close()
 
     def configure_callbacks(self) -> list[Callback]:
@@ -271,10 +259,10 @@ class RetrainBlocks(LightningModule):
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
-        """Inside, the retrained blocks hold the base's own weights, read anew from its files."""
+        """Inside, the retrained blocks hold the base's own weights, read again from its files."""
         live = self.retrained_parameters()
         own = base_block_weights(self.base, live, seed=self.surgery.seed, dtype=self.trunk_dtype, device=self.device)
-        with holding(live, own):
+        with swapped_values(live, own):
             yield
 
     # -- optimisation --------------------------------------------------------------------------------------------
@@ -285,7 +273,7 @@ class RetrainBlocks(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips, or drops every gradient of a non-finite step: AdamW leaves a parameter without gradient alone."""
+        """Clips the gradients; where their norm is not finite, drops them all, so that the step changes nothing."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         self.log("train/grad_norm", norm, on_step=True)
@@ -318,43 +306,16 @@ class RetrainBlocks(LightningModule):
         self.ema.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # Whole tensors on the first rank, whatever the strategy: any other resumes from them.
-        keep = self._trainer is None or self.trainer.is_global_zero
-        trained = {_IN_FILE + name: p for name, p in self.retrained_parameters().items()}
-        checkpoint["state_dict"] = gather_full(trained, keep=keep)
-        if "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = gather_full(checkpoint["optimizer_states"], keep=keep)
-        checkpoint["reblock"] = {
-            "blocks": list(self.blocks),
-            "base_fingerprint": self.base_fingerprint,
-            "ema": gather_full(self.ema.state_dict(), keep=keep),
-            "skipped": [self.skipped, self.skipped_in_row],
-        }
+        add_content(self, checkpoint, keep=self._trainer is None or self.trainer.is_global_zero)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = checkpoint.get("reblock")
-        if saved is None:
-            raise ValueError("the checkpoint was not written by Reblock; expected one from this run's checkpoints/.")
-        if tuple(saved["blocks"]) != self.blocks:
-            raise ValueError(
-                f"the checkpoint retrains blocks {saved['blocks']}, this run blocks {list(self.blocks)}; "
-                "resume with the recipe that wrote it, or start a run of another name."
-            )
-        if saved["base_fingerprint"] != self.base_fingerprint:
-            raise ValueError(
-                f"the checkpoint belongs to a base with fingerprint {saved['base_fingerprint'][:16]}..., this run's "
-                f"base {self.base} has {self.base_fingerprint[:16]}...; point `model.base` at its own base."
-            )
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {_IN_MODULE + name.removeprefix(_IN_FILE): value for name, value in weights.items()}
-        self.ema.load_state_dict(saved["ema"])
-        self.skipped, self.skipped_in_row = saved["skipped"]
+        take_content(self, checkpoint)
 
     @property
     def base_fingerprint(self) -> str:
-        """SHA-256 of the frozen weights, taken once when first asked for."""
+        """SHA-256 of the frozen weights; computed at the first use."""
         if not hasattr(self, "_base_fingerprint"):
-            self._base_fingerprint = operate.frozen_fingerprint(self.split_model.transformer)
+            self._base_fingerprint = frozen_fingerprint(self.split_model.transformer)
         return self._base_fingerprint
 
 

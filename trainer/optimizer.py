@@ -1,4 +1,4 @@
-"""AdamW over the retrained parameters: its groups, its schedule, and what happens to a non-finite step."""
+"""AdamW over the retrained parameters: groups, schedule, clipping, and steps whose gradients are not finite."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -33,7 +33,13 @@ class OptimConfig:
 
 
 def adamw(named: Mapping[str, Tensor], optim: OptimConfig, *, fused: bool) -> AdamW:
-    """AdamW with decay on matrices only; norms, biases and modulation biases have none."""
+    """AdamW with weight decay on matrices only.
+
+    Args:
+        named: name -> trained parameter.
+        optim: its settings.
+        fused: use torch's fused kernel.
+    """
     decayed = [p for p in named.values() if p.ndim >= 2]
     plain = [p for p in named.values() if p.ndim < 2]
     return AdamW(
@@ -46,7 +52,7 @@ def adamw(named: Mapping[str, Tensor], optim: OptimConfig, *, fused: bool) -> Ad
 
 
 def linear_warmup(optimizer: AdamW, steps: int) -> LinearLR:
-    """The rate rises from 1 / `steps` of itself to itself over `steps` steps, then stays."""
+    """A rate that rises linearly, from 1 / `steps` of its value to the full value in `steps` optimiser steps."""
     steps = max(1, steps)
     return LinearLR(optimizer, start_factor=1 / steps, total_iters=steps - 1)
 
@@ -54,18 +60,18 @@ def linear_warmup(optimizer: AdamW, steps: int) -> LinearLR:
 def clip_or_drop(parameters: Iterable[Tensor], norm: Tensor, clip_norm: float) -> bool:
     """Clips gradients to `clip_norm` (0: not at all), or drops all of them if their total norm is not finite.
 
-    AdamW leaves a parameter without gradient alone, its state included.
+    AdamW skips a parameter that has no gradient: neither its value nor its state changes.
 
     Args:
-        parameters: whose gradients.
-        norm: their total norm, ().
-        clip_norm: the largest total norm that is left as it is.
+        parameters: whose gradients are clipped.
+        norm: () total norm of all their gradients.
+        clip_norm: gradients above this total norm are scaled down to it.
 
     Returns:
         Whether the step is taken.
     """
     parameters = list(parameters)
-    if not torch.isfinite(norm):  # the one place a step waits for the device
+    if not torch.isfinite(norm):  # the only place where a step waits for the device
         for p in parameters:
             p.grad = None
         return False

@@ -1,13 +1,15 @@
-"""Choosing blocks, re-initialising them, freezing the rest, and the fingerprint that proves it stayed frozen."""
+"""Which blocks are retrained, their fresh weights, what is frozen, and the fingerprint of the frozen weights."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 
+from trainer.models.from_scratch import draw_frequencies, reserve_channels
 from trainer.parallel.sharded_tensors import full_tensor
 
 Initialisation = Literal["dit", "torch", "normal", "keep"]
@@ -141,6 +143,27 @@ def reinitialise(block: nn.Module, kind: Initialisation, seed: int) -> None:
         raise ValueError(f"no initialisation is known for {sorted(missed)}; expected linear layers and norms only.")
 
 
+def apply_surgery(model: MochiTransformer3DModel, blocks: Sequence[int], config: SurgeryConfig) -> None:
+    """Re-initialises `blocks` in place, and freezes everything that is not retrained.
+
+    Args:
+        model: the base; on the meta device no weight is drawn.
+        blocks: what `choose_blocks` gave.
+        config: how the blocks start, and what else is trained.
+    """
+    meta = model.device.type == "meta"
+    retrained = [model.transformer_blocks[i] for i in blocks]
+    for index, block in zip(blocks, retrained, strict=True):
+        if not meta:
+            reinitialise(block, config.init, config.seed * 1000 + index)
+    freeze_all_but(model, [model] if config.train_outside else retrained)
+    model.pos_frequencies.requires_grad_(False)
+    if config.train_outside and not meta:
+        draw_frequencies(model, config.seed)
+    if config.reserved_channels:
+        reserve_channels(model, config.reserved_channels)
+
+
 def freeze_all_but(model: nn.Module, trainable: Iterable[nn.Module]) -> None:
     """Turns gradients off everywhere, then on inside `trainable`."""
     model.requires_grad_(False)
@@ -149,9 +172,9 @@ def freeze_all_but(model: nn.Module, trainable: Iterable[nn.Module]) -> None:
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in name order; one tensor is whole and on the host at a time.
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names; one tensor is on the host at a time.
 
-    Of sharded tensors, too: every rank that holds a part calls it, and gets what the whole ones would give.
+    Sharded tensors give the same value as full ones. It is collective then: every rank that holds a part calls it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):

@@ -10,7 +10,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from data.synth.command import CAPTION_WORDS
 from trainer.graft import apply_graft, load_graft
-from trainer.models.from_scratch import fresh_frequencies
+from trainer.models.from_scratch import draw_frequencies
 
 #: Caption tokens that the pipeline pads to, as in the real Mochi.
 MAX_TEXT_TOKENS = 256
@@ -41,7 +41,7 @@ def _transformer(config: Path, run: Path, seed: int) -> MochiTransformer3DModel:
     """The transformer of a run that trained every block from `config`: EMA weights on what was never trained."""
     model = MochiTransformer3DModel.from_config(json.loads(config.read_text()))
     graft = load_graft(run / "graft.safetensors")
-    fresh_frequencies(model, seed)
+    draw_frequencies(model, seed)
     apply_graft(model, graft.ema)
     return model
 

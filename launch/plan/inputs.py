@@ -152,7 +152,7 @@ def read_job(args: list[str], nodes: int | None = None) -> Job:
     size = None
     if file is not None:
         module.base = str(file)
-        attempt(lambda: module._choose(read_config(module.base)["num_layers"]))
+        attempt(lambda: module.retrained_blocks(read_config(module.base)["num_layers"]))
         size = attempt(lambda: _size(config, data, module))
     if faults or size is None:
         raise ValueError("\n".join(faults))

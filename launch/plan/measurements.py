@@ -137,5 +137,5 @@ def host_bytes(job: Job, outcome: int, rope: int) -> int:
         return 0
     share = max(math.ceil(c.prompts * len(c.sigmas) / job.ranks) for c in probes)
     stores = [c for c in job.callbacks if isinstance(c, TrunkCache)]
-    budget = stores[0]._memory._budget if stores else int(5.0 * GIB)
+    budget = stores[0].host_bytes if stores else int(5.0 * GIB)
     return min(budget, share * outcome + rope)

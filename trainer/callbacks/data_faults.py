@@ -1,4 +1,4 @@
-"""How much of the data was damaged."""
+"""How many samples of the data were damaged."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from data.batch import Batch
 
 
 class DataFaults(Callback):
-    """Logs `data/faults`: damaged samples that were passed over for the step's batch, on the first rank.
+    """Logs `data/faults`: how many damaged samples rank 0 skipped while it collected the step's batch.
 
-    Those of all ranks are named in `faults*.jsonl` of the run folder.
+    `faults*.jsonl` in the run folder name those of all ranks.
     """
 
     def on_train_batch_end(

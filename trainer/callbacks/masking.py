@@ -1,4 +1,4 @@
-"""What the velocity loses when the smallest attention weights are removed, on the probe set.
+"""How the velocity changes when the smallest attention weights are removed, on the probe set.
 
 The threshold of each head is taken in a dense pass of the whole model on the same probe (an oracle); a second pass
 removes what lies below it in the layers of a scope. How and why: docs/measurements.md.
@@ -8,7 +8,7 @@ Legend: P prompts, S sigmas, K scopes, R ratios, B probes of a batch, h heads, N
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.attention import masked_attention, pooled_quantiles, row_quantiles, uniform_attention
 from trainer.callbacks import figures
 from trainer.callbacks.probe_callback import ProbeCallback
-from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
+from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkCache, TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.mochi import State
@@ -42,9 +42,8 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def critical_ratio(ratios: Sequence[float], relative_increase: Sequence[float]) -> float:
     """The largest ratio at which the loss is at most 1 % above the dense loss, read off the curve.
 
-    The curve is linear between ratios and starts at ratio 0 with no increase. The largest ratio counts, not the first
-    crossing: a curve that comes back below 1 % is judged by its last crossing. An increase that is no number counts
-    as infinite.
+    The curve is linear between ratios and starts at ratio 0 with no increase. Of several crossings of 1 % the last one
+    counts. NaN counts as an infinite increase.
 
     Args:
         ratios: R ascending shares.
@@ -75,7 +74,7 @@ class _Dense:
 
 
 class MaskingRobustness(ProbeCallback):
-    """Distortion and loss of bottom-quantile masking, per scope and ratio, beside a uniform-attention control.
+    """Measures bottom-quantile masking: distortion and loss by scope and ratio, with uniform attention as the control.
 
     Args:
         ratios: shares of the weights that are removed, ascending, each between 0 and 1.
@@ -86,11 +85,7 @@ class MaskingRobustness(ProbeCallback):
         removed: `renormalise` (logits of -inf), `zero` (rows keep what is left), or `mean` (each removed weight becomes
             the mean of its row's removed ones).
         prompts: how many held-out samples.
-        sigmas: noise levels, each in 0 .. 1.
-        seed: of the probes' noise.
-        batch_size: probes measured together; None chooses by the size of a latent.
-        base_stage: also measure the base's own weights.
-        every_n_epochs: measure after every so many epochs, and after the last.
+        settings: of the probes and stages, as `ProbeCallback` takes them.
     """
 
     kind = "masking"
@@ -104,20 +99,9 @@ class MaskingRobustness(ProbeCallback):
         quantile: Quantile = "head",
         removed: Removed = "renormalise",
         prompts: int = 8,
-        sigmas: tuple[float, ...] = SIGMAS,
-        seed: int = 1234,
-        batch_size: int | None = None,
-        base_stage: bool = True,
-        every_n_epochs: int = 1,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            prompts=prompts,
-            sigmas=sigmas,
-            seed=seed,
-            batch_size=batch_size,
-            base_stage=base_stage,
-            every_n_epochs=every_n_epochs,
-        )
+        super().__init__(prompts=prompts, **settings)
         if not ratios or list(ratios) != sorted(set(ratios)) or not 0.0 < min(ratios) <= max(ratios) < 1.0:
             raise ValueError(f"got ratios={tuple(ratios)}, expected ascending shares between 0 and 1, e.g. {RATIOS}.")
         if not scopes:
@@ -176,7 +160,7 @@ class MaskingRobustness(ProbeCallback):
                 row.append(compared(velocity) | removed)
             masked.append({name: torch.stack([figures[name] for figures in row], dim=1) for name in row[0]})
             evenly = TrunkForward(dict.fromkeys(layers, lambda q, k, v, call: uniform_attention(v)), changes="uniform")
-            uniform.append(compared(_rerun(module, self.store, probes, dense, evenly)))
+            uniform.append(compared(_rerun(module, self.trunk_cache, probes, dense, evenly)))
         return {
             "energy": _mean_square(dense.velocity),
             "dense_loss": _mean_square(dense.velocity - target),
@@ -197,7 +181,7 @@ class MaskingRobustness(ProbeCallback):
         layers = sorted(set().union(*scopes.values()))
         functions = dict.fromkeys(layers, attend)
         measures = f"{self.quantile} quantiles of layers {layers} at {self.ratios}, {self.keys} keys"
-        state = self.store.state(module, probes, TrunkForward(functions, measures=measures, found=found))
+        state = self.trunk_cache.state(module, probes, TrunkForward(functions, measures=measures, found=found))
         at, states = module.first, {}
         with split_model.attention(functions):
             for start in sorted({layers[0] for layers in scopes.values() if layers[0] >= module.first}):
@@ -231,7 +215,7 @@ class MaskingRobustness(ProbeCallback):
 
         settings = f"{self.ratios[index]} of {self.ratios}, {self.quantile}, {self.keys} keys, {self.removed}"
         masking = TrunkForward(dict.fromkeys(layers, attend), f"masked at {settings}", "what was removed", found)
-        velocity = _rerun(module, self.store, probes, dense, masking)
+        velocity = _rerun(module, self.trunk_cache, probes, dense, masking)
         removed = {
             name: torch.stack([found[f"{layer}/{name}"] for layer in layers]).mean(dim=0)
             for name in ("realised", "dropped")
@@ -284,7 +268,7 @@ class MaskingRobustness(ProbeCallback):
 
 
 def _rerun(
-    module: "RetrainBlocks", store: TrunkCache, probes: ProbeBatch, dense: _Dense, changed: TrunkForward
+    module: "RetrainBlocks", trunk_cache: TrunkCache, probes: ProbeBatch, dense: _Dense, changed: TrunkForward
 ) -> Tensor:
     """The velocity with the functions of `changed` in their layers; what lies before them is as in the dense pass."""
     split_model, at = module.split_model, min(changed.functions)
@@ -292,7 +276,7 @@ def _rerun(
         state = dense.states[at]
     else:
         named = replace(changed, changes=f"{changed.changes} in layers {sorted(changed.functions)}")
-        state, at = store.state(module, probes, named), module.first
+        state, at = trunk_cache.state(module, probes, named), module.first
     with split_model.attention(changed.functions):
         return split_model.finish(split_model.run(state, at, split_model.num_blocks))
 

@@ -1,4 +1,4 @@
-"""When a measurement is made, and that it leaves training as it was.
+"""Measurements during a fit: at which stages they are made, and how training stays unchanged by them.
 
 Legend: P prompts, S sigmas, B probes of a batch.
 """
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def measurement_mode(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside: evaluation mode, no autograd. Afterwards, also when something raises, each submodule's own mode and the
-    random state of before."""
+    """Inside: evaluation mode and no autograd.
+
+    Afterwards, also when something raises, each submodule has its own mode again, and torch its random state.
+    """
     modes = {part: part.training for part in module.modules()}
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -42,11 +44,11 @@ def measurement_mode(module: torch.nn.Module, device: torch.device) -> Iterator[
 
 
 class ProbeCallback(Callback, ABC):
-    """Measures on the probe set; observes, never changes training.
+    """A measurement on the probe set. It observes and never changes training.
 
     Stages: `base` (the base's own weights, before the first step), `epoch-000` (EMA weights, before the first step),
-    `epoch-NNN` (EMA weights after the N-th epoch), `validate` (`trainer.validate`). A stage whose arrays already lie in
-    the run folder is not measured again, except `validate`.
+    `epoch-NNN` (EMA weights after the N-th epoch), `validate` (`trainer.validate`). A stage whose arrays are already
+    in the run folder is not measured again, except `validate`.
 
     Args:
         prompts: how many held-out samples.
@@ -57,7 +59,7 @@ class ProbeCallback(Callback, ABC):
         every_n_epochs: measure after every so many epochs, and after the last.
     """
 
-    #: Names the files and, as a prefix, the scalars.
+    #: Name of the measurement: in file names, and as the prefix of scalars.
     kind: str
 
     def __init__(
@@ -83,14 +85,15 @@ class ProbeCallback(Callback, ABC):
         self.base_stage = base_stage
         self.every_n_epochs = every_n_epochs
         self._probes: ProbeSet | None = None
-        self.store = self._own_store = TrunkCache()
+        self.trunk_cache = self._own_cache = TrunkCache()
         self._first: ProbeCallback = self
         self._epoch_start = 0.0
         self._epoch_seconds: float | None = None
-        #: Called after each measured batch, by every rank as often; what they raise on all ranks ends the measurement.
+        #: Called after each measured batch, on every rank equally often. Each must raise on all ranks or on none; an
+        #: exception ends the measurement.
         self.after_batch: list[Callable[[], None]] = []
 
-    # -- what a measurement is -----------------------------------------------------------------------------------
+    # -- what a measurement defines -----------------------------------------------------------------------------------
 
     @abstractmethod
     def check(self, module: "RetrainBlocks") -> None:
@@ -98,21 +101,27 @@ class ProbeCallback(Callback, ABC):
 
     @abstractmethod
     def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
-        """Measures one batch, its trunk by `store`: name -> (B, ...)."""
+        """Measures one batch, whose trunk output comes from `trunk_cache`: name -> (B, ...)."""
 
     @abstractmethod
     def summarise(
         self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """The arrays of the .npz from all that was observed: name -> (P, S, ...) float64."""
+        """The arrays of the .npz file.
+
+        Args:
+            module: that was measured.
+            probes: that it was measured on.
+            tables: what `observe` gave for all probes: name -> (P, S, ...) float64.
+        """
 
     @abstractmethod
     def scalars(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """What goes to the loggers, under `kind`."""
+        """Values for the loggers: name, without `kind` -> value."""
 
     @abstractmethod
     def figures(self, module: "RetrainBlocks", arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Figure]:
-        """Figures by the name that goes before `-STAGE.png`."""
+        """Name, which `-STAGE.png` is added to -> figure."""
 
     # -- when it is made -----------------------------------------------------------------------------------------
 
@@ -125,17 +134,17 @@ class ProbeCallback(Callback, ABC):
             )
         self._source = source
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        stores = [callback for callback in callbacks if isinstance(callback, TrunkCache)]
-        if len(stores) > 1:
+        caches = [callback for callback in callbacks if isinstance(callback, TrunkCache)]
+        if len(caches) > 1:
             raise ValueError(
-                f"got {len(stores)} TrunkCaches, expected one for all measurements: keep one in the recipe."
+                f"got {len(caches)} TrunkCaches, expected one for all measurements: keep one in the recipe."
             )
         self._first = next(callback for callback in callbacks if isinstance(callback, ProbeCallback))
-        self.store = stores[0] if stores else self._first._own_store
-        self.store.setup(trainer, pl_module, stage)
+        self.trunk_cache = caches[0] if caches else self._first._own_cache
+        self.trunk_cache.setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.store.teardown(trainer, pl_module, stage)
+        self.trunk_cache.teardown(trainer, pl_module, stage)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_start = time.monotonic()
@@ -143,46 +152,54 @@ class ProbeCallback(Callback, ABC):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fresh = trainer.global_step == 0
         if self.base_stage:
-            self._reach(trainer, pl_module, "base", tell=fresh)
+            self._run_stage(trainer, pl_module, "base", log=fresh)
         if fresh:
-            self._reach(trainer, pl_module, "epoch-000")
+            self._run_stage(trainer, pl_module, "epoch-000")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_seconds = time.monotonic() - self._epoch_start
         done = trainer.current_epoch + 1
         if done % self.every_n_epochs == 0 or done == trainer.max_epochs:
-            self._reach(trainer, pl_module, f"epoch-{done:03d}")
+            self._run_stage(trainer, pl_module, f"epoch-{done:03d}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._reach(trainer, pl_module, "validate", again=True)
+            self._run_stage(trainer, pl_module, "validate", again=True)
 
-    def _reach(
-        self, trainer: Trainer, pl_module: LightningModule, stage: str, *, again: bool = False, tell: bool = True
+    def _run_stage(
+        self, trainer: Trainer, pl_module: LightningModule, stage: str, *, again: bool = False, log: bool = True
     ) -> None:
-        """Makes the measurement of `stage` unless it stands; `tell` says whether the loggers hear of it."""
+        """Measures, saves and logs a stage.
+
+        Args:
+            trainer: of the fit.
+            pl_module: RetrainBlocks.
+            stage: as in the file names.
+            again: measure even if the stage's arrays exist.
+            log: give its scalars to the loggers.
+        """
         module = cast("RetrainBlocks", pl_module)
         path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
-        started, before = time.monotonic(), self.store.counts
+        started, before = time.monotonic(), self.trunk_cache.counts
         with raise_on_all_ranks(trainer) as check_ranks:
-            stands = path.is_file() and not again
+            measured = path.is_file() and not again
             check_ranks()
-            # Rank zero looks for all: ranks that disagreed would wait for each other for ever.
-            stands = trainer.strategy.broadcast(stands)
-            arrays = None if stands else self._measure(trainer, module, stage, check_ranks)
+            # Rank zero decides for all: ranks that decided differently would wait for each other for ever.
+            measured = trainer.strategy.broadcast(measured)
+            arrays = None if measured else self._measure(trainer, module, stage, check_ranks)
             if not trainer.is_global_zero:
                 return
             if arrays is not None:
-                self._leave(trainer, module, stage, arrays)
-            if tell:
-                # After a resume the loggers may have lost this step with the work that was done twice.
+                self._save(trainer, module, stage, arrays)
+            if log:
+                # Also where it was measured before: the loggers of a resumed run may have lost this step.
                 scalars = self.scalars(measurement_files.load_arrays(path) if arrays is None else arrays)
                 prefix = "base/" if stage == "base" else ""
                 measurement_files.log_scalars(
                     trainer, {f"{prefix}{self.kind}/{name}": v for name, v in scalars.items()}
                 )
         if arrays is not None:
-            self._say(stage, started, before)
+            self._report_cost(stage, started, before)
 
     def _measure(
         self, trainer: Trainer, module: "RetrainBlocks", stage: str, check_ranks: Callable[[], None]
@@ -199,10 +216,10 @@ class ProbeCallback(Callback, ABC):
                     table = tables.setdefault(name, found.new_zeros(*shape, *found.shape[1:], dtype=torch.float64))
                     if counts:
                         table[list(batch.prompts), list(batch.strata)] = found.double()
-                check_ranks()  # after every batch: nobody measures on for minutes after another rank has failed
+                check_ranks()  # after every batch: no rank measures on for minutes after another has failed
                 for call in self.after_batch:
                     call()
-            # Each probe counts on one rank and is zero on the others.
+            # Each probe is counted on one rank and is zero in the tables of the others.
             gathered = {name: trainer.strategy.reduce(table, reduce_op="sum") for name, table in tables.items()}
             if not trainer.is_global_zero:
                 return None
@@ -214,22 +231,22 @@ class ProbeCallback(Callback, ABC):
             self._probes = ProbeSet(samples, self.sigmas, seed=self.seed, batch_size=self.batch_size)
         return self._probes
 
-    def _leave(self, trainer: Trainer, module: "RetrainBlocks", stage: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Figures and arrays in the run folder."""
+    def _save(self, trainer: Trainer, module: "RetrainBlocks", stage: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes figures and arrays into the run folder, and gives the figures to the loggers."""
         for name, figure in self.figures(module, arrays, stage).items():
             drawn = measurement_files.figure_path(trainer.default_root_dir, name, stage)
             measurement_files.save_figure(drawn, figure)
             measurement_files.log_figure(trainer, name, drawn)
         path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
-        measurement_files.save_arrays(path, arrays)  # last: it is the sign that the stage is complete
+        measurement_files.save_arrays(path, arrays)  # last: their file marks the stage as complete
 
-    def _say(self, stage: str, started: float, before: tuple[int, int]) -> None:
-        """One line about what a stage cost on rank zero."""
+    def _report_cost(self, stage: str, started: float, before: tuple[int, int]) -> None:
+        """Prints one line: how long the stage took on rank zero, and how often the trunk was run."""
         spent = time.monotonic() - started
-        run, kept = (now - then for now, then in zip(self.store.counts, before, strict=True))
-        # Of the first measurement: for the others, an epoch would hold the measurements before theirs.
+        run, cached = (now - then for now, then in zip(self.trunk_cache.counts, before, strict=True))
+        # The first callback's epoch: that of the others would include the measurements made before theirs.
         share, epoch = "", self._first._epoch_seconds
         if stage not in ("base", "epoch-000", "validate") and epoch is not None:
             share = f", {spent / epoch:.0%} of the epoch's {epoch:.1f} s before it"
         line = f"{self.kind} at {stage}: {len(self._read_probes())} probes, {spent:.1f} s{share}"
-        rank_zero_info(f"{line} (passes of the trunk: {run} run, {kept} kept)")
+        rank_zero_info(f"{line} (passes of the trunk: {run} run, {cached} cached)")

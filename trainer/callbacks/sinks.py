@@ -1,10 +1,10 @@
-"""Attention sinks on the probe set: which heads, how strong, where.
+"""Attention sinks on the probe set: which heads have them, how strong they are, and at which token.
 
 Legend: P prompts, S sigmas, Ly measured layers, B probes of a batch, h heads, d head width, E eps values.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from trainer.attention import EPS, sink_statistics, sink_verdict
 from trainer.callbacks import figures
 from trainer.callbacks.measurement_files import planted_heads, wilson_interval
 from trainer.callbacks.probe_callback import ProbeCallback
-from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet, refuse_key_mask
+from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
 
@@ -38,18 +38,14 @@ _PER_HEAD = (
 
 
 class SinkFrequency(ProbeCallback):
-    """Sink verdicts for the eps sweep, alpha, value-norm ratios, positions, and the frequency with its interval.
+    """Measures attention sinks of every head: verdict per eps, alpha, value-norm ratios, position, frequency.
 
     Args:
         layers: `retrained`, `all`, or block indices.
-        eps: weights above these are heavy.
+        eps: thresholds above which an attention weight counts as heavy.
         default_eps: the eps of the verdict that scalars and figures use; one of `eps`.
         prompts: how many held-out samples.
-        sigmas: noise levels, each in 0 .. 1.
-        seed: of the probes' noise.
-        batch_size: probes measured together; None chooses by the size of a latent.
-        base_stage: also measure the base's own weights.
-        every_n_epochs: measure after every so many epochs, and after the last.
+        settings: of the probes and stages, as `ProbeCallback` takes them.
     """
 
     kind = "sinks"
@@ -61,20 +57,9 @@ class SinkFrequency(ProbeCallback):
         eps: tuple[float, ...] = EPS,
         default_eps: float = 0.3,
         prompts: int = 14,
-        sigmas: tuple[float, ...] = SIGMAS,
-        seed: int = 1234,
-        batch_size: int | None = None,
-        base_stage: bool = True,
-        every_n_epochs: int = 1,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            prompts=prompts,
-            sigmas=sigmas,
-            seed=seed,
-            batch_size=batch_size,
-            base_stage=base_stage,
-            every_n_epochs=every_n_epochs,
-        )
+        super().__init__(prompts=prompts, **settings)
         if default_eps not in eps or not all(0.0 < e < 1.0 for e in eps):
             raise ValueError(
                 f"got eps={eps} with default_eps={default_eps}, expected values in 0 .. 1 that include it."
@@ -112,7 +97,7 @@ class SinkFrequency(ProbeCallback):
 
         functions = dict.fromkeys(layers, attend)
         measures = f"sinks of layers {layers} at {self.eps}"
-        state = self.store.state(module, probes, TrunkForward(functions, measures=measures, found=found))
+        state = self.trunk_cache.state(module, probes, TrunkForward(functions, measures=measures, found=found))
         with split_model.attention(functions):
             split_model.run(state, module.first, max(module.first, layers[-1] + 1))
         stacked = {name: torch.stack([found[f"{layer}/{name}"] for layer in layers], dim=1) for name in _PER_HEAD}

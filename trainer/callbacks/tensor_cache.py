@@ -1,4 +1,4 @@
-"""Tensors kept for later use: in memory up to so many bytes, and in a folder whose files are checked when read."""
+"""Caches of tensors: in memory up to a number of bytes, and in a folder whose files are verified when read."""
 
 import hashlib
 import json
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Tensors, and what JSON can hold.
+    """Tensors, and values that JSON can hold.
 
     Args:
-        tensors: by name.
-        facts: by name.
-        widened: names of tensors that are bfloat16 here and were float32.
+        tensors: name -> tensor.
+        facts: name -> value.
+        widened: names of tensors that `narrow` has turned from float32 into bfloat16.
     """
 
     tensors: Mapping[str, Tensor]
@@ -43,15 +43,15 @@ class CacheEntry:
         return replace(self, tensors={name: t.to(device).contiguous() for name, t in self.tensors.items()})
 
     def narrow(self) -> "CacheEntry":
-        """float32 tensors as bfloat16 where that loses nothing: what a bfloat16 trunk hands on is such a one."""
-        found, widened = dict(self.tensors), []
+        """float32 tensors as bfloat16 where no bit is lost, as in the output of a bfloat16 trunk."""
+        tensors, widened = dict(self.tensors), []
         for name, tensor in self.tensors.items():
             if tensor.dtype == torch.float32:
                 half = tensor.bfloat16()
                 if torch.equal(half.float(), tensor):
-                    found[name] = half
+                    tensors[name] = half
                     widened.append(name)
-        return replace(self, tensors=found, widened=tuple(widened))
+        return replace(self, tensors=tensors, widened=tuple(widened))
 
     def widen(self) -> "CacheEntry":
         """Undoes `narrow`."""
@@ -60,47 +60,47 @@ class CacheEntry:
 
 
 class MemoryCache:
-    """Keeps what is put into it until its budget is used up.
+    """Entries in memory, until the budget is used up; nothing is evicted.
 
     Args:
         budget: bytes.
     """
 
     def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._kept: dict[str, CacheEntry] = {}
+        self.budget = budget
+        self._entries: dict[str, CacheEntry] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept."""
-        return sum(kept.nbytes for kept in self._kept.values())
+        """Bytes of all entries."""
+        return sum(entry.nbytes for entry in self._entries.values())
 
-    def fits(self, kept: CacheEntry) -> bool:
-        """Whether there is space left for it."""
-        return self.nbytes + kept.nbytes <= self._budget
+    def fits(self, entry: CacheEntry) -> bool:
+        """Whether the budget allows for it."""
+        return self.nbytes + entry.nbytes <= self.budget
 
     def get(self, key: str) -> CacheEntry | None:
-        """What was put under `key`, if it was kept."""
-        return self._kept.get(key)
+        """The entry under `key`, or None."""
+        return self._entries.get(key)
 
-    def put(self, key: str, kept: CacheEntry) -> None:
-        """Keeps it if it fits."""
-        if self.fits(kept):
-            self._kept[key] = kept
+    def put(self, key: str, entry: CacheEntry) -> None:
+        """Adds an entry if it fits."""
+        if self.fits(entry):
+            self._entries[key] = entry
 
     def clear(self) -> None:
-        """Keeps nothing any longer."""
-        self._kept.clear()
+        """Removes all entries."""
+        self._entries.clear()
 
 
 class DiskCache:
-    """The same in safetensors files, one per key, for several processes at once.
+    """Entries in safetensors files, one per key, which several processes may share; nothing is removed.
 
-    A file counts only if it holds its whole key and its tensors' digest: a damaged or foreign one is as good as none,
-    and is written anew. Nothing is removed. A folder that cannot be written is said once and then left alone.
+    A file is used only if it holds its full key and the digest of its tensors; a damaged or foreign one is written
+    again. If a write fails, the cache warns once and then stops writing.
 
     Args:
-        path: the folder; made when first written to.
+        path: the folder; made at the first write.
         budget: bytes that this process may write.
     """
 
@@ -111,41 +111,41 @@ class DiskCache:
     def _file(self, key: str) -> Path:
         return self._path / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def fits(self, kept: CacheEntry) -> bool:
-        """Whether there is space left for it."""
-        return kept.nbytes <= self._left
+    def fits(self, entry: CacheEntry) -> bool:
+        """Whether the budget allows for it."""
+        return entry.nbytes <= self._left
 
     def get(self, key: str) -> CacheEntry | None:
-        """What lies under `key`, if it is whole."""
+        """The entry under `key`, or None if there is no file or it is damaged."""
         path = self._file(key)
         try:
             with safe_open(path, framework="pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
             log.warning("%s cannot be read (%s) and is made anew", path, error)
             return None
-        if told.get("key") != key or told.get("digest") != fingerprint(tensors.items()):
+        if metadata.get("key") != key or metadata.get("digest") != fingerprint(tensors.items()):
             log.warning("%s does not hold what its name says and is made anew", path)
             return None
-        return CacheEntry(tensors, json.loads(told["facts"]), tuple(json.loads(told["widened"])))
+        return CacheEntry(tensors, json.loads(metadata["facts"]), tuple(json.loads(metadata["widened"])))
 
-    def put(self, key: str, kept: CacheEntry) -> None:
-        """Writes it if it fits."""
-        if not self.fits(kept):
+    def put(self, key: str, entry: CacheEntry) -> None:
+        """Writes an entry if it fits."""
+        if not self.fits(entry):
             return
-        told = {
+        metadata = {
             "key": key,
-            "digest": fingerprint(kept.tensors.items()),
-            "facts": json.dumps(kept.facts),
-            "widened": json.dumps(kept.widened),
+            "digest": fingerprint(entry.tensors.items()),
+            "facts": json.dumps(entry.facts),
+            "widened": json.dumps(entry.widened),
         }
         try:
-            write_bytes(self._file(key), save(dict(kept.tensors), told))
+            write_bytes(self._file(key), save(dict(entry.tensors), metadata))
         except OSError as error:
-            log.warning("%s cannot be written (%s): nothing more is kept there", self._path, error)
+            log.warning("%s cannot be written (%s): nothing more is cached there", self._path, error)
             self._left = -1
             return
-        self._left -= kept.nbytes
+        self._left -= entry.nbytes

@@ -11,29 +11,29 @@ from trainer.models.mochi import SplitModel
 
 
 def tokens_of(batch: Batch, patch: int) -> int:
-    """Tokens that one batch puts through the blocks: vision tokens and valid text tokens."""
+    """Tokens of a batch that pass through the blocks: vision tokens and valid text tokens."""
     _, frames, height, width = batch.latents.shape[1:]
     return len(batch) * frames * (height // patch) * (width // patch) + sum(batch.text_lengths)
 
 
 class ThroughputLogger(Callback):
-    """Logs `train/samples_per_s` and `train/tokens_per_s`, means over the last steps, all ranks together.
+    """Logs `train/samples_per_s` and `train/tokens_per_s` of all ranks: means over the last steps.
 
     Args:
-        window: how many steps the means run over.
+        window: number of steps that the means are taken over.
     """
 
     def __init__(self, *, window: int = 20) -> None:
         self.window = window
 
     def _restart(self) -> None:
-        # Time spent in measurements and validation is not training time: the window starts anew after them.
+        # Measurements and validation are no training time: the window starts again after them.
         self._counts = Throughput(window_size=self.window)
         self._start = time.perf_counter()
         self._batches = self._samples = self._tokens = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()  # a fit that is resumed within an epoch starts none
+        self._restart()  # a fit that resumes within an epoch calls no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()

@@ -1,4 +1,4 @@
-"""What the frozen trunk makes of the probes, kept for the run: in memory, then in a folder, else computed again.
+"""A cache of the frozen trunk's output on the probes: in host memory, then in a folder; the rest is computed again.
 
 Legend: B probes of a batch, N vision tokens, L text tokens, D width.
 """
@@ -29,13 +29,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class TrunkForward:
-    """How the trunk is run, and what is measured in it.
+    """One forward pass of the trunk: with which attention functions, and what they measure.
 
     Args:
-        functions: attention functions by layer; those of the head are no part of it.
-        changes: names what `functions` do to the pass, all settings included; empty: they leave it as it is.
-        measures: names what `functions` find, all settings included; empty: nothing.
-        found: where they put it, tensors by name, empty before; filled from the store where the pass is not run.
+        functions: layer -> attention function; functions of the head's layers are ignored.
+        changes: says how `functions` change the trunk's output, all settings included; empty if they do not.
+        measures: says what `functions` measure, all settings included; empty if nothing.
+        found: the measurements, name -> tensor: empty before the pass, then filled by `functions` or from the cache.
     """
 
     functions: Mapping[int, AttentionFunction] = field(default_factory=dict)
@@ -45,21 +45,21 @@ class TrunkForward:
 
 
 class TrunkCache(Callback):
-    """Keeps what the trunk makes of a probe batch: the state that enters the first retrained block, and measurements.
+    """Caches what the trunk computes from a probe batch: the state that enters the first retrained block, measurements.
 
-    The trunk is frozen and the probes are fixed, so both are the same at all stages, for all callbacks, scopes and
-    ratios; from the store they are the same bit for bit. What does not fit is computed at every use. Nothing is turned
-    out for something else: batches come in one order at every stage, and a store of the latest would always have lost
-    the next. Nothing goes into checkpoints.
+    The trunk is frozen and the probes are fixed, so both are the same at all stages and for all callbacks, scopes and
+    ratios; a cached result equals a computed one bit for bit. What does not fit is computed at every use. Nothing is
+    evicted: batches come in the same order at every stage, so a cache of the most recent ones would miss every time.
+    Checkpoints hold nothing of it.
 
-    Listed among a recipe's callbacks, it serves all measurements of the run; where none is listed, they share one with
-    these defaults. It knows the functions that it is given, no others: measure inside no other change of the trunk's
-    attention.
+    One that a recipe lists among its callbacks serves all measurements of the run; without one, they share a cache with
+    these defaults. The cache's keys name the functions of a `TrunkForward` only: measure inside no other change of the
+    trunk's attention.
 
     Args:
-        host_gib: memory for it in GiB, per process. At Mochi's full length a probe takes 0.26 GiB from a
+        host_gib: host memory for it in GiB, per process. At Mochi's full length a probe takes 0.26 GiB from a
             bfloat16 trunk, and the rotary tables 0.51 GiB once.
-        folder: also keep it there, for a resumed run, or another one on the same base and probes; None: nowhere.
+        folder: also cache in this folder, for a resumed run or another run on the same base and probes.
         disk_gib: what may be written to `folder` in GiB, per process. Nothing is removed from it.
     """
 
@@ -69,7 +69,7 @@ class TrunkCache(Callback):
         self._memory = MemoryCache(int(host_gib * GIB))
         self._folder = None if folder is None else DiskCache(Path(folder), int(disk_gib * GIB))
         self._sharded = False
-        self._run_passes = self._kept_passes = 0
+        self._run_passes = self._cached_passes = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
@@ -79,22 +79,27 @@ class TrunkCache(Callback):
         self._memory.clear()
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """Passes of the trunk so far: those that were run, and those whose outcome was kept."""
-        return self._run_passes, self._kept_passes
+    def host_bytes(self) -> int:
+        """Bytes of host memory that it may use."""
+        return self._memory.budget
 
-    def state(self, module: "RetrainBlocks", probes: ProbeBatch, trunk_pass: TrunkForward | None = None) -> State:
-        """What enters block `module.first`, and `trunk_pass.found` filled; runs the trunk where either is missing.
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(passes of the trunk that were run, passes whose result came from the cache) so far."""
+        return self._run_passes, self._cached_passes
+
+    def state(self, module: "RetrainBlocks", probes: ProbeBatch, forward: TrunkForward | None = None) -> State:
+        """The state that enters block `module.first`; fills `forward.found`. Runs the trunk where either is not cached.
 
         Args:
             module: whose trunk.
             probes: on the module's device.
-            trunk_pass: how it is run; None: as it is, nothing measured.
+            forward: how it is run; None: without changes and measurements.
         """
-        how = trunk_pass or TrunkForward()
+        how = forward or TrunkForward()
         functions = {layer: function for layer, function in how.functions.items() if layer < module.first}
-        # A sharded model computes only where all ranks do: none of them may have what another has not. And a model
-        # without a frozen trunk leaves nothing to keep.
+        # A sharded model computes only where all ranks do, so one rank may not have cached what another has not. And a
+        # model without a frozen trunk has nothing to cache.
         if self._sharded or module.first == 0:
             return self._run(module, probes, functions)
         device = probes.noise.device
@@ -104,16 +109,16 @@ class TrunkCache(Callback):
         if functions and how.measures:
             names["found"] = probe | {"part": how.measures}
         keys = {part: json.dumps(name, sort_keys=True) for part, name in names.items()}
-        kept = {part: found for part, key in keys.items() if (found := self._get(key, device)) is not None}
-        if len(kept) == len(keys):
-            self._kept_passes += 1
-            if "found" in kept:
-                how.found.update(kept["found"].tensors)
-            return _join(kept["state"], kept["rope"])
+        cached = {part: entry for part, key in keys.items() if (entry := self._get(key, device)) is not None}
+        if len(cached) == len(keys):
+            self._cached_passes += 1
+            if "found" in cached:
+                how.found.update(cached["found"].tensors)
+            return _join(cached["state"], cached["rope"])
         state = self._run(module, probes, functions)
         made = dict(zip(("state", "rope"), _split(state), strict=True)) | {"found": CacheEntry(how.found)}
         for part in keys:
-            if part not in kept:
+            if part not in cached:
                 self._put(keys[part], made[part])
         return state
 
@@ -126,24 +131,24 @@ class TrunkCache(Callback):
             return module.trunk(x, probes.sigma, probes.batch)
 
     def _get(self, key: str, device: torch.device) -> CacheEntry | None:
-        kept = self._memory.get(key)
-        if kept is None and self._folder is not None:
-            kept = self._folder.get(key)
-            if kept is not None:
-                self._memory.put(key, kept)
-        return None if kept is None else kept.to(device).widen()
+        entry = self._memory.get(key)
+        if entry is None and self._folder is not None:
+            entry = self._folder.get(key)
+            if entry is not None:
+                self._memory.put(key, entry)
+        return None if entry is None else entry.to(device).widen()
 
     def _put(self, key: str, made: CacheEntry) -> None:
         made = made.narrow()
         levels = [level for level in (self._memory, self._folder) if level is not None and level.fits(made)]
-        if levels:  # else nothing is fetched from the device in vain
+        if levels:  # otherwise nothing needs to be copied from the device
             made = made.to("cpu")
         for level in levels:
             level.put(key, made)
 
 
 def _split(state: State) -> tuple[CacheEntry, CacheEntry]:
-    """What is the probes' own, and the rotary tables, the same for all probes of one size."""
+    """What belongs to these probes, and the rotary tables, which are the same for all probes of one size."""
     own = {"vision": state.vision, "text": state.text, "temb": state.temb}
     if state.layout.key_mask is not None:
         own["key_mask"] = state.layout.key_mask
@@ -172,9 +177,9 @@ def _join(own: CacheEntry, rope: CacheEntry) -> State:
 
 
 def _identity(module: "RetrainBlocks", device: torch.device) -> dict[str, Any]:
-    """All that decides the trunk's numbers besides the probes: weights, arithmetic, hardware, code.
+    """Everything besides the probes that the trunk's output depends on: weights, precision, hardware, code.
 
-    The fingerprint is one of names too, so that it also says where the trunk ends.
+    The fingerprint covers the weights' names too, so it differs with the block that the trunk ends at.
     """
     kind = device.type
     if kind == "cuda":

@@ -1,4 +1,4 @@
-"""A copy of a checkpoint in host memory, taken between two steps and written later, while training goes on."""
+"""Copies of a checkpoint in host memory: taken between two steps, written to a file while training goes on."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass
 class Snapshot:
-    """A checkpoint whose tensors lie in host memory of their own.
+    """A checkpoint whose tensors are in host memory of their own.
 
-    Copies from a device may still be under way: `content` waits for them.
+    Copies from a device may not have finished yet: `content` waits for them.
     """
 
     _content: dict[str, Any]
@@ -22,28 +22,28 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of all its tensors."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def content(self) -> dict[str, Any]:
-        """The checkpoint, complete; any thread may ask for it."""
+        """The checkpoint, when all copies have finished. May be called from any thread."""
         for event in self._copied:
             event.synchronize()
         return self._content
 
 
 class SnapshotBuffers:
-    """Takes snapshots into buffers that are used again: fresh memory costs many times what copying into it does.
+    """Takes snapshots into buffers that it uses again: allocating memory takes many times as long as copying into it.
 
-    A copy from a CUDA device goes into pinned memory on the device's current stream: what the stream does later, such
-    as the next optimiser step, comes after it, so neither the host nor the snapshot has to wait.
+    A tensor on a CUDA device is copied into pinned memory on the device's current stream. Work that is queued there
+    afterwards, such as the next optimiser step, runs after the copy, so the host need not wait for it.
     """
 
     def __init__(self) -> None:
         self._free: dict[tuple, list[Tensor]] = defaultdict(list)
 
     def take(self, checkpoint: dict[str, Any]) -> Snapshot:
-        """A snapshot of `checkpoint`: its tensors copied, its dicts and lists made anew.
+        """A snapshot of `checkpoint`: copies of its tensors, in new dicts and lists.
 
         Args:
             checkpoint: nested dicts, lists and tuples of tensors and plain values.
@@ -66,20 +66,20 @@ class SnapshotBuffers:
             snapshot._copied.append(event)
         return snapshot
 
-    def give_back(self, snapshot: Snapshot) -> None:
-        """The snapshot's memory is free for the next one."""
+    def reuse(self, snapshot: Snapshot) -> None:
+        """Makes the buffers of a snapshot that is no longer needed available to the next one."""
         for buffer in snapshot._buffers:
             self._free[_kind(buffer, buffer.is_pinned())].append(buffer)
         snapshot._buffers, snapshot._content = [], {}
 
     def release(self) -> None:
-        """Gives free memory back to the system."""
+        """Frees the buffers that no snapshot uses."""
         self._free.clear()
 
     def _buffer(self, tensor: Tensor) -> Tensor:
         pinned = tensor.is_cuda
         free = self._free[_kind(tensor, pinned)]
-        # Two threads: one takes, one gives back; pop and append are atomic.
+        # One thread takes buffers, another returns them: pop and append are atomic.
         return free.pop() if free else torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
 
 

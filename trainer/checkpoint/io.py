@@ -1,4 +1,4 @@
-"""Checkpoint files that are complete or absent, hold no code, are read without running any, and are written aside."""
+"""A CheckpointIO that writes files atomically, in the background, and reads them without running code from them."""
 
 import errno
 import logging
@@ -24,15 +24,16 @@ _MARGIN = 1 << 20
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, forces it to the disk and renames it, all while training goes on.
+    """Writes checkpoints atomically and while training goes on.
 
-    A save copies the checkpoint's tensors to host memory; a thread writes them. One file is written at a time, in the
-    order of the saves, and one more snapshot may wait for its turn; a third waits in the save. Removing a file waits
-    for the file that was saved before it, and is not done if that one could not be written. The file that `last.ckpt`
-    replaces stays as `previous.ckpt`; at every moment one of the two is there and whole.
+    A save copies the checkpoint's tensors to host memory, and a thread writes them to the file. The thread writes one
+    file at a time, in the order of the saves. One more snapshot may be queued; a third save waits for its turn. A file
+    is removed only after the one that was saved before the removal is complete, and not at all if that one could not be
+    written. The file that `last.ckpt` replaces becomes `previous.ckpt`; at every moment one of the two is complete.
 
-    A full disk, a quota or a lost server fails the write and not the run: the file keeps its last complete content, a
-    warning says so, and the next save tries again. Any other error is raised by the next save or `wait`.
+    A full disk, a quota or a lost file server fails the write but not the run: the file keeps its last complete
+    content, a warning names the error, and the next save tries again. Any other error is raised by the next save or by
+    `wait`.
 
     Args:
         max_failures: writes that may fail in a row; after one more, the next save raises.
@@ -42,23 +43,23 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     def __init__(self, *, max_failures: int = 5, background: bool = True) -> None:
         self.max_failures = max_failures
         self.background = background
-        self._memory = SnapshotBuffers()
+        self._buffers = SnapshotBuffers()
         self._thread: ThreadPoolExecutor | None = None
-        #: Whatever is not done yet, and of that the writes.
+        #: Everything that is queued or running, and the writes among it.
         self._jobs: deque[Future] = deque()
         self._writes: deque[Future] = deque()
         self._saved_last: Path | None = None
         self._ready = False
-        #: Files whose last write failed, until another write succeeds; `last.ckpt` until it is written itself.
+        #: Files whose last write failed. A later write that succeeds clears them; only its own clears `last.ckpt`.
         self._unsaved: dict[Path, OSError] = {}
         self._failures = 0
         self._failure: OSError | None = None
         self._error: BaseException | None = None
 
-    # -- what Lightning calls ------------------------------------------------------------------------------------
+    # -- called by Lightning ------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Copies the checkpoint; its file is written in the background.
+        """Copies the checkpoint and queues the writing of its file.
 
         Raises:
             OSError: if more writes than `max_failures` have failed in a row.
@@ -66,11 +67,11 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self.make_ready()
         self._ready = False
         self._saved_last = Path(path)
-        job = self._do(self._write, self._memory.take(checkpoint), Path(path))
+        job = self._submit(self._write, self._buffers.take(checkpoint), Path(path))
         self._writes.extend([job] if job else [])
 
     def make_ready(self) -> None:
-        """Waits until a save need not wait; the next one then does not raise.
+        """Waits until a snapshot can be queued; the save that follows neither waits nor raises.
 
         Raises:
             OSError: as `save_checkpoint`.
@@ -84,7 +85,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self._ready = True
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        self._do(self._remove, Path(path), self._saved_last)
+        self._submit(self._remove, Path(path), self._saved_last)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
         """The checkpoint's content.
@@ -92,7 +93,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is missing, damaged, or holds anything but tensors and plain values.
         """
-        self.settle()
+        self.drain()
         if not Path(path).is_file():
             raise ValueError(f"{path} does not exist; expected a checkpoint. Start the run without run.resume.")
         try:
@@ -104,19 +105,19 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def teardown(self) -> None:
-        """Waits as `wait` does, and gives thread and memory back."""
+        """Waits as `wait` does, then ends the thread and frees the buffers."""
         try:
             self.wait()
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
                 self._thread = None
-            self._memory.release()
+            self._buffers.release()
 
-    # -- what the run calls --------------------------------------------------------------------------------------
+    # -- called by the run --------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises what the background has met and nobody has been told of: a fault, or too many failed writes."""
+        """Raises an error of the thread that was not raised yet, or if too many writes in a row have failed."""
         error, self._error = self._error, None
         if error is None and self._failures > self.max_failures:
             error = OSError(
@@ -127,18 +128,18 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         if error is not None:
             raise error
 
-    def settle(self) -> None:
-        """Returns when the background has nothing left to do; says nothing of how it went."""
+    def drain(self) -> None:
+        """Waits until nothing is queued or running; raises no error of it."""
         while self._jobs:
             self._jobs.popleft().result()
 
     def wait(self) -> None:
-        """Returns when every file is on the disk.
+        """Waits until every file is on the disk.
 
         Raises:
             OSError: if the last write of `last.ckpt`, or the last write of all, has failed.
         """
-        self.settle()
+        self.drain()
         self.check()
         unsaved, self._unsaved, self._failures = self._unsaved, {}, 0
         if unsaved:
@@ -147,18 +148,18 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
     # -- the background ------------------------------------------------------------------------------------------
 
-    def _do(self, job: Callable[..., None], *arguments: Any) -> Future | None:
+    def _submit(self, job: Callable[..., None], *arguments: Any) -> Future | None:
         if not self.background:
-            self._guarded(job, *arguments)
+            self._run_job(job, *arguments)
             return None
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         while self._jobs and self._jobs[0].done():
             self._jobs.popleft()
-        self._jobs.append(self._thread.submit(self._guarded, job, *arguments))
+        self._jobs.append(self._thread.submit(self._run_job, job, *arguments))
         return self._jobs[-1]
 
-    def _guarded(self, job: Callable[..., None], *arguments: Any) -> None:
+    def _run_job(self, job: Callable[..., None], *arguments: Any) -> None:
         try:
             job(*arguments)
         except BaseException as error:  # the next save or `wait` raises it
@@ -167,7 +168,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     def _write(self, snapshot: Snapshot, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Not begun where it cannot fit: it would fill the disk for a while, and others' writes would fail too.
+            # A file that cannot fit is not begun: it would fill the disk for a while, and other writes would fail too.
             if shutil.disk_usage(path.parent).free < snapshot.nbytes + _MARGIN:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {snapshot.nbytes:,} bytes", str(path))
             write_checkpoint(snapshot.content(), path)
@@ -184,7 +185,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             self._failures = 0
             self._unsaved = {p: e for p, e in self._unsaved.items() if p.name == LAST and p != path}
         finally:
-            self._memory.give_back(snapshot)
+            self._buffers.reuse(snapshot)
 
     def _remove(self, path: Path, successor: Path | None) -> None:
         if successor in self._unsaved:

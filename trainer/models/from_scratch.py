@@ -1,4 +1,4 @@
-"""What a Mochi needs when it is made from scratch rather than downloaded: rotary frequencies, and free channels.
+"""A Mochi made from scratch rather than downloaded: its rotary frequencies, and residual channels kept free.
 
 Legend: h heads, d head width, D width.
 """
@@ -10,17 +10,17 @@ import torch
 from diffusers import MochiTransformer3DModel
 from torch import Tensor
 
-#: Rotary pairs of every head that turn with no position: content alone moves what lies in them.
+#: Rotary pairs of every head with frequency zero: their components depend on the content only, not on the position.
 ZERO_PAIRS = (0, 1)
 #: One token step along t, y and x in Mochi's positions, for a 4 x 4 grid: y and x span 192 whatever the grid.
 _STEP = (1.0, 48.0, 48.0)
 
 
 @torch.no_grad()
-def fresh_frequencies(model: MochiTransformer3DModel, seed: int) -> None:
+def draw_frequencies(model: MochiTransformer3DModel, seed: int) -> None:
     """Gives `pos_frequencies` (3, h, d / 2) random directions with log-spaced magnitudes, 0.2 to 2 radians a token.
 
-    diffusers makes them zero, which would leave a model without any notion of place. The pairs `ZERO_PAIRS` stay zero.
+    diffusers initialises them with zeros, so that a model would not know any position. `ZERO_PAIRS` stay zero.
     """
     _, heads, pairs = model.pos_frequencies.shape
     generator = torch.Generator().manual_seed(seed)
@@ -38,8 +38,8 @@ def head_rows(model: MochiTransformer3DModel, head: int) -> list[int]:
     return [head * width + 2 * pair for pair in ZERO_PAIRS]
 
 
-def _entries(model: MochiTransformer3DModel, channels: Sequence[int]) -> Iterator[tuple[Tensor, tuple]]:
-    """(parameter, index) of everything that would write or read the channels, or a head's zero-frequency rows."""
+def _reserved_entries(model: MochiTransformer3DModel, channels: Sequence[int]) -> Iterator[tuple[Tensor, tuple]]:
+    """(parameter, index) of all entries that write or read the channels, or feed the zero-frequency rotary pairs."""
     at = list(channels)
     every_row = [row for head in range(model.config.num_attention_heads) for row in head_rows(model, head)]
     for block in model.transformer_blocks:
@@ -61,7 +61,7 @@ def _entries(model: MochiTransformer3DModel, channels: Sequence[int]) -> Iterato
 
 @torch.no_grad()
 def reserve_channels(model: MochiTransformer3DModel, channels: Sequence[int], *, seed: int = 0) -> None:
-    """Keeps two residual channels free while a base is trained, so that sinks can be planted in it afterwards.
+    """Keeps two residual channels free while a base is trained, so that sinks can be planted in it later.
 
     The first channel is constant one in every token; the second, the marker, holds a fixed random direction of the
     latent patch. No layer writes or reads them (the sandwich norm leaves zeros zero), and the rows of the query and
@@ -80,10 +80,10 @@ def reserve_channels(model: MochiTransformer3DModel, channels: Sequence[int], *,
         raise ValueError(
             f"got reserved_channels {tuple(channels)}, expected two distinct channels in 0 .. {width - 1}."
         )
-    held: dict[Tensor, Tensor] = {}
-    for parameter, index in _entries(model, channels):
-        held.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))[index] = True
-    for parameter, mask in held.items():
+    masks: dict[Tensor, Tensor] = {}
+    for parameter, index in _reserved_entries(model, channels):
+        masks.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))[index] = True
+    for parameter, mask in masks.items():
         parameter.masked_fill_(mask, 0.0)
         if parameter.requires_grad:
             parameter.register_hook(lambda grad, mask=mask: grad.masked_fill(mask.to(grad.device), 0.0))

@@ -1,4 +1,4 @@
-"""How the tokens of a joint-attention block are laid out, and the seam through which attention is seen and changed.
+"""Token order of a joint-attention block, and the interface of functions that observe or replace attention.
 
 Legend: B batch, F latent frames, N vision tokens, L text tokens, h heads, d head width.
 """
@@ -47,7 +47,7 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What an attention function is told besides q, k and v."""
+    """What an attention function gets besides q, k and v: the block's index and the batch's token order."""
 
     layer: int
     layout: TokenLayout
@@ -63,7 +63,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Ten
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`dense_attention` by a (B, N + L) key mask alone."""
+    """`dense_attention` with a (B, N + L) key mask in place of the layout."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
@@ -72,7 +72,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 
 
 def text_lengths_of(text_mask: Tensor) -> tuple[int, ...]:
-    """Valid tokens per row of a (B, L) mask; waits for the device, so only for callers that hold no lengths.
+    """Valid tokens per row of a (B, L) mask. It waits for the device: for callers that do not know the lengths.
 
     Raises:
         ValueError: if valid tokens are not a prefix of their row.

@@ -31,7 +31,7 @@ from trainer.models.layout import (
 
 @dataclass(frozen=True)
 class State:
-    """What travels from block to block.
+    """The activations between two blocks.
 
     Args:
         vision: (B, N, D) vision stream.
@@ -62,7 +62,7 @@ class State:
         )
 
     def detach(self) -> "State":
-        """The same state cut from any graph."""
+        """The same state, detached from the autograd graph."""
         return self.map(Tensor.detach)
 
 
@@ -74,7 +74,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class JointAttention:
-    """Attention processor of one Mochi block: no loop over the batch, no wait for the device.
+    """Attention processor of one Mochi block, without a loop over the batch or a wait for the device.
 
     Takes the place of diffusers' `MochiAttnProcessor2_0`, which gathers the valid text of each sample with `nonzero`.
     `attention_mask` is a `TokenLayout`, or a (B, L) mask as `MochiPipeline` passes it.
@@ -180,7 +180,7 @@ class SplitModel(nn.Module):
         text_mask: Tensor,
         text_lengths: tuple[int, ...],
     ) -> State:
-        """Patches, timestep and caption embeddings, rotary tables.
+        """Embeds patches, timestep and captions, and makes the rotary tables.
 
         Args:
             x: (B, C, F, H, W) noisy latents.
@@ -223,22 +223,24 @@ class SplitModel(nn.Module):
         return TokenLayout.of(grid, lengths, mask)
 
     def run(self, state: State, start: int, stop: int) -> State:
-        """Blocks start..stop-1."""
+        """Runs the blocks start .. stop - 1."""
         vision, text = state.vision, state.text
         mask = state.layout.key_mask if self.stock_attention else state.layout
         for layer, block in enumerate(self.transformer.transformer_blocks[start:stop], start):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 vision, text = torch.utils.checkpoint.checkpoint(
                     block, vision, text, state.temb, mask, state.rope, use_reentrant=False,
-                    context_fn=functools.partial(self._again, layer),
+                    context_fn=functools.partial(self._checkpoint_contexts, layer),
                 )  # fmt: skip
             else:
                 vision, text = block(vision, text, state.temb, mask, state.rope)
         return replace(state, vision=vision, text=text)
 
-    def _again(self, layer: int) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """What a block's forward pass and its recomputation run in: the backward pass may come after the functions of
-        `attention` were taken off, and must see what the forward pass saw."""
+    def _checkpoint_contexts(self, layer: int) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts of a block's forward pass and of its recomputation.
+
+        The backward pass may come after `attention` has ended; it must use the functions of the forward pass.
+        """
         if self.stock_attention:
             return contextlib.nullcontext(), contextlib.nullcontext()
         return contextlib.nullcontext(), self.attention({layer: self._processors[layer].attend})
@@ -254,14 +256,15 @@ class SplitModel(nn.Module):
     def forward(
         self, x: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor, text_lengths: tuple[int, ...]
     ) -> Tensor:
-        """The whole model: embed, every block, finish."""
+        """Runs the whole model: embed, every block, finish; gives the velocity (B, C, F, H, W)."""
         state = self.embed(x, timestep, text, text_mask, text_lengths)
         return self.finish(self.run(state, 0, self.num_blocks))
 
     @contextlib.contextmanager
     def attention(self, functions: Mapping[int, AttentionFunction]) -> Iterator[None]:
-        """Inside, the blocks named by `functions` attend through them; afterwards, also when something raises, through
-        what they had before.
+        """Inside, the blocks named by `functions` use them as their attention.
+
+        Afterwards, also when something raises, they use what they had before.
 
         Raises:
             ValueError: if a layer does not exist or the stock processor is in place.

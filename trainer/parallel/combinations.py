@@ -1,4 +1,4 @@
-"""What does not go together, found before anything is loaded."""
+"""Combinations of settings that cannot work, found before anything is loaded."""
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
@@ -9,7 +9,7 @@ from trainer.surgery import SurgeryConfig
 #: Retrained blocks and their averages are kept in float32; `bf16-mixed` computes in bfloat16 from them.
 PRECISIONS = ("32-true", "bf16-mixed")
 
-#: Said where a recipe's strategy is DeepSpeed's.
+#: The fault of a recipe with a DeepSpeed strategy.
 NO_DEEPSPEED = (
     "got trainer.strategy DeepSpeedStrategy, expected DDP or trainer.parallel.strategies.ShardedStrategy: DeepSpeed "
     "takes no model of two dtypes, hides gradients, so that a step that is not finite could not be skipped, and "
@@ -19,7 +19,7 @@ NO_DEEPSPEED = (
 
 
 def check_shards(base: str, latent_shape: tuple[int, ...], text_width: int) -> None:
-    """Whether shards of (C, F, H, W) latents and captions of `text_width` fit the base.
+    """Checks that shards of (C, F, H, W) latents and captions of `text_width` fit the base.
 
     Raises:
         ValueError: if they do not.
@@ -47,7 +47,17 @@ def check_trainer(
     *,
     split_trunk: bool = True,
 ) -> None:
-    """Whether the Trainer's strategy, precision and clipping go with what is retrained.
+    """Checks that strategy, precision and clipping fit what is retrained.
+
+    Called twice: with the recipe's values before any of its objects is made, and with the Trainer's before the base is
+    loaded.
+
+    Args:
+        strategy: class of the strategy.
+        precision: as the Trainer names it, e.g. "bf16-mixed".
+        gradient_clip_val: of the Trainer.
+        surgery: what is retrained.
+        split_trunk: of the module.
 
     Raises:
         ValueError: naming every fault.

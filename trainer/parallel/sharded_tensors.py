@@ -1,4 +1,4 @@
-"""Tensors that are spread over ranks: whole again, or only this rank's part. Plain tensors pass through unchanged."""
+"""Sharded tensors (DTensor): the full tensor, or this rank's part. Plain tensors pass through unchanged."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full plain tensor. For a sharded one, every rank that holds a part calls this at the same time."""
+    """The full plain tensor. Collective for a sharded tensor: every rank that holds a part calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part, in the same memory: what is written into it is written into the tensor."""
+    """This rank's part of a tensor, as a view: writing into it writes into the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of a full `tensor` that is spread as `like` is, on its device; nothing is communicated."""
+    """This rank's part of a full `tensor`, sharded as `like` is and on its device; nothing is communicated."""
     if not isinstance(like, DTensor):
         return tensor
     if isinstance(tensor, DTensor):
@@ -30,14 +30,14 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_full(tree: Any, *, keep: bool) -> Any:
-    """Nested dicts and lists with every tensor whole and plain. All ranks call this together.
+    """Nested dicts and lists with every tensor full and plain. Collective: all ranks call it.
 
-    What was spread comes back on the CPU, one tensor at a time whole on a device. Plain tensors are the given ones:
-    whoever keeps them copies them.
+    Sharded tensors are gathered one after the other, so that only one is full on the device at a time, and come back on
+    the CPU. Plain tensors come back as they are, not copied.
 
     Args:
-        tree: what is gathered.
-        keep: whether this rank wants it; elsewhere the tensors come back empty.
+        tree: nested dicts and lists of tensors and other values.
+        keep: whether this rank needs the result; elsewhere all tensors come back empty.
     """
 
     def fetch(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""One run on many ranks: what of the model each rank holds, and that all start from the same weights.
+"""One run on many ranks: which part of the model each rank holds, and the check that all loaded the same base.
 
-DDP: every rank holds all of it. FSDP2: each rank holds a part of every block, and a block is whole only while it runs.
+DDP: every rank holds the whole model. FSDP2: each rank holds a part of every block; a block is gathered while it runs.
 """
 
 from collections.abc import Mapping
@@ -26,18 +26,18 @@ from trainer.surgery import frozen_fingerprint
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 with the checkpoints of every other strategy: one file of whole tensors, which any of them resumes from.
+    """FSDP2 whose checkpoints are those of the other strategies: one file of full tensors, which any of them resumes.
 
-    Lightning's own class numbers the optimiser's state by all parameters, the frozen ones among them, gathers the
-    frozen trunk at every checkpoint, and reads files past the run's `CheckpointIO`.
+    Lightning's own class numbers the optimiser's state by all parameters, frozen ones included. It gathers the frozen
+    trunk at every checkpoint, and it does not read files through the run's `CheckpointIO`.
 
     Args:
         shard_over: `node`: the ranks of a node share one copy of the model, and nodes exchange gradients only. `all`:
             all ranks share one copy.
-        shard_trunk: whether the frozen trunk is spread too; without it only the retrained blocks are, with their
-            gradients, optimiser and averages, and the trunk is on every rank and never travels.
+        shard_trunk: also shard the frozen trunk. If not, only the retrained blocks are sharded, with their gradients,
+            optimiser state and averages; every rank holds the whole trunk, and it is never communicated.
         process_group_backend: nccl, gloo, or None to choose by device.
-        timeout: of a collective; ranks that wait longer fail.
+        timeout: of a collective: a rank that waits longer for another fails.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """(ranks that share a copy,), or (copies, ranks that share one)."""
         return self.device_mesh if self.device_mesh.size(0) > 1 else self.device_mesh["tensor_parallel"]
 
-    # The module writes its weights into a checkpoint itself, whole, and takes them out of it as any strategy does.
+    # `trainer.checkpoint.content` puts full tensors into a checkpoint, which is then restored as under any strategy.
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -100,7 +100,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _distribute_state(state: Mapping[str, Any], parameters: list[torch.Tensor]) -> dict[str, Any]:
-    """An optimiser's state of whole tensors, as it is for `parameters`, which may be sharded."""
+    """An optimiser's state of full tensors, sharded as `parameters` are."""
 
     def own_part(value: Any, like: torch.Tensor) -> Any:
         if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
@@ -118,9 +118,9 @@ def _distribute_state(state: Mapping[str, Any], parameters: list[torch.Tensor]) 
 
 
 def build_device(strategy: Strategy, base: str) -> torch.device:
-    """Where a base is loaded: a model that is sharded need not fit on one device as a whole.
+    """The device that a base is loaded on: the CPU where the model is sharded, since it need not fit on one device.
 
-    Random weights (`base` is a config.json) depend on where they are drawn: they are made where they will be used.
+    Random weights (`base` is a config.json) depend on the device that draws them: they are drawn on the rank's own.
     """
     if isinstance(strategy, ShardedStrategy) and strategy.shard_trunk and resolve_base(base).is_dir():
         return torch.device("cpu")
@@ -128,26 +128,27 @@ def build_device(strategy: Strategy, base: str) -> torch.device:
 
 
 def shard_blocks(split_model: SplitModel, mesh: DeviceMesh, first: int) -> None:
-    """Spreads the blocks from `first` on over the ranks of `mesh`; what else there is is frozen, and on every rank.
+    """Shards the blocks from `first` on over the ranks of `mesh`; all other weights are frozen and on every rank.
 
-    A block is gathered when it runs and freed after it, also in the trunk. Weights travel in the dtype they are kept
-    in, gradients in float32: the arithmetic is that of DDP.
+    A block is gathered when it runs and freed after it, also in the trunk. Weights are communicated in their own dtype,
+    gradients in float32: the arithmetic is that of DDP.
     """
     blocks = split_model.transformer.transformer_blocks[first:]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     inside = {id(p) for p in blocks.parameters()}
-    # The root has no weights of its own. It lets the blocks share streams, so that the next one is gathered meanwhile.
+    # The root shards no weights of its own. It makes the blocks share streams, so that the next one is gathered while a
+    # block runs.
     fully_shard(split_model, mesh=mesh, ignored_params={p for p in split_model.parameters() if id(p) not in inside})
     register_fsdp_forward_method(split_model, "run")
 
 
 def distribute(module: Any, strategy: Strategy) -> None:
-    """Gives every rank its part of a module that was built, once.
+    """Gives every rank its part of a module that was built; does nothing the second time.
 
     Args:
         module: RetrainBlocks.
-        strategy: of the run; those that give every rank the whole model leave it as it is.
+        strategy: of the run. Only `ShardedStrategy` changes the module.
 
     Raises:
         ValueError: if the ranks loaded different bases.
@@ -161,7 +162,7 @@ def distribute(module: Any, strategy: Strategy) -> None:
     if isinstance(strategy, ShardedStrategy):
         module._base_fingerprint = frozen_fingerprint(
             module.split_model.transformer
-        )  # of what this rank loaded, not of all parts
+        )  # of what this rank loaded, before it is sharded
         shard_blocks(module.split_model, strategy.shard_mesh, 0 if strategy.shard_trunk else module.first)
         module.ema = Ema(module.retrained_parameters(), decay=module.ema_decay)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -169,7 +170,7 @@ def distribute(module: Any, strategy: Strategy) -> None:
 
 
 def check_same_base(base: str, fingerprint: str) -> None:
-    """Raises ValueError on every rank, naming the odd ones, if ranks hold different frozen weights."""
+    """Raises ValueError on every rank if ranks loaded different frozen weights; names those unlike rank 0."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, fingerprint)
     odd = [rank for rank, other in enumerate(found) if other != found[0]]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.ema import Ema, holding
+from trainer.ema import Ema, swapped_values
 
 
 @settings(max_examples=30, deadline=None)
@@ -52,7 +52,7 @@ def test_swap_gives_back_the_same_storage_also_after_an_error():
         raise RuntimeError("inside")
     assert live.tolist() == [5, 5, 5]
     assert ema.average["w"].tolist() == [1, 1, 1]
-    with pytest.raises(KeyError), holding({"a": live, "b": nn.Parameter(torch.zeros(1))}, {"a": torch.zeros(3)}):
+    with pytest.raises(KeyError), swapped_values({"a": live, "b": nn.Parameter(torch.zeros(1))}, {"a": torch.zeros(3)}):
         pass
     assert live.tolist() == [5, 5, 5]
 

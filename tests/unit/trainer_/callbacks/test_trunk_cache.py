@@ -86,7 +86,7 @@ def test_measurements_are_the_same_with_and_without_a_store(base_folder, tmp_pat
     found = []
     for store in (without, in_memory, in_memory, on_disk, other_run):
         callback = make()
-        callback.store = store
+        callback.trunk_cache = store
         with torch.no_grad():
             found.append([callback.observe(module, batch) for batch in batches()])
     for again in found[1:]:
@@ -112,7 +112,7 @@ def test_measurements_are_the_same_with_and_without_a_store(base_folder, tmp_pat
 def test_other_settings_are_not_taken_for_these(base_folder, kind, settings, others):
     module, shared = build(base_folder), TrunkCache()
     first, then, alone = kind(**settings), kind(**others), kind(**others)
-    first.store, then.store, alone.store = shared, shared, TrunkCache(host_gib=0)
+    first.trunk_cache, then.trunk_cache, alone.trunk_cache = shared, shared, TrunkCache(host_gib=0)
     for batch in batches():
         first.observe(module, batch)
         got, expected = then.observe(module, batch), alone.observe(module, batch)
@@ -122,7 +122,7 @@ def test_other_settings_are_not_taken_for_these(base_folder, kind, settings, oth
 def test_both_measurements_share_one_pass(base_folder):
     module, store = build(base_folder), TrunkCache()
     sinks, masking = SinkFrequency(), MaskingRobustness(ratios=(0.5,), scopes=("retrained", "each"))
-    sinks.store = masking.store = store
+    sinks.trunk_cache = masking.trunk_cache = store
     with torch.no_grad():
         for callback in (sinks, masking):
             for batch in batches():
@@ -147,7 +147,7 @@ def test_a_bfloat16_trunk_takes_half_the_memory(base_folder):
         states(store, build(base_folder, trunk_dtype=trunk_dtype))
         streams[trunk_dtype] = sum(
             kept.tensors["vision"].numel() * kept.tensors["vision"].element_size()
-            for kept in store._memory._kept.values()
+            for kept in store._memory._entries.values()
             if "vision" in kept.tensors
         )
     assert streams["float32"] == 2 * streams["bfloat16"] > 0
@@ -308,7 +308,7 @@ def test_one_pass_per_batch_serves_all_stages_of_a_run(tmp_path, base_folder, mo
     groups = ProbeSet(Clips().probe_samples(3), kwargs["sigmas"], seed=1).groups()
     assert len(seen) == len(groups) > 1
     assert len(files(tmp_path, "measurements")) == 8
-    assert callbacks[0].store is callbacks[1].store
+    assert callbacks[0].trunk_cache is callbacks[1].trunk_cache
 
 
 def test_a_fit_leaves_the_same_arrays_with_and_without(tmp_path, base_folder):

@@ -91,12 +91,12 @@ def test_memory_is_used_again(tmp_path):
     files = BackgroundCheckpointIO()
     places = set()
     for value in range(6):
-        snapshot = files._memory.take(content(value))
+        snapshot = files._buffers.take(content(value))
         places.add(snapshot.content()["state_dict"]["w"].data_ptr())
-        files._memory.give_back(snapshot)
+        files._buffers.reuse(snapshot)
     assert len(places) == 1
     wide = torch.arange(1000.0)
-    view = files._memory.take({"w": wide[10:20]}).content()["w"]
+    view = files._buffers.take({"w": wide[10:20]}).content()["w"]
     assert torch.equal(view, wide[10:20]) and view.untyped_storage().nbytes() == 40
 
 
@@ -137,7 +137,7 @@ def test_without_room_the_old_files_stay_and_the_next_save_tries_again(tmp_path,
         files.save_checkpoint(content(3), tmp_path / "best-step=3.ckpt")
         files.remove_checkpoint(tmp_path / "best-step=2.ckpt")
         files.save_checkpoint(content(3), tmp_path / LAST)
-        files.settle()
+        files.drain()
     assert names(tmp_path) == {LAST, PREVIOUS, "best-step=2.ckpt"}
     assert [value_of(tmp_path / n) for n in (PREVIOUS, LAST, "best-step=2.ckpt")] == [1, 2, 2]
     said = [record.getMessage() for record in caplog.records]
@@ -155,13 +155,13 @@ def test_one_failure_too_many_in_a_row_is_raised_by_the_next_save(tmp_path):
         with no_room():
             for _ in range(2):
                 files.save_checkpoint(content(1), tmp_path / LAST)
-            files.settle()
+            files.drain()
         files.save_checkpoint(content(2), tmp_path / LAST)
-        files.settle()
+        files.drain()
     with no_room():
         for _ in range(3):
             files.save_checkpoint(content(3), tmp_path / LAST)
-        files.settle()
+        files.drain()
     with pytest.raises(OSError, match="3 writes of checkpoints in a row have failed, 2 are allowed"):
         files.save_checkpoint(content(3), tmp_path / LAST)
     assert value_of(tmp_path / LAST) == 2
@@ -173,7 +173,7 @@ def test_a_last_state_that_is_not_on_the_disk_is_an_error(tmp_path, end, after):
     files = BackgroundCheckpointIO()
     with no_room():
         files.save_checkpoint(content(1), tmp_path / LAST)
-        files.settle()
+        files.drain()
     for name in after:
         files.save_checkpoint(content(1), tmp_path / name)
     with pytest.raises(OSError, match=f"the last checkpoint could not be written: .*{LAST}"):
@@ -185,7 +185,7 @@ def test_a_failed_best_file_is_no_error_once_another_file_is_written(tmp_path):
     files = BackgroundCheckpointIO()
     with no_room():
         files.save_checkpoint(content(1), tmp_path / "best-step=1.ckpt")
-        files.settle()
+        files.drain()
     files.save_checkpoint(content(1), tmp_path / LAST)
     files.wait()
     assert names(tmp_path) == {LAST}
@@ -195,7 +195,7 @@ def test_a_failed_best_file_is_no_error_once_another_file_is_written(tmp_path):
 def test_what_cannot_be_saved_at_all_is_raised(tmp_path, told):
     files = BackgroundCheckpointIO()
     files.save_checkpoint({"x": lambda: None}, tmp_path / LAST)
-    files.settle()
+    files.drain()
     with pytest.raises(Exception, match="pickle"):
         getattr(files, told)()
     assert names(tmp_path) == set()
@@ -215,16 +215,16 @@ def test_once_ready_a_save_neither_waits_nor_raises(tmp_path, disk):
     ready.join(LIMIT)
     assert not ready.is_alive()
     disk.let(100)
-    files.settle()
+    files.drain()
     with no_room():
-        files._do(files._write, files._memory.take(content(3)), tmp_path / "best-step=3.ckpt")
-        files.settle()
+        files._do(files._write, files._buffers.take(content(3)), tmp_path / "best-step=3.ckpt")
+        files.drain()
     files.save_checkpoint(content(4), tmp_path / LAST)
-    files.settle()
+    files.drain()
     assert value_of(tmp_path / LAST) == 4
     with no_room():
         files.save_checkpoint(content(5), tmp_path / LAST)
-        files.settle()
+        files.drain()
     with pytest.raises(OSError, match="1 writes of checkpoints in a row have failed, 0 are allowed"):
         files.make_ready()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.attention import sink_statistics, sink_verdict
-from trainer.models.from_scratch import fresh_frequencies, head_rows, reserve_channels
+from trainer.models.from_scratch import draw_frequencies, head_rows, reserve_channels
 from trainer.models.layout import dense_attention
 from trainer.models.mochi import SplitModel
 from trainer.models.planted_sinks import MARKER_SLOPE, VISION_OFFSET, PlantedHead, plant_sinks
@@ -22,7 +22,7 @@ PLANTED = PlantedHead(layer=1, head=1, gain=20.0)
 def free(make_transformer):
     """A model with two free channels."""
     model = make_transformer(5)
-    fresh_frequencies(model, 0)
+    draw_frequencies(model, 0)
     reserve_channels(model, CHANNELS)
     return model
 
