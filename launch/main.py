@@ -110,6 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if argv is None:  # the process is ours: first of all, since torch takes seconds to import
             signals.block_signals(command)
+            # Read when torch is loaded. By default a thread spins while it waits for another, which on a machine with
+            # other work keeps that other one from its core. The number of threads, hence every sum, stays as it is.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         for message in KNOWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         check_packages()

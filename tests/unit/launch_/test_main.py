@@ -165,6 +165,17 @@ def test_starting_imports_no_heavy_package():
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
+@pytest.mark.parametrize("own, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(own, policy):
+    code = "import os, sys\nfrom launch.main import main\nsys.argv = ['reblock', 'none']\ntry:\n    main()\n" + (
+        "except SystemExit:\n    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | own
+    root = Path(command.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{policy} False\n"
+
+
 def test_folders_in_the_current_directory_do_not_shadow_ours(tmp_path: Path):
     for name in ("data", "trainer", "launch"):
         (tmp_path / name).mkdir()
