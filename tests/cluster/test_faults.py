@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.bench.compare import compare
-from launch.bench.kills import make_world
-from launch.bench.trace import count_steps
+from tests.kills.comparison import compare_runs
+from tests.kills.step_trace import count_steps
+from tests.kills.tiny_fit import write_recipe
 from trainer.checkpoint.file import checkpoint_fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -94,7 +94,7 @@ class Run:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    path = make_world(folder, epochs=EPOCHS, ranks=1)
+    path = write_recipe(folder, epochs=EPOCHS, ranks=1)
     recipe = yaml.safe_load(path.read_text())
     recipe["trainer"] |= {"devices": 1, "strategy": "ddp"}
     path.write_text(yaml.safe_dump(recipe))
@@ -111,10 +111,10 @@ def whole(_session_lab, world) -> Path:
 
 def same(run: Run, whole: Path, *, again: bool) -> None:
     """Nothing differs from the undisturbed run but its logs, and whether steps were taken again is as it should be."""
-    found = compare(whole, run.folder, 2)
+    found = compare_runs(whole, run.folder, 2)
     found.files = [name for name in found.files if not name.startswith("logs/")]
     assert not found.faults(), (found.faults(), run.says())
-    assert (found.again > 0) == again, found
+    assert (found.repeated > 0) == again, found
     assert not any(checkpoint_fault(path) for path in (run.folder / "checkpoints").glob("*.ckpt"))
     run.lab.until(lambda: not [*run.ranks("node1"), *run.ranks("node2")], "all processes to be gone")
 

@@ -1,6 +1,7 @@
 """The `reblock` command: dispatch, argument parsing, errors, and whose packages it runs."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -93,6 +94,15 @@ def test_help_comes_from_the_docstring(echo, capsys):
         "src out",
     ):
         assert text in said
+
+
+def test_libraries_do_not_advertise(caplog):
+    command.quieten_libraries()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO, logger.name):
+        logger.info("💡 Tip: For seamless cloud logging, try installing something")
+        logger.info("GPU available: False")
+    assert caplog.messages == ["GPU available: False"]
 
 
 def test_fit_reads_its_own_arguments(echo, capsys):
