@@ -48,7 +48,7 @@ def fit(tmp_path, disk):
 
     def run(name: str, *options: str, full: int = -1, free: int = -1, leave: int = 300_000) -> tuple[int, str]:
         filled = {"full": full, "free": free, "leave": leave}
-        watched(recipe, {"class_path": "tests.support.rank_faults.Filler", "init_args": filled})
+        watched(recipe, {"class_path": "tests.support.rank_faults.DiskFiller", "init_args": filled})
         command = [*fit_arguments(recipe, name), "--run.root", str(disk / "runs"), *options]
         with reblock(tmp_path / "logs", *command) as job:
             (status,) = job.statuses(DEADLINE)
