@@ -9,6 +9,7 @@ All that was ever trained on, measured and written is compared with the undistur
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -198,6 +199,7 @@ def run_series(*, kills: int = 50, ranks: int = 2, seed: int = 0) -> tuple[str, 
     faults, rows = comparison.faults() + faults_of_kills(killed, kills), summary_rows(killed, comparison, ranks)
     if faults:
         raise RuntimeError("\n".join([*faults, *(f"{name}: {value}" for name, value in rows), f"See {folder}."]))
+    shutil.rmtree(folder)
     title = f"{len(killed.kills)} kills over a run of {steps} steps on {ranks} rank(s), seed {seed}"
     return title, rows, f"{time.monotonic() - begun:.0f} s in all; {start_s:.1f} s from a start to its first step."
 
