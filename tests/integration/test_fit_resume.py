@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from launch import main as command
+from tests.support.fork_server import Process
 from tests.support.run_rows import EPOCHS, STEPS, assert_same_run, rows_of, trained
 
 
-def finish(process: subprocess.Popen, log: Path) -> None:
-    assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+def finish(process: Process, log: Path) -> None:
+    assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
 
 
-def kill_past(process: subprocess.Popen, run: Path, step: int, log: Path) -> None:
+def kill_past(process: Process, run: Path, step: int, log: Path) -> None:
     """Kills the command and its loader workers as soon as `step` is in metrics.csv."""
-    deadline, pause = time.monotonic() + 120, threading.Event()
+    deadline, pause = time.monotonic() + 240, threading.Event()
     while not any(int(row["step"]) >= step for row in rows_of(run) if "train/loss" in row):
         assert process.poll() is None, f"ended before step {step}: {log.read_text()[-3000:]}"
         assert time.monotonic() < deadline, f"no step {step} in time: {log.read_text()[-3000:]}"
