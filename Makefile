@@ -2,6 +2,9 @@
 # TORCH_INDEX=URL takes torch from another package index (a build without CUDA is a tenth of the size).
 PYTHON ?= python3
 TORCH_INDEX ?=
+KILLS ?= 50
+RANKS ?= 2
+SEED ?= 0
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Tests of functions that start no process, write no video and run no fit; `make test` runs these too.
@@ -10,7 +13,7 @@ PURE := tests/unit/test_imports.py tests/unit/data_/shards tests/unit/data_/stre
   tests/unit/trainer_/test_objective.py tests/unit/trainer_/test_surgery.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check types pure bench
+.PHONY: help demo test check types pure bench kills
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +35,9 @@ types: $(STAMP)
 
 pure: $(STAMP)
 	$(BIN)/pytest -q -m "not slow" $(PURE)
+
+kills: $(STAMP) ## a run of RANKS ranks killed KILLS times at random and compared with one that is not: about 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills.series --kills $(KILLS) --ranks $(RANKS) --seed $(SEED)
 
 bench: $(STAMP) ## step time and memory of trunk / head against the stock forward
 	$(BIN)/reblock bench step

@@ -4,11 +4,14 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from launch import signals
 
@@ -28,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("launch.export:export", "graft -> a pipeline folder that diffusers loads"),
     "sample": ("launch.sample.command:sample", "videos: base, retrained, retrained and masked, same seeds"),
     "report": ("launch.report.command:report", "one self-contained page about a run"),
-    "bench": ("launch.bench.command:bench", "the benchmarks"),
+    "bench": ("launch.bench.command:run", "the benchmarks"),
     "demo": ("launch.demo.command:demo", "the whole road on a tiny model, in minutes"),
 }
 
@@ -40,8 +43,11 @@ KNOWN_WARNINGS = (
     ".*`torch_dtype` is deprecated",
 )
 
-#: Commands that read their own arguments (LightningCLI).
-RAW = ("plan", "fit", "validate", "submit")
+#: Logger and beginning of messages by which libraries recommend other packages.
+ADVERTISEMENTS = (("lightning.pytorch.utilities.rank_zero", "💡 Tip:"),)
+
+#: Commands that read their own arguments (LightningCLI; a benchmark has options of its own).
+RAW = ("plan", "fit", "validate", "submit", "bench")
 
 
 def check_packages() -> None:
@@ -57,7 +63,21 @@ def check_packages() -> None:
             )
 
 
-def call(command: str, function: Callable, argv: list[str]) -> None:
+def quieten_libraries() -> None:
+    """Hides what libraries print beside our own lines: known warnings, advertisements, progress bars of loaders."""
+    # transformers reads it when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for logger, start in ADVERTISEMENTS:
+        logging.getLogger(logger).addFilter(partial(_is_no_advertisement, start))
+
+
+def _is_no_advertisement(start: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(start)
+
+
+def call(command: str, function: Callable, argv: list[str]) -> Any:
     """Calls `function` with its arguments read from `argv`: positional ones as they stand, keyword-only as options.
 
     `--config FILE` reads options from YAML; what stands behind it on the command line wins. A switch may stand alone,
@@ -76,7 +96,7 @@ def call(command: str, function: Callable, argv: list[str]) -> None:
     switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
     given = parser.instantiate_classes(parser.parse_args(spelled_out(argv, switches)))
     given.pop("config")
-    function(**given)
+    return function(**given)
 
 
 def spelled_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
@@ -110,8 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if argv is None:  # the process is ours: first of all, since torch takes seconds to import
             signals.block_signals(command)
-        for message in KNOWN_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
+            # Read when torch is loaded. By default a thread spins while it waits for another, which on a machine with
+            # other work keeps that other one from its core. The number of threads, hence every sum, stays as it is.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        quieten_libraries()
         check_packages()
         if command not in COMMANDS:
             raise ValueError(f"got command {command!r}, expected one of: {', '.join(COMMANDS)}.")

@@ -100,6 +100,15 @@ def _draw(strips: Sequence[tuple[str, NDArray[np.uint8]]], path: Path) -> None:
         axis.imshow(np.concatenate(list(frames), axis=1), interpolation="nearest", aspect="equal")
         # Dollar signs do not enclose formulae here.
         axis.set_title(replace_missing(title, fonts), fontsize=7, loc="left", fontfamily=fonts, parse_math=False)
+    save_contact_sheet(figure, path)
+
+
+def save_contact_sheet(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, atomically.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     try:
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=110, format="png")

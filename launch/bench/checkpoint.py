@@ -1,9 +1,9 @@
-"""`reblock bench checkpoint`: how long a checkpoint holds up training, written in the background and in the foreground.
+"""`reblock bench checkpoint`: how long a checkpoint delays training, written in the background or in the foreground.
 
-A real fit whose steps come in stretches: without a save, with one that is written in the background, with one that is
-written in the foreground, in turn, so that a busy machine slows all alike. A stretch begins with its save. Its hold-up
-is told twice: the time of the save itself, in which no step can run, and the time by which the whole stretch is longer
-than one without a save, which counts what the writing thread takes from the steps after it too.
+A real fit is divided into intervals of steps: without a save, with a save in the background, with a save in the
+foreground, in turn, so that a busy machine slows all alike. An interval begins with its save. The delay is measured
+twice: as the time of the save itself, in which no step can run, and as the time by which the whole interval is longer
+than one without a save, which includes what the writing thread takes from the steps after it.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.batch import Batch
-from launch.bench.command import Options, Result
+from launch.bench.result import BenchResult, choose_device
 from launch.bench.step import CAPTIONS, CONFIG, RETRAINED, config_file, make_batch
 from trainer.callbacks.random_state import RandomStateCheckpoint
 from trainer.checkpoint.io import BackgroundCheckpointIO
@@ -28,14 +28,14 @@ from trainer.run_files import LAST
 
 NONE, BACKGROUND, FOREGROUND = "no checkpoint", "written in the background", "written in the foreground"
 MODES = (NONE, BACKGROUND, FOREGROUND)
-#: Steps of a stretch; a write may take most of it.
-STRETCH = 12
+#: Steps of an interval; a write may take most of it.
+INTERVAL = 12
 #: (C, F, H, W): 64 vision tokens, which make a step short beside its checkpoint.
 LATENT = (12, 4, 8, 8)
 
 
-class _Always(IterableDataset):
-    """One batch for ever."""
+class _RepeatedBatch(IterableDataset):
+    """The same batch without end."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -46,22 +46,28 @@ class _Always(IterableDataset):
 
 
 @dataclass
-class Times:
-    """Seconds of each stretch of a mode: of its save, of all of it, and until the file was on the disk."""
+class SaveTimes:
+    """Seconds of each interval of a mode.
+
+    Args:
+        save: of its save.
+        whole: of the whole interval.
+        written: until the file was on the disk.
+    """
 
     save: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     written: list[float] = field(default_factory=list)
 
 
-class _Stretches(Callback):
-    """Saves at the start of each stretch as its mode says, and keeps the times."""
+class _TimedSaves(Callback):
+    """Saves at the start of each interval as its mode says, and records the times."""
 
     def __init__(self, files: BackgroundCheckpointIO, path: Path, rounds: int) -> None:
         self.files, self.path = files, path
         # The first round is not counted: it makes the optimiser's state and the snapshot's memory.
         self.modes = list(MODES) * (rounds + 1)
-        self.times = {mode: Times() for mode in MODES}
+        self.times = {mode: SaveTimes() for mode in MODES}
         self._left = 1
 
     def on_train_batch_end(
@@ -70,13 +76,13 @@ class _Stretches(Callback):
         self._left -= 1
         if self._left:
             return
-        _wait(trainer.strategy.root_device)
+        _synchronize(trainer.strategy.root_device)
         if batch_idx:
             self._finish()
         if not self.modes:
             trainer.should_stop = True
             return
-        self._mode, self._left = self.modes.pop(0), STRETCH
+        self._mode, self._left = self.modes.pop(0), INTERVAL
         self._begun = time.perf_counter()
         if self._mode != NONE:
             self.files.background = self._mode == BACKGROUND
@@ -89,61 +95,68 @@ class _Stretches(Callback):
         times = self.times[self._mode]
         times.save.append(self._saved)
         times.whole.append(whole)
-        # What the wait found done was done some time before.
+        # An upper bound: the write may have ended before the wait began.
         times.written.append(time.perf_counter() - self._begun)
 
 
 def measure(config: dict, latent: tuple, captions: tuple, *, last: int, device: str, rounds: int) -> dict[str, Any]:
-    """Times of `rounds` stretches of each mode: mode -> Times; and "bytes" of the file."""
+    """Times of `rounds` intervals of each mode: mode -> SaveTimes; and "bytes" of the file."""
     torch.manual_seed(0)
     with config_file(config) as base, tempfile.TemporaryDirectory(prefix="reblock-bench-") as folder:
         files, path = BackgroundCheckpointIO(), Path(folder) / "checkpoints" / LAST
-        stretches = _Stretches(files, path, rounds)
+        saves = _TimedSaves(files, path, rounds)
         module = RetrainBlocks(base=base, surgery=SurgeryConfig(last=last))
         trainer = Trainer(
             accelerator="gpu" if device.startswith("cuda") else device, devices=1, precision="32-true", logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, plugins=[files],
-            callbacks=[RandomStateCheckpoint(), stretches], default_root_dir=folder, max_epochs=1,
-            num_sanity_val_steps=0, limit_val_batches=0,
+            callbacks=[RandomStateCheckpoint(), saves], default_root_dir=folder, max_epochs=1, num_sanity_val_steps=0,
+            limit_val_batches=0,
         )  # fmt: skip
-        trainer.fit(module, DataLoader(_Always(make_batch(config, latent, captions)), batch_size=None))
+        trainer.fit(module, DataLoader(_RepeatedBatch(make_batch(config, latent, captions)), batch_size=None))
         found: dict[str, Any] = {
-            mode: Times(times.save[1:], times.whole[1:], times.written[1:]) for mode, times in stretches.times.items()
+            mode: SaveTimes(times.save[1:], times.whole[1:], times.written[1:]) for mode, times in saves.times.items()
         }
         return found | {"bytes": path.stat().st_size}
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def run(options: Options) -> Result:
-    """Measures both ways to write, and says by how many steps each holds up training."""
-    found = measure(CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=options.device, rounds=options.repeats)
-    step = statistics.median(found[NONE].whole) / STRETCH
+def run(*, device: str = "auto", repeats: int = 7) -> BenchResult:
+    """Measures by how many steps a checkpoint delays training, written in the background and in the foreground.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
+        repeats: intervals of each kind, interleaved.
+    """
+    device = choose_device(device)
+    found = measure(CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=device, rounds=repeats)
+    step = statistics.median(found[NONE].whole) / INTERVAL
     rows = []
     for mode in (BACKGROUND, FOREGROUND):
         times = found[mode]
-        # Each stretch against the one without a save of its own round.
+        # Each interval against the one without a save of the same round.
         longer = [
             (with_save - without) / step for with_save, without in zip(times.whole, found[NONE].whole, strict=True)
         ]
         rows.append([mode, _spread([s * 1000 for s in times.save], 0), _spread([s / step for s in times.save], 2),
                      _spread(longer, 2)])  # fmt: skip
-    return Result(
+    return BenchResult(
         title=f"A checkpoint of {found['bytes'] / 2**20:.0f} MiB, a step of {step * 1000:.0f} ms",
         columns=(
             "",
             "save, ms: median (least .. most)",
             "save, steps",
-            f"{STRETCH} steps with it are longer by, steps",
+            f"{INTERVAL} steps with it are longer by, steps",
         ),
         rows=rows,
         notes=(
-            f"{options.repeats} stretches of {STRETCH} steps of each kind, in turn; last {RETRAINED} of "
+            f"{repeats} intervals of {INTERVAL} steps of each kind, in turn; last {RETRAINED} of "
             f"{CONFIG['num_layers']} blocks retrained, float32: weights, average, two moments.",
         ),
+        device=device,
     )
 
 

@@ -31,10 +31,11 @@ from data.storage.store import Store
 from data.stream.shard_index import find_shards
 from data.synth.command import synth
 from data.video.worker_pool import WorkerPool
-from launch.bench.command import Options, Result
+from launch.bench.result import BenchResult, choose_device
 
 BATCH, SHARD = 8, 32
 _TEXT_TOKENS, _DEADLINE = 256, 60.0
+_DEMO_BASE = Path(__file__).resolve().parents[2] / "recipes" / "demo_base"
 #: More would only take longer on a CPU: a round is far longer than what starting the decoders takes.
 _CPU_CLIPS = 128
 STAGE, BARE = "whole stage", "bare model calls"
@@ -49,7 +50,7 @@ def make_shards(folder: Path, clips: int, bucket: Bucket) -> str:
 
 
 def decode_all(shards: str, processes: int) -> list[DecodedBatch]:
-    """The batches of the stage, in memory."""
+    """The batches of the stage, decoded into memory."""
     store = Store()
     works = [open_shard(shards, entry, store) for entry in read_index(shards, store, VIDEO_FORMAT)["shards"]]
     with WorkerPool(processes, _DEADLINE) as pool:
@@ -57,7 +58,7 @@ def decode_all(shards: str, processes: int) -> list[DecodedBatch]:
 
 
 def new_captions(batches: list[DecodedBatch]) -> list[list[str]]:
-    """Captions that the stage encodes with each batch: each once per shard."""
+    """Captions that the stage encodes with each batch: every caption once for each shard."""
     seen: dict[str, set[str]] = {}
     found = []
     for batch in batches:
@@ -69,7 +70,7 @@ def new_captions(batches: list[DecodedBatch]) -> list[list[str]]:
 
 
 @torch.inference_mode()
-def bare(batches: list[DecodedBatch], captions: list[list[str]], encoders: Encoders) -> None:
+def call_models(batches: list[DecodedBatch], captions: list[list[str]], encoders: Encoders) -> None:
     """The VAE over every batch, and T5 over its new captions, padded to the longest."""
     for batch, texts in zip(batches, captions, strict=True):
         assert batch.pixels is not None
@@ -82,8 +83,8 @@ def bare(batches: list[DecodedBatch], captions: list[list[str]], encoders: Encod
         torch.cuda.synchronize(encoders.device)
 
 
-def stage(shards: str, out: Path, encoders: Encoders, processes: int) -> EncodeTimings:
-    """The stage into an empty folder; the weights are there, decoders are started."""
+def run_stage(shards: str, out: Path, encoders: Encoders, processes: int) -> EncodeTimings:
+    """Runs the stage into an empty folder, with loaded encoders; it starts its decoders itself."""
     shutil.rmtree(out, ignore_errors=True)
     store = Store()
     with Leases(out / "claims") as leases, contextlib.redirect_stdout(io.StringIO()):
@@ -93,15 +94,35 @@ def stage(shards: str, out: Path, encoders: Encoders, processes: int) -> EncodeT
         )
 
 
-def run(options: Options) -> Result:
-    """Compares them and says what the stage adds."""
-    cuda = options.device.startswith("cuda")
-    clips = options.clips if cuda else min(options.clips, _CPU_CLIPS)
-    bucket = Bucket(options.frames[0], options.height, options.width) if cuda else Bucket(19, 64, 64)
+def run(
+    *,
+    device: str = "auto",
+    repeats: int = 7,
+    base: Path = _DEMO_BASE,
+    clips: int = 1000,
+    frames: tuple[int, ...] = (37,),
+    height: int = 480,
+    width: int = 848,
+) -> BenchResult:
+    """Times the whole encoding stage against the bare model calls.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
+        repeats: timed rounds of each, interleaved.
+        base: pipeline folder whose encoders run.
+        clips: clips that are generated; on a CPU at most 128.
+        frames: on a GPU: clip length, the first of them; 6k + 1.
+        height: on a GPU: of the clips, in pixels, a multiple of 16.
+        width: on a GPU: of the clips, in pixels, a multiple of 16.
+    """
+    device = choose_device(device)
+    cuda = device.startswith("cuda")
+    clips = clips if cuda else min(clips, _CPU_CLIPS)
+    bucket = Bucket(frames[0], height, width) if cuda else Bucket(19, 64, 64)
     dtype = torch.bfloat16 if cuda else torch.float32
-    read_base(options.base)
-    encoders = Encoders(options.base, options.device, dtype, _TEXT_TOKENS, tiling=False)
-    processes = default_processes(options.device)
+    read_base(base)
+    encoders = Encoders(base, device, dtype, _TEXT_TOKENS, tiling=False)
+    processes = default_processes(device)
     seconds: dict[str, list[float]] = {STAGE: [], BARE: []}
     measured = EncodeTimings()
     with tempfile.TemporaryDirectory(prefix="reblock-bench-") as name:
@@ -109,13 +130,13 @@ def run(options: Options) -> Result:
         batches = decode_all(shards, processes)
         captions = new_captions(batches)
         count = sum(len(batch.clips) for batch in batches)
-        bare(batches[:1], captions[:1], encoders)  # allocations, kernels
-        for _ in range(options.repeats):
+        call_models(batches[:1], captions[:1], encoders)  # allocations, kernels
+        for _ in range(repeats):
             start = time.perf_counter()
-            measured += stage(shards, Path(name) / "latents", encoders, processes)
+            measured += run_stage(shards, Path(name) / "latents", encoders, processes)
             seconds[STAGE].append(time.perf_counter() - start)
             start = time.perf_counter()
-            bare(batches, captions, encoders)
+            call_models(batches, captions, encoders)
             seconds[BARE].append(time.perf_counter() - start)
     added = [whole / alone - 1 for whole, alone in zip(seconds[STAGE], seconds[BARE], strict=True)]
     best = min(seconds[STAGE]) / min(seconds[BARE]) - 1
@@ -128,16 +149,17 @@ def run(options: Options) -> Result:
         for kind, values in seconds.items()
     ]
     shares = ", ".join(f"{stage} {value / measured.wall:.1%}" for stage, value in measured.seconds.items())
-    return Result(
+    return BenchResult(
         title=f"Encoding {count} clips {batches[0].shard.bucket.name}, batches of {BATCH}, {processes} decoder(s)",
         columns=("", "clips / s: best (median, worst)", "s: best"),
         rows=rows,
         notes=(
             f"The stage adds {best:.1%} to the best bare round; round by round {statistics.median(added):.1%} "
-            f"({min(added):.1%} to {max(added):.1%}). {options.repeats} rounds of each, interleaved; "
+            f"({min(added):.1%} to {max(added):.1%}). {repeats} rounds of each, interleaved; "
             f"{str(dtype).removeprefix('torch.')}. A "
             "round of the stage begins with starting its decoders and ends with the last shard on the disk.",
             f"Accelerator idle {measured.idle:.1%} of the stage: the share of its time in which no model call ran. "
             f"Where the time went: {shares}.",
         ),
+        device=device,
     )

@@ -2,17 +2,19 @@
 
 import resource
 import time
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from data.batch import Batch, Sample
-from launch.bench.command import Options, Result
+from launch.bench.result import BenchResult, choose_device
 from trainer.models.load import read_config
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 _GIB = 2**30
+_RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def latent_shape(channels: int, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -73,51 +75,65 @@ def _peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB  # kilobytes on Linux
 
 
-def run(options: Options) -> Result:
-    """Builds the model on the device and trains it for `steps` steps at each clip length."""
-    config = read_config(str(options.config_json))
-    shapes = [latent_shape(config["in_channels"], f, options.height, options.width) for f in options.frames]
+def run(
+    *,
+    device: str = "auto",
+    config_json: Path = _RECIPES / "mochi1_transformer.json",
+    frames: tuple[int, ...] = (37, 163),
+    height: int = 480,
+    width: int = 848,
+    text_tokens: int = 256,
+    steps: int = 5,
+    last: int = 4,
+) -> BenchResult:
+    """Builds a full-size model with random weights and trains it for some steps at each clip length.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
+        config_json: the transformer's config.
+        frames: clip lengths, each 6k + 1.
+        height: of the clips, in pixels, a multiple of 16.
+        width: of the clips, in pixels, a multiple of 16.
+        text_tokens: caption length.
+        steps: training steps at each clip length.
+        last: blocks retrained, from the end.
+    """
+    device = choose_device(device)
+    config = read_config(str(config_json))
+    shapes = [latent_shape(config["in_channels"], count, height, width) for count in frames]
     module = RetrainBlocks(
-        base=str(options.config_json),
-        surgery=SurgeryConfig(last=options.last),
+        base=str(config_json),
+        surgery=SurgeryConfig(last=last),
         trunk_dtype="bfloat16",
         checkpoint_head=True,
         caption_dropout=0.0,
     )
-    steps = options.steps * len(shapes)
     batches = [
-        random_batch(shape, options.text_tokens, config["text_embed_dim"], uid)
-        for shape in shapes
-        for uid in range(options.steps)
+        random_batch(shape, text_tokens, config["text_embed_dim"], uid) for shape in shapes for uid in range(steps)
     ]
     clock = StepClock()
     trainer = Trainer(
-        accelerator="gpu" if options.device.startswith("cuda") else options.device, devices=1,
-        precision="bf16-mixed", max_steps=steps, logger=False, enable_checkpointing=False,
+        accelerator="gpu" if device.startswith("cuda") else device, devices=1,
+        precision="bf16-mixed", max_steps=len(batches), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[clock],
     )  # fmt: skip
     start = time.perf_counter()
-    print(f"building {config['num_layers']} blocks with random weights on {options.device}", flush=True)
+    print(f"building {config['num_layers']} blocks with random weights on {device}", flush=True)
     module.build(trainer.strategy.root_device)
     print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type] # a list serves as a data set
-    return _table(options, module, config, shapes, clock)
-
-
-def _table(options: Options, module: RetrainBlocks, config: dict, shapes: list, clock: StepClock) -> Result:
     rows = []
-    for frames, shape in zip(options.frames, shapes, strict=True):
+    for count, shape in zip(frames, shapes, strict=True):
         seconds = clock.seconds[shape]
         tokens = shape[1] * shape[2] * shape[3] // config["patch_size"] ** 2
         rows.append([
-            str(frames), f"{tokens:,} + {options.text_tokens}", f"{min(seconds[1:] or seconds):.3f}",
+            str(count), f"{tokens:,} + {text_tokens}", f"{min(seconds[1:] or seconds):.3f}",
             " ".join(f"{s:.3f}" for s in seconds), f"{clock.peak[shape]:.1f}",
         ])  # fmt: skip
     every = sum(p.numel() for p in module.split_model.transformer.parameters())
     retrained = sum(p.numel() for p in module.retrained_parameters().values())
-    return Result(
-        title=f"Training step, {config['num_layers']} blocks, last {options.last} retrained, "
-        f"{options.height} x {options.width}, batch 1",
+    return BenchResult(
+        title=f"Training step, {config['num_layers']} blocks, last {last} retrained, {height} x {width}, batch 1",
         columns=("frames", "tokens (vision + text)", "best s/step", "each step (s)", "peak memory (GiB)"),
         rows=rows,
         notes=(
@@ -125,4 +141,5 @@ def _table(options: Options, module: RetrainBlocks, config: dict, shapes: list, 
             "bf16-mixed, AdamW, EMA, head checkpointed, random weights. "
             "The first step at each length holds one-time work.",
         ),
+        device=device,
     )

@@ -1,7 +1,7 @@
-"""Packing against FFmpeg's own probing of the same files: files per second, and the memory of all processes.
+"""`reblock bench pack`: packing against FFmpeg's own probing: files per second, and memory of all processes.
 
-Probing opens each file, reads what its streams are (`avformat_open_input`, `avformat_find_stream_info`) and closes it:
-what a packer cannot do without. Packing does more: it counts and times every packet, decodes the first frame, hashes
+Probing opens each file, reads its stream information (`avformat_open_input`, `avformat_find_stream_info`) and closes
+it, which every packer has to do. Packing does more: it counts and times every packet, decodes the first frame, hashes
 the file, and copies it into a shard that is hashed and forced to the disk.
 """
 
@@ -20,14 +20,14 @@ from pathlib import Path
 
 from data.pack.command import pack
 from data.synth.command import synth
-from launch.bench.command import Options, Result
+from launch.bench.result import BenchResult
 
-#: Of the clips: small, since drawing them takes longest; what is done once for each file weighs most then.
+#: Of the clips: small, because generating them takes longest, and because costs per file show best.
 FRAMES, SIZE, FPS = 19, 128, 12
 PACK = "reblock pack"
 PROBE = "FFmpeg's library (PyAV): open, find stream info, close"
 FFPROBE = "the ffprobe command, a process for each file"
-_INTERVAL = 0.05  # seconds between two looks at the memory
+_INTERVAL = 0.05  # seconds between two samples of the memory
 
 
 def _probe(path: str) -> int:
@@ -67,7 +67,7 @@ _RUNS: dict[str, Callable[[Path, int], None]] = {PACK: pack_all, PROBE: probe_al
 
 
 def timed(name: str, workers: str, *sources: str) -> None:
-    """Runs one of them on each of some folders and prints the seconds of the last; called in a process of its own."""
+    """Runs one of `_RUNS` on each folder and prints the seconds of the last one; called in a process of its own."""
     for src in sources:
         start = time.perf_counter()
         _RUNS[name](Path(src), int(workers))
@@ -124,16 +124,21 @@ def _resident(process: int) -> int:
     return 0
 
 
-def run(options: Options) -> Result:
-    """Makes clips, then packs and probes a tenth of them and all of them.
+def run(*, repeats: int = 7, clips: int = 1000, workers: int = 2) -> BenchResult:
+    """Packs generated clips, and probes the same files: a tenth of them, and all of them.
+
+    Args:
+        repeats: timed rounds of each, interleaved.
+        clips: clips that are generated.
+        workers: processes.
 
     Raises:
-        ValueError: for fewer than 20 clips.
+        ValueError: for fewer than 20 clips, or no worker.
     """
-    if options.clips < 20 or options.workers < 1:
-        raise ValueError(f"got clips {options.clips}, workers {options.workers}; expected at least 20, and 1.")
+    if clips < 20 or workers < 1:
+        raise ValueError(f"got clips {clips}, workers {workers}; expected at least 20, and 1.")
     names = [PACK, PROBE, *([FFPROBE] if shutil.which("ffprobe") else [])]
-    few, many = options.clips // 10, options.clips
+    few, many = clips // 10, clips
     with tempfile.TemporaryDirectory(prefix="reblock-") as folder:
         synth(Path(folder) / "many", clips=many, size=SIZE, frames=FRAMES, fps=FPS)
         (Path(folder) / "few").mkdir()
@@ -142,16 +147,16 @@ def run(options: Options) -> Result:
         sizes = [path.stat().st_size for path in (Path(folder) / "many").glob("*.mp4")]
         folders = [Path(folder) / "few", Path(folder) / "many"]
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(options.repeats):
+        for _ in range(repeats):
             for name in names:
                 # The first folder brings up what both load once, for example torch.
-                seconds[name].append(measure(name, options.workers, folders, watch=False))
-        peaks = {name: [measure(name, options.workers, [src], watch=True) for src in folders] for name in names}
+                seconds[name].append(measure(name, workers, folders, watch=False))
+        peaks = {name: [measure(name, workers, [src], watch=True) for src in folders] for name in names}
     best = {name: many / min(times) for name, times in seconds.items()}
     kib = sum(sizes) / len(sizes) / 1024
-    return Result(
+    return BenchResult(
         title=f"Packing {many} clips of {FRAMES} frames, {SIZE}x{SIZE} (H.264, {kib:.0f} KiB each on average), "
-        f"{options.workers} processes",
+        f"{workers} processes",
         columns=("", "files / s: best (worst)", "ratio", f"peak MiB, {few} clips", f"peak MiB, {many} clips"),
         rows=[
             [
@@ -163,7 +168,7 @@ def run(options: Options) -> Result:
             for name in names
         ],
         notes=(
-            f"{options.repeats} runs of each, interleaved, each in a fresh process that has done {few} clips before; "
+            f"{repeats} runs of each, interleaved, each in a fresh process that has done {few} clips before; "
             "files are in the page cache. Processes are started within the time.",
             "Memory is that of all processes at one time, shared pages counted once (PSS), in runs of their own.",
             *([] if FFPROBE in names else ["There is no ffprobe command on this machine."]),

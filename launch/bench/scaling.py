@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from launch.bench.command import Options, Result
+from launch.bench.result import BenchResult
 from launch.bench.step import CAPTIONS, CONFIG, LATENT, RETRAINED, config_file, make_batch
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 from trainer.parallel.strategies import ShardedStrategy
@@ -34,8 +34,8 @@ _DEADLINE = 1800
 _BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8, "unsigned char": 1}
 
 
-class Clock(Callback):
-    """Seconds of each step after the warm ones, then the bytes of one more, counted."""
+class StepProfiler(Callback):
+    """Measures the seconds of each step after the warm-up, then the bytes that one more step sends."""
 
     def __init__(self, repeats: int) -> None:
         self.counted = _WARM + repeats
@@ -68,8 +68,8 @@ def collective_bytes(profiled: profile) -> dict[str, int]:
     for event in events:
         name = str(event.get("name", ""))
         if name.startswith("gloo:"):
-            told = event["args"]
-            for shape, kind in zip(told["Input Dims"], told["Input type"], strict=True):
+            arguments = event["args"]
+            for shape, kind in zip(arguments["Input Dims"], arguments["Input type"], strict=True):
                 found[name.removeprefix("gloo:")] += _BYTES[kind] * torch.Size(shape).numel()
     return dict(found)
 
@@ -80,17 +80,17 @@ def _strategy(name: str) -> Any:
     return ShardedStrategy(process_group_backend="gloo") if name == "fsdp2" else "auto"
 
 
-def rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -> None:
-    """One process of a run: trains, and on rank zero writes what it measured to `out`."""
+def train_rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -> None:
+    """Trains as one rank of a run; rank zero writes its measurements to the JSON file `out`."""
     torch.set_num_threads(1)
     module = RetrainBlocks(
         base=config, surgery=SurgeryConfig(last=RETRAINED, init="torch"), optim=OptimConfig(warmup_steps=1)
     )
-    clock, steps = Clock(repeats), _WARM + repeats + 1
+    profiler, steps = StepProfiler(repeats), _WARM + repeats + 1
     batches = [make_batch(json.loads(Path(config).read_text()), LATENT, CAPTIONS)] * steps
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy=_strategy(strategy), max_epochs=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[clock],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[profiler],
         use_distributed_sampler=False, default_root_dir=tempfile.gettempdir(),
     )  # fmt: skip
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type] # a list serves as a data set
@@ -100,14 +100,14 @@ def rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -> None
         blocks = sum(
             p.numel() * p.element_size() for p in module.split_model.transformer.transformer_blocks.parameters()
         )
-        told = {"seconds": clock.seconds, "bytes": clock.bytes, "gradients": gradients, "blocks": blocks}
-        Path(out).write_text(json.dumps(told))
+        measured = {"seconds": profiler.seconds, "bytes": profiler.bytes, "gradients": gradients, "blocks": blocks}
+        Path(out).write_text(json.dumps(measured))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def measure(strategy: str, ranks: int, repeats: int, model: dict[str, Any] = CONFIG) -> dict[str, Any]:
-    """What `ranks` processes measured on a model of this config.
+    """Seconds and bytes that `ranks` processes measured on a model of this config.
 
     Raises:
         RuntimeError: if one failed or they took too long.
@@ -119,10 +119,9 @@ def measure(strategy: str, ranks: int, repeats: int, model: dict[str, Any] = CON
     root = str(Path(__file__).resolve().parents[2])
     shared["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with config_file(model) as config, tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder) / "told.json", Path(folder) / "log"
-        code = (
-            f"from launch.bench.scaling import rank; rank({strategy!r}, {ranks}, {repeats}, {config!r}, {str(out)!r})"
-        )
+        out, log = Path(folder) / "measured.json", Path(folder) / "log"
+        arguments = (strategy, ranks, repeats, config, str(out))
+        code = f"from launch.bench.scaling import train_rank; train_rank(*{arguments!r})"
         places: list[dict[str, str]] = [{}]
         if ranks > 1:  # with LOCAL_RANK set, Lightning starts no further process
             places = [{"WORLD_SIZE": str(ranks), "LOCAL_RANK": str(i), "NODE_RANK": "0"} for i in range(ranks)]
@@ -146,26 +145,31 @@ def measure(strategy: str, ranks: int, repeats: int, model: dict[str, Any] = CON
         return json.loads(out.read_text())
 
 
-def run(options: Options) -> Result:
-    """Steps of each strategy on each number of processes."""
+def run(*, repeats: int = 7, processes: tuple[int, ...] = (1, 2, 4)) -> BenchResult:
+    """Times a training step on several processes of this machine, and counts the bytes that they exchange.
+
+    Args:
+        repeats: timed steps of each strategy.
+        processes: numbers of ranks, one run each.
+    """
     rows = []
-    for ranks in options.processes:
+    for ranks in processes:
         for strategy in ("one process",) if ranks == 1 else ("ddp", "fsdp2"):
-            told = measure(strategy, ranks, options.repeats)
-            seconds, sent = told["seconds"], told["bytes"]
+            measured = measure(strategy, ranks, repeats)
+            seconds, sent = measured["seconds"], measured["bytes"]
             rows.append([
                 str(ranks), strategy, f"{min(seconds):.2f} ({statistics.median(seconds):.2f}, {max(seconds):.2f})",
-                f"{told['gradients']:,}", *(f"{sent.get(name, 0):,}" for name in ("all_reduce", "all_gather")),
+                f"{measured['gradients']:,}", *(f"{sent.get(name, 0):,}" for name in ("all_reduce", "all_gather")),
             ])  # fmt: skip
     vision = LATENT[1] * LATENT[2] * LATENT[3] // CONFIG["patch_size"] ** 2
-    return Result(
+    return BenchResult(
         title=f"A training step on several processes of this machine, each with a batch of {len(CAPTIONS)} x "
         f"({vision} vision + {CAPTIONS} text tokens); {CONFIG['num_layers']} blocks, last {RETRAINED} retrained",
         columns=("processes", "strategy", "s/step: best (median, worst)", "gradients (bytes)", "all-reduced (bytes)",
                  "all-gathered (bytes)"),
         rows=rows,
         notes=(
-            f"{options.repeats} steps, 1 thread a process, gloo, float32. Bytes are of the tensors that rank 0 puts "
+            f"{repeats} steps, 1 thread a process, gloo, float32. Bytes are of the tensors that rank 0 puts "
             "into collectives in one step: all-gathered is its own part, of which every rank receives all.",
             "gloo scatters a sum as an all-reduce of the whole: NCCL would send half of FSDP2's all-reduced bytes.",
             "Processes beyond the machine's cores share them: their seconds say what one machine does, not a cluster.",

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, Sample
-from launch.bench.command import Options, Result, host_peak
+from launch.bench.host_memory import host_peak
+from launch.bench.result import BenchResult, choose_device
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
 #: The model that is timed: large enough that matrix products, not Python, take the time on a CPU.
@@ -72,8 +73,8 @@ def make_batch(config: dict, latent: tuple[int, ...], captions: tuple[int, ...])
     ])  # fmt: skip
 
 
-class Variant:
-    """One way of making a training step.
+class StepVariant:
+    """One implementation of a training step.
 
     Args:
         name: one of `VARIANTS`.
@@ -84,7 +85,7 @@ class Variant:
     """
 
     def __init__(self, name: str, base: str, batch: Batch, *, last: int, device: str) -> None:
-        # `torch` weights: with `dit` all but the gates of a fresh block would have no gradient at first.
+        # Initialised by `torch`: with `dit`, only the gates of a fresh block have a gradient at first.
         self.module = RetrainBlocks(
             base=base, surgery=SurgeryConfig(last=last, init="torch"), optim=OptimConfig(warmup_steps=1),
             caption_dropout=0.0, stock_attention=name != TRUNK_HEAD,
@@ -119,19 +120,19 @@ class Variant:
 
     def seconds(self) -> float:
         """Wall time of a step."""
-        _wait(self.batch.latents.device)
+        _synchronize(self.batch.latents.device)
         start = time.perf_counter()
         self.step()
-        _wait(self.batch.latents.device)
+        _synchronize(self.batch.latents.device)
         return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def saved_bytes(variant: Variant) -> int:
+def saved_bytes(variant: StepVariant) -> int:
     """Bytes that autograd keeps for the backward pass, each storage once and without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in variant.module.split_model.transformer.parameters()}
     kept: dict[int, Tensor] = {}
@@ -150,7 +151,7 @@ def step_memory(name: str, config: dict, latent: tuple, captions: tuple, last: i
     """Bytes that the first step adds to the peak memory of this process, optimiser state included."""
     torch.set_num_threads(threads)
     with config_file(config) as base:
-        variant = Variant(name, base, make_batch(config, latent, captions), last=last, device=device)
+        variant = StepVariant(name, base, make_batch(config, latent, captions), last=last, device=device)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.max_memory_allocated()
@@ -162,8 +163,13 @@ def step_memory(name: str, config: dict, latent: tuple, captions: tuple, last: i
 
 
 @dataclass
-class Measured:
-    """A variant's seconds per step, and the bytes that it keeps for the backward pass."""
+class StepCost:
+    """Cost of a variant.
+
+    Args:
+        seconds: of each step.
+        saved: bytes that autograd keeps for the backward pass.
+    """
 
     seconds: list[float]
     saved: int
@@ -171,15 +177,15 @@ class Measured:
 
 def compare(
     config: dict, latent: tuple, captions: tuple, *, last: int, device: str, repeats: int
-) -> dict[str, Measured]:
-    """What each of `VARIANTS` takes.
+) -> dict[str, StepCost]:
+    """Cost of each of `VARIANTS`.
 
     Raises:
         RuntimeError: if the variants' losses differ: they would not do the same work.
     """
     with config_file(config) as base:
         batch = make_batch(config, latent, captions)
-        variants = {name: Variant(name, base, batch, last=last, device=device) for name in VARIANTS}
+        variants = {name: StepVariant(name, base, batch, last=last, device=device) for name in VARIANTS}
     losses = {name: float(variant.loss().detach()) for name, variant in variants.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
         raise RuntimeError(f"the variants give different losses: {losses}")
@@ -191,21 +197,25 @@ def compare(
         for name, variant in variants.items():
             seconds[name].append(variant.seconds())
     del variants
-    return {name: Measured(seconds[name], kept[name]) for name in VARIANTS}
+    return {name: StepCost(seconds[name], kept[name]) for name in VARIANTS}
 
 
 def added_memory(name: str, config: dict, latent: tuple, captions: tuple, *, last: int, device: str) -> int:
-    """`step_memory` in a process of its own, since no process gives its peak back."""
+    """`step_memory` in a process of its own, since the peak of a process never falls."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(step_memory, name, config, latent, captions, last, device, torch.get_num_threads()).result()
 
 
-def run(options: Options) -> Result:
-    """Compares the variants and says how they relate."""
-    measured = compare(CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=options.device, repeats=options.repeats)
-    added = {
-        name: added_memory(name, CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=options.device) for name in VARIANTS
-    }
+def run(*, device: str = "auto", repeats: int = 7) -> BenchResult:
+    """Times a training step of trunk and head against diffusers' own forward.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
+        repeats: timed steps of each variant, interleaved.
+    """
+    device = choose_device(device)
+    measured = compare(CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=device, repeats=repeats)
+    added = {name: added_memory(name, CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=device) for name in VARIANTS}
     ours = measured[TRUNK_HEAD]
     best = min(ours.seconds)
     rows = []
@@ -219,7 +229,7 @@ def run(options: Options) -> Result:
             f"{values.saved / 2**20:.0f}", f"{values.saved / ours.saved:.2f}",
         ])  # fmt: skip
     vision = LATENT[1] * LATENT[2] * LATENT[3] // CONFIG["patch_size"] ** 2
-    return Result(
+    return BenchResult(
         title=f"One training step: {CONFIG['num_layers']} blocks, "
         f"{CONFIG['num_attention_heads'] * CONFIG['attention_head_dim']} wide, last {RETRAINED} retrained, "
         f"batch {len(CAPTIONS)} x ({vision} vision + {CAPTIONS} text tokens)",
@@ -227,10 +237,11 @@ def run(options: Options) -> Result:
                  "activations kept (MiB)", "ratio"),
         rows=rows,
         notes=(
-            f"{options.repeats} steps of each variant, interleaved; float32; forward, backward, clipping, AdamW. "
+            f"{repeats} steps of each variant, interleaved; float32; forward, backward, clipping, AdamW. "
             "Ratios of the best steps: other work on the machine can only make a step slower.",
             "'Step adds' is peak memory above the built model in a process of its own: activations, gradients, "
             "optimiser state. A frozen trunk makes no graph in diffusers' forward either, as long as no leaf outside "
             "the blocks is trainable; the third line has one.",
         ),
+        device=device,
     )  # fmt: skip

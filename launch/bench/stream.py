@@ -1,4 +1,4 @@
-"""`reblock bench stream`: samples per second of the stream, and what it costs to go on in the middle of an epoch.
+"""`reblock bench stream`: samples per second of the stream, and the cost of a resume in the middle of an epoch.
 
 The same latent shards are read by our loader, by plain webdataset, and as bare bytes; rounds are interleaved,
 so that a busy machine slows all of them alike. Everything lies in the page cache: what is compared is the software.
@@ -25,7 +25,7 @@ from data.bucket import Bucket
 from data.modules.latents import LatentDataModule
 from data.shards.folder import TEXT, ShardFolder
 from data.shards.format import LATENT_FORMAT, caption_key, shard_name, text_digest
-from launch.bench.command import Options, Result
+from launch.bench.result import BenchResult
 
 #: About 150 KB a sample: 12 x 4 x 16 x 16 latents and captions of 20 to 76 tokens, 1024 wide.
 BUCKET, CHANNELS, TEXT_WIDTH, TOKENS = Bucket(19, 128, 128), 12, 1024, (20, 76)
@@ -41,8 +41,16 @@ BYTES = "bytes alone"
 
 
 def write_shards(folder: Path, samples: int, bucket: Bucket, per_shard: int, tokens: tuple[int, int] | None) -> None:
-    """Latent shards of noise; without `tokens`, the samples of a shard share one short
-    caption and have no facts."""
+    """Writes latent shards of noise.
+
+    Args:
+        folder: to write.
+        samples: number of samples.
+        bucket: their size.
+        per_shard: samples of a shard.
+        tokens: shortest and longest caption; without it the samples of a shard share one caption of 4 tokens and have
+            no metadata.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = bucket.latent_shape(CHANNELS)
     pool = torch.randn(64, *shape, generator=generator).half()
@@ -104,7 +112,7 @@ class _Decode:
 
 
 def plain_pipeline(folder: Path, workers: int) -> Iterable[Batch]:
-    """What webdataset's documentation would have one write: shards and a buffer of samples are shuffled."""
+    """The pipeline that webdataset's documentation recommends: shuffled shards, and a buffer of shuffled samples."""
     index = json.loads((folder / "index.json").read_text())
     mean = torch.tensor(index["latents_mean"]).view(-1, 1, 1, 1)
     std = torch.tensor(index["latents_std"]).view(-1, 1, 1, 1)
@@ -171,15 +179,21 @@ def resume_cost(folder: Path, workers: int, repeats: int, batch_size: int = 64) 
     return statistics.median(seconds), whole
 
 
-def run(options: Options) -> Result:
-    """Measures throughput, then the cost of a resume."""
+def run(*, repeats: int = 7, samples: int = 4000, workers: int = 2) -> BenchResult:
+    """Measures samples per second of the stream against plain webdataset and bare reading, and the cost of a resume.
+
+    Args:
+        repeats: timed rounds of each, interleaved.
+        samples: latents that are generated and read.
+        workers: loader processes.
+    """
     with tempfile.TemporaryDirectory(prefix="reblock-bench-") as folder:
         latents, small = Path(folder) / "latents", Path(folder) / "small"
-        write_shards(latents, options.samples, BUCKET, PER_SHARD, TOKENS)
+        write_shards(latents, samples, BUCKET, PER_SHARD, TOKENS)
         size = json.loads((latents / "index.json").read_text())["bytes"]
-        found = rates(latents, options.workers, options.repeats)
+        found = rates(latents, workers, repeats)
         write_shards(small, SMALL_SAMPLES, SMALL_BUCKET, SMALL_PER_SHARD, None)
-        resumed, whole = resume_cost(small, options.workers, options.repeats)
+        resumed, whole = resume_cost(small, workers, repeats)
     plain = statistics.median(found[PLAIN])
     rows = []
     for name, values in found.items():
@@ -189,16 +203,16 @@ def run(options: Options) -> Result:
                 name,
                 f"{statistics.median(values):,.0f}",
                 f"{min(values):,.0f} .. {max(values):,.0f}",
-                f"{statistics.median(values) * size / options.samples / 2**20:,.0f}",
+                f"{statistics.median(values) * size / samples / 2**20:,.0f}",
                 f"{statistics.median(values) / plain:.2f} ({min(ratios):.2f} .. {max(ratios):.2f})",
             )
         )
     what = f"resume at {RESUMED_AT:.0%} of {SMALL_SAMPLES:,} samples"
     rows.append((what, f"{resumed:.2f} s", f"epoch: {whole:.1f} s", "", f"{resumed / whole:.1%} of the epoch"))
-    return Result(
-        f"{options.samples:,} latents of {size / options.samples / 1000:.0f} KB, {options.workers} loader processes, "
-        f"medians of {options.repeats} rounds",
-        ("", "samples / s", "least .. most", "MiB / s", "of plain webdataset"),
-        rows,
-        ("Shards lie in the page cache. Resume: from nothing to the first batch.",),
+    return BenchResult(
+        title=f"{samples:,} latents of {size / samples / 1000:.0f} KB, {workers} loader processes, medians of "
+        f"{repeats} rounds",
+        columns=("", "samples / s", "least .. most", "MiB / s", "of plain webdataset"),
+        rows=rows,
+        notes=("Shards lie in the page cache. Resume: from nothing to the first batch.",),
     )

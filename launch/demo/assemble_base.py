@@ -1,4 +1,4 @@
-"""`reblock pipeline`: a complete diffusers Mochi pipeline folder from parts that were trained here."""
+"""`reblock pipeline`: assembles a diffusers Mochi pipeline folder from parts that were trained separately."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from data.files import atomic_folder
 from data.synth.command import CAPTION_WORDS
 from trainer.graft import apply_graft, load_graft
 from trainer.models.from_scratch import draw_frequencies
@@ -16,18 +17,18 @@ from trainer.models.from_scratch import draw_frequencies
 MAX_TEXT_TOKENS = 256
 
 
-def caption_tokenizer(words: tuple[str, ...]) -> T5Tokenizer:
-    """A T5 tokenizer that knows `words` whole and every other lower-case word by its letters."""
+def caption_tokenizer(vocabulary: tuple[str, ...]) -> T5Tokenizer:
+    """A T5 tokenizer with one token for each word of `vocabulary`; it spells other lower-case words by letters."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789,.-'")
-    frequent = -math.log(len(words))
+    log_probability = -math.log(len(vocabulary))
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -10.0)]
-    pieces += [(f"▁{word}", frequent) for word in sorted(set(words))]
+    pieces += [(f"▁{word}", log_probability) for word in sorted(set(vocabulary))]
     pieces += [(letter, -12.0) for letter in letters]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TEXT_TOKENS)
 
 
 def small_text_encoder(vocabulary: int, width: int, seed: int) -> T5EncoderModel:
-    """A T5 encoder with random weights: word identity and order go through it, which is what tiny captions need."""
+    """A T5 encoder with random weights: it keeps identity and order of words, which is all that tiny captions need."""
     config = T5Config(
         vocab_size=vocabulary, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.0,
@@ -38,7 +39,7 @@ def small_text_encoder(vocabulary: int, width: int, seed: int) -> T5EncoderModel
 
 
 def _transformer(config: Path, run: Path, seed: int) -> MochiTransformer3DModel:
-    """The transformer of a run that trained every block from `config`: EMA weights on what was never trained."""
+    """The transformer of a run that trained every block from `config`: its EMA weights, and the fixed frequencies."""
     model = MochiTransformer3DModel.from_config(json.loads(config.read_text()))
     graft = load_graft(run / "graft.safetensors")
     draw_frequencies(model, seed)
@@ -60,7 +61,7 @@ def pipeline(
     Text encoder and tokenizer are made here, from the words of `reblock synth`'s captions and random weights.
 
     Args:
-        out: folder to write.
+        out: folder to write; absent.
         vae: folder of a trained AutoencoderKLMochi, as recipes/demo_vae.yaml leaves it.
         transformer_config: the transformer's diffusers config.
         run: run that trained the transformer from this config (recipes/demo_base.yaml); without it its weights are
@@ -83,7 +84,7 @@ def pipeline(
     encoder = AutoencoderKLMochi.from_pretrained(vae, torch_dtype=torch.float32)
     encoder.register_to_config(_name_or_path="")  # no path of this machine in what may be published
     tokenizer = caption_tokenizer(CAPTION_WORDS)
-    whole = MochiPipeline(
+    pipe = MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         vae=encoder,
         text_encoder=small_text_encoder(len(tokenizer), model.config.text_embed_dim, seed),
@@ -92,8 +93,9 @@ def pipeline(
         force_zeros_for_empty_prompt=True,
     )
     if half:
-        whole.to(torch.float16)
-    whole.save_pretrained(out, safe_serialization=True)
+        pipe.to(torch.float16)
+    with atomic_folder(out) as temporary:
+        pipe.save_pretrained(temporary, safe_serialization=True)
     print(
         f"{out}: a Mochi pipeline folder, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB"
     )

@@ -1,4 +1,4 @@
-"""`reblock demo`: the whole road on two cores, from video files to a report, each stage by its command's function."""
+"""`reblock demo`: every stage from video files to a report, on a tiny model, each by the function of its command."""
 
 import shutil
 import time
@@ -9,8 +9,8 @@ from pathlib import Path
 _RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 CLIPS = 256
-#: The head of each of the last four blocks that the shipped base misses least, as `reblock plant` chooses by itself in
-#: about a minute.
+#: In each of the last four blocks, the head whose loss costs the shipped base least: what `reblock plant` chooses
+#: without --heads, in about a minute.
 HEADS = ["4:3", "5:0", "6:3", "7:1"]
 CAPTIONS = [
     "a red circle moves right over a dark gray background",
@@ -23,13 +23,20 @@ GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage: what it is, what it leaves, how it is done. Stages without `leaves` know themselves what is there."""
+class DemoStage:
+    """One stage of the demo.
+
+    Args:
+        name: what it makes.
+        command: the command line that does the same.
+        run: does it.
+        output: exists once the stage is complete, which is then skipped; None for a stage that resumes by itself.
+    """
 
     name: str
     command: str
-    act: Callable[[], object]
-    leaves: Path | None = None
+    run: Callable[[], object]
+    output: Path | None = None
 
 
 def _fit(recipe: Path, run: Path, base: Path, latents: Path) -> None:
@@ -41,7 +48,7 @@ def _fit(recipe: Path, run: Path, base: Path, latents: Path) -> None:
     )  # fmt: skip
 
 
-def _stages(root: Path) -> list[Stage]:
+def _stages(root: Path) -> list[DemoStage]:
     from data.encode.command import encode
     from data.pack.command import pack
     from data.synth.command import synth
@@ -60,41 +67,41 @@ def _stages(root: Path) -> list[Stage]:
         )
 
     return [
-        Stage("clips", f"reblock synth {clips} --clips {CLIPS}", lambda: synth(clips, clips=CLIPS)),
-        Stage(
+        DemoStage("clips", f"reblock synth {clips} --clips {CLIPS}", lambda: synth(clips, clips=CLIPS)),
+        DemoStage(
             "video shards",
             f"reblock pack {clips} {shards} --shard_samples 64",
             lambda: pack(str(clips), shards, shard_samples=64),
         ),
-        Stage(
+        DemoStage(
             "latent shards",
             f"reblock encode {shards} {latents} --base {shipped}",
             lambda: encode(str(shards), latents, base=shipped),
         ),
-        Stage(
+        DemoStage(
             "base with planted sinks",
             f"reblock plant {shipped} {base} --shards {latents} --heads ...",
             lambda: plant(shipped, base, shards=latents, heads=HEADS),
             base,
         ),
-        Stage(
+        DemoStage(
             "retraining",
             f"reblock fit --config {recipe}",
             lambda: _fit(recipe, run, base, latents),
             run / "graft.safetensors",
         ),
-        Stage("pipeline folder", f"reblock export {run} {retrained}", lambda: export(run, retrained), retrained),
-        Stage("samples", f"reblock sample {run / 'samples'} --base {base} --retrained {retrained} ...", draw),
-        Stage("report", f"reblock report {run}", lambda: report(run)),
+        DemoStage("pipeline folder", f"reblock export {run} {retrained}", lambda: export(run, retrained), retrained),
+        DemoStage("samples", f"reblock sample {run / 'samples'} --base {base} --retrained {retrained} ...", draw),
+        DemoStage("report", f"reblock report {run}", lambda: report(run)),
     ]
 
 
 def demo(*, root: Path = Path("runs"), fresh: bool = False) -> None:
-    """Runs the main job on the embedded tiny model; run again, it says what exists and redoes only what is missing.
+    """Runs all stages on the tiny model that Reblock ships; a second call makes only what is missing.
 
     Args:
         root: folder for `demo-data` (clips, shards, base) and `demo` (the run).
-        fresh: remove what an earlier demo left first.
+        fresh: first remove what an earlier demo left.
     """
     if fresh:
         for name in ("demo-data", "demo"):
@@ -104,11 +111,11 @@ def demo(*, root: Path = Path("runs"), fresh: bool = False) -> None:
     for number, stage in enumerate(stages, start=1):
         since = time.perf_counter()
         print(f"\n[{number}/{len(stages)}] {stage.name}: {stage.command}", flush=True)
-        if stage.leaves is not None and stage.leaves.exists():
-            print(f"{stage.leaves} exists and is kept", flush=True)
+        if stage.output is not None and stage.output.exists():
+            print(f"{stage.output} exists and is kept", flush=True)
             continue
         if number == len(stages):
             print(f"{time.perf_counter() - started:.0f} s for all stages before", flush=True)
-        stage.act()  # the last stage's last line says where the report is
+        stage.run()  # the last stage's last line says where the report is
         if number < len(stages):
             print(f"{time.perf_counter() - since:.0f} s", flush=True)

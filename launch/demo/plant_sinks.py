@@ -1,9 +1,8 @@
-"""`reblock plant`: gives a base a known defect, so that there is something to cure and to measure against.
+"""`reblock plant`: plants attention sinks in a base, as a known defect that retraining must remove.
 
 Legend: B batch.
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +12,14 @@ from rich.progress import track
 from torch import Tensor
 
 from data.batch import Batch, Sample
-from data.files import write_json
+from data.files import atomic_folder, write_json
 from data.modules.latents import LatentDataModule
 from trainer.attention import sink_statistics, sink_verdict
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.planted_sinks import PlantedHead, plant_sinks
 from trainer.module import RetrainBlocks, SurgeryConfig
 
-#: Verdicts are taken at this eps, the default of `docs/measurements.md`.
+#: A token that receives more than this share of a query's attention counts for it; as in docs/measurements.md.
 EPS = 0.3
 
 
@@ -30,18 +29,18 @@ def _open(base: Path) -> RetrainBlocks:
     return module
 
 
-class _HeldOut:
-    """The held-out samples as one batch per size and caption length, with the noise that validation gives them."""
+class HeldOutSamples:
+    """The samples that validation holds out, as one batch for each size and caption length, with validation's noise."""
 
     def __init__(self, shards: Path, samples: int, module: RetrainBlocks) -> None:
         data = LatentDataModule(shards=str(shards), val_samples=samples)
         data.check()
         for shape in data.latent_shapes.values():
             module.check_data(shape, data.text_width)
-        alike: dict[tuple[int, ...], list[Sample]] = {}
+        by_shape: dict[tuple[int, ...], list[Sample]] = {}
         for sample in data.held_out_samples(range(len(data.val_split))):
-            alike.setdefault((*sample.latent.shape, len(sample.text)), []).append(sample)
-        self.batches = [Batch.collate(alike[kind]) for kind in sorted(alike)]
+            by_shape.setdefault((*sample.latent.shape, len(sample.text)), []).append(sample)
+        self.batches = [Batch.collate(by_shape[shape]) for shape in sorted(by_shape)]
         self.samples = samples
 
     @torch.no_grad()
@@ -72,13 +71,13 @@ class _HeldOut:
 
 def _cheapest_heads(
     module: RetrainBlocks,
-    held_out: _HeldOut,
+    held_out: HeldOutSamples,
     layers: Sequence[int],
     channels: tuple[int, int],
     gain: float,
     values: float,
 ) -> list[PlantedHead]:
-    """Per layer, the head whose function the base misses least once it is a sink."""
+    """In each layer, the head with the lowest validation loss once a sink is planted in it."""
     assert module.split_model is not None
     model = module.split_model.transformer
     original = {name: value.clone() for name, value in model.state_dict().items()}
@@ -97,10 +96,10 @@ def _cheapest_heads(
     return chosen
 
 
-def _parse(heads: list[str], gain: float, values: float) -> list[PlantedHead]:
+def _parse_heads(heads: list[str], gain: float, values: float) -> list[PlantedHead]:
     try:
-        places = [tuple(int(part) for part in text.split(":")) for text in heads]
-        return [PlantedHead(layer, head, gain, values) for layer, head in places]
+        pairs = [tuple(int(part) for part in text.split(":")) for text in heads]
+        return [PlantedHead(layer, head, gain, values) for layer, head in pairs]
     except ValueError as error:
         raise ValueError(f"got heads {heads}, expected LAYER:HEAD each, such as 7:1.") from error
 
@@ -117,9 +116,9 @@ def plant(
     channels: tuple[int, int] = (0, 1),
     val_samples: int = 32,
 ) -> None:
-    """Writes a copy of a base with attention sinks planted in chosen heads, and `planted.json` that says so.
+    """Writes a copy of a base with attention sinks planted in chosen heads, and `planted.json` that names them.
 
-    The base must have been trained with reserved channels (recipes/demo_base.yaml). What is written is checked: each
+    The base must have been trained with reserved channels (recipes/demo_base.yaml). Before anything is written, each
     planted head must be a sink on every held-out sample at every sigma.
 
     Args:
@@ -127,10 +126,10 @@ def plant(
         out: folder to write; complete or absent.
         shards: latent shards; their last `val_samples` measure the loss before and after, and the sinks.
         heads: LAYER:HEAD each, quoted, as in --heads '["6:3", "7:1"]'; by default, in each of the last blocks, the head
-            that the base misses least.
-        last: how many last blocks get a sink each, where `heads` is not given.
-        gain: QK-norm weight of a planted head: how steep its attention is.
-        values: factor on a planted head's value projections: small makes a sink nearly a no-op, as those in Mochi are.
+            whose sink raises the validation loss least.
+        last: number of last blocks that get a sink each, where `heads` is not given.
+        gain: QK-norm weight of a planted head; a larger one makes its attention steeper.
+        values: factor on a planted head's value projections; a small one makes the sink nearly a no-op, as in Mochi.
         channels: the reserved channels, constant and marker.
         val_samples: held-out samples, as many as the fit's `data.val_samples`.
 
@@ -146,15 +145,17 @@ def plant(
     model = module.split_model.transformer
     if not 1 <= last <= module.split_model.num_blocks:
         raise ValueError(f"got last {last}, expected 1 .. {module.split_model.num_blocks}, the blocks of {base}.")
-    held_out = _HeldOut(shards, val_samples, module)
+    held_out = HeldOutSamples(shards, val_samples, module)
     before = held_out.loss(module)
     blocks = range(module.split_model.num_blocks - last, module.split_model.num_blocks)
     planted = (
-        _parse(heads, gain, values) if heads else _cheapest_heads(module, held_out, blocks, channels, gain, values)
+        _parse_heads(heads, gain, values)
+        if heads
+        else _cheapest_heads(module, held_out, blocks, channels, gain, values)
     )
     plant_sinks(model, channels, planted)
     after = held_out.loss(module)
-    frequency = held_out.sink_frequency(module, sorted({place.layer for place in planted}))
+    frequency = held_out.sink_frequency(module, sorted({head.layer for head in planted}))
     missed = {f"{p.layer}:{p.head}": round(float(frequency[p.layer][p.head]), 4) for p in planted}
     missed = {name: share for name, share in missed.items() if share < 1.0}
     if missed:
@@ -163,10 +164,6 @@ def plant(
             f"raise --gain above {gain}, so that near-equal tokens are told apart."
         )
 
-    beside = out.with_name(out.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(base, beside, ignore=shutil.ignore_patterns("transformer"))
-    model.float().save_pretrained(beside / "transformer", safe_serialization=True)
     record = {
         "heads": [
             {
@@ -186,7 +183,9 @@ def plant(
         "val_loss_after": after,
         "note": "These sinks were planted on purpose by `reblock plant`; the base did not grow them.",
     }
-    write_json(beside / "planted.json", record)
-    os.replace(beside, out)
+    with atomic_folder(out) as temporary:
+        shutil.copytree(base, temporary, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
+        model.float().save_pretrained(temporary / "transformer", safe_serialization=True)
+        write_json(temporary / "planted.json", record)
     named = ", ".join(f"layer {p.layer} head {p.head}" for p in planted)
     print(f"{out}: sinks planted in {named}; validation loss {before:.4f} before, {after:.4f} after")

@@ -1,4 +1,4 @@
-"""Training a small `AutoencoderKLMochi` from scratch: what the demo's base needs and nobody has published.
+"""Trains a small `AutoencoderKLMochi` from scratch, for the demo's base: there is no published one of this size.
 
 Legend: B batch, T frames, C latent channels.
 """
@@ -19,10 +19,10 @@ class TrainVae(LightningModule):
 
     Args:
         config: JSON file with the VAE's diffusers config.
-        lr: AdamW's rate after warmup; it falls linearly to a tenth of it by the last step.
+        lr: AdamW's learning rate after warmup; it falls linearly to a tenth of that by the last step.
         warmup_steps: steps of linear warmup.
         kl_weight: weight of the KL divergence per latent element, against the error per pixel.
-        channels_last: keep activations channels-last, which convolutions in 16 bits on a GPU are faster with.
+        channels_last: store activations channels-last, which makes 16-bit convolutions on a GPU faster.
         seed: of the weights.
     """
 

@@ -1,4 +1,7 @@
-"""Line charts and heat maps as inline SVG, coloured by the page's own style so that they follow light and dark."""
+"""Line charts and heat maps as inline SVG.
+
+Their colours are CSS variables of the page, so that they follow its light and dark scheme; matplotlib's SVG does not.
+"""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -23,8 +26,8 @@ class Series:
     Args:
         label: in the legend; empty leaves it out.
         x: abscissae.
-        y: ordinates; the curve is broken where one is no number.
-        colour: 1, 2, 3 ...: the page's colours --c1, --c2, ...
+        y: ordinates; the curve has a gap where one is not finite.
+        colour: n for the page's CSS variable --cn, n from 1 to 4.
         style: a line, a faint line behind others, a dashed line, or dots joined by a line.
     """
 
@@ -36,14 +39,14 @@ class Series:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A figure as a reader wants it: `digits` significant digits, a true minus, n/a where there is none."""
+    """A number as text: `digits` significant digits, a true minus, n/a if it is not finite."""
     if not math.isfinite(value):
         return "n/a"
     return f"{value:.{digits}g}".replace("-", "−") if value else "0"
 
 
 def _percent(y: NDArray) -> NDArray:
-    """Linear within one percent, logarithmic beyond, odd: shows both a 1 % threshold and a hundredfold loss."""
+    """An odd scale, linear within 1 % and logarithmic beyond: shows both a threshold of 1 % and a hundredfold loss."""
     return np.arcsinh(np.asarray(y, float) / 0.01)
 
 
@@ -59,7 +62,7 @@ _SCALES: dict[str, Callable[[NDArray], NDArray]] = {
 }
 
 
-def _steps(low: float, high: float, count: int = 6) -> list[float]:
+def _round_values(low: float, high: float, count: int = 6) -> list[float]:
     """Round numbers in low .. high, about `count` of them."""
     raw = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(raw))
@@ -76,7 +79,7 @@ def _ticks(scale: Scale, low: float, high: float) -> list[tuple[float, str]]:
         values = [-1.0, -0.1, -0.01, 0.0, 0.01, 0.1, 1.0, 10.0, 100.0]
         scaled = [(float(_percent(np.array(v))), f"{v * 100:+g} %".replace("-", "−") if v else "0") for v in values]
         return [tick for tick in scaled if low <= tick[0] <= high]
-    return [(value, number(value, 4)) for value in _steps(low, high)]
+    return [(value, number(value, 4)) for value in _round_values(low, high)]
 
 
 def _span(values: Sequence[NDArray], pad: float) -> tuple[float, float]:
@@ -84,8 +87,8 @@ def _span(values: Sequence[NDArray], pad: float) -> tuple[float, float]:
     if not finite.size:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
-    room = (high - low) * pad or abs(high) * 0.1 or 1.0
-    return (low - room, high + room) if pad or low == high else (low, high)
+    margin = (high - low) * pad or abs(high) * 0.1 or 1.0
+    return (low - margin, high + margin) if pad or low == high else (low, high)
 
 
 def line_chart(
@@ -147,14 +150,14 @@ def line_chart(
 
 
 def _curve(series: Series, x: NDArray, y: NDArray) -> list[str]:
-    pen = f'class="curve {series.style}" style="stroke:var(--c{series.colour})"'
+    attributes = f'class="curve {series.style}" style="stroke:var(--c{series.colour})"'
     breaks = np.flatnonzero(~np.isfinite(y))
     runs = zip(np.split(x, breaks), np.split(y, breaks), strict=True)
     drawn = []
     for xs, ys in runs:
         points = [f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True) if math.isfinite(b)]
         if len(points) > 1:
-            drawn.append(f'<polyline {pen} points="{" ".join(points)}"/>')
+            drawn.append(f'<polyline {attributes} points="{" ".join(points)}"/>')
         if points and (series.style == "dots" or len(points) == 1):
             drawn += [
                 f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3.2" style="fill:var(--c{series.colour})"/>'
@@ -176,9 +179,9 @@ def heat_map(values: NDArray, rows: Sequence[str], *, marked: Collection[tuple[i
     """An SVG table of shares from 0 to 1, one cell per (row, column), columns numbered as heads.
 
     Args:
-        values: (rows, heads) shares; a cell without a number is left hatched.
+        values: (rows, heads) shares; a NaN is drawn as an empty cell with a dash.
         rows: names of the rows.
-        marked: (row, column) of cells with a ring.
+        marked: (row, column) of the cells with a ring around them.
     """
     heads = values.shape[1]
     cell = max(16, min(58, 620 // heads))

@@ -1,11 +1,10 @@
-"""`reblock report`: one self-contained page about a run, computed from the run's files.
+"""`reblock report`: one self-contained page about a run, made from the run's files.
 
 Legend: Ly measured layers, h heads, R ratios.
 """
 
 import base64
 import math
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,15 +14,17 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from data.files import write_text
 from launch.report.charts import Series, heat_map, line_chart, number
-from launch.report.findings import Findings, MaskingStage, SinkStage, last_epoch, read_findings, stage_title
-from launch.report.sentences import sentences, tiles
+from launch.report.results import MaskingStage, RunResults, SinkStage, last_epoch, read_results, stage_title
+from launch.report.summary import key_figures, sentences
+from launch.run_folder import RunFolder
 
 _VARIANTS = {"base": "base", "retrained": "retrained", "retrained-masked": "retrained, masked"}
 
 
 def report(run: Path, *, out: Path | None = None) -> Path:
-    """Writes one self-contained HTML page: findings, losses, sinks, masking, samples, recipe, proof.
+    """Writes one self-contained HTML page: summary, losses, sinks, masking, samples, provenance, recipe.
 
     Args:
         run: folder that `reblock fit` wrote.
@@ -35,38 +36,36 @@ def report(run: Path, *, out: Path | None = None) -> Path:
     Raises:
         ValueError: if `run` is no run folder.
     """
-    found = read_findings(run)
-    path = out or run / "report.html"
+    folder = RunFolder(run)
+    results = read_results(folder)
+    path = out or folder.report
     environment = Environment(loader=PackageLoader("launch"), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html.j2").render(_page(found))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
+    page = environment.get_template("report.html.j2").render(_page(results))
+    write_text(path, page)
     print(f"report: {path.resolve()}")
     return path
 
 
-def _page(found: Findings) -> dict[str, Any]:
-    sinks = found.before or found.after
-    masking = found.masking_before or found.masking_after
+def _page(results: RunResults) -> dict[str, Any]:
+    sinks = results.before or results.after
+    masking = results.masking_before or results.masking_after
     return {
-        "name": found.run.resolve().name,
-        "base": found.base,
-        "tiles": tiles(found),
-        "sentences": sentences(found),
-        "charts": {name: Markup(chart) if chart else None for name, chart in _charts(found).items()},
-        "heat": [_heat(title, stage, found) for title, stage in _compared(found)],
+        "name": results.run.path.resolve().name,
+        "base": results.base,
+        "key_figures": key_figures(results),
+        "sentences": sentences(results),
+        "charts": {name: Markup(chart) if chart else None for name, chart in _charts(results).items()},
+        "heat": [_heat(title, stage, results) for title, stage in _compared(results)],
         "eps": number(sinks.eps) if sinks else None,
-        "heads": _heads(found),
-        "scopes": _scopes(found),
+        "heads": _heads(results),
+        "scopes": _scopes(results),
         "probes": _probes(masking),
-        "samples": _samples(found),
-        "fingerprint": found.fingerprint,
-        "versions": _versions(found.versions),
-        "commands": _commands(found),
-        "config": found.config,
-        "figures": _figures(found),
+        "samples": _samples(results),
+        "fingerprint": results.fingerprint,
+        "versions": _versions(results.versions),
+        "commands": _commands(results),
+        "config": results.config,
+        "figures": _figures(results),
     }
 
 
@@ -91,21 +90,21 @@ def running_mean(y: Sequence[float]) -> list[float]:
         return list((total[end] - total[start]) / (count[end] - count[start]))
 
 
-def _charts(found: Findings) -> dict[str, str | None]:
+def _charts(results: RunResults) -> dict[str, str | None]:
     return {
-        "loss": _loss_chart(found),
-        "bands": _band_chart(found),
-        "sinks_by_epoch": _epoch_chart({k: len(s.flagged) for k, s in found.sinks.items()}, "sink heads"),
+        "loss": _loss_chart(results),
+        "bands": _band_chart(results),
+        "sinks_by_epoch": _epoch_chart({k: len(s.flagged) for k, s in results.sinks.items()}, "sink heads"),
         "ratio_by_epoch": _epoch_chart(
-            {k: m.value("critical_ratio") for k, m in found.masking.items()}, "critical ratio, retrained blocks"
+            {k: m.value("critical_ratio") for k, m in results.masking.items()}, "critical ratio, retrained blocks"
         ),
-        "distortion": _masking_chart(found, "distortion"),
-        "increase": _masking_chart(found, "loss_increase"),
+        "distortion": _masking_chart(results, "distortion"),
+        "increase": _masking_chart(results, "loss_increase"),
     }
 
 
-def _loss_chart(found: Findings) -> str | None:
-    (steps, train), (val_steps, val) = found.series("train/loss"), found.series("val/loss")
+def _loss_chart(results: RunResults) -> str | None:
+    (steps, train), (val_steps, val) = results.series("train/loss"), results.series("val/loss")
     series = []
     if train:
         series += [
@@ -117,11 +116,11 @@ def _loss_chart(found: Findings) -> str | None:
     return line_chart(series, x_label="optimiser step", y_label="mean squared error") if series else None
 
 
-def _band_chart(found: Findings) -> str | None:
-    names = sorted({key for row in found.metrics for key in row if key.startswith("train/loss_sigma_")})
+def _band_chart(results: RunResults) -> str | None:
+    names = sorted({key for row in results.metrics for key in row if key.startswith("train/loss_sigma_")})
     series = []
     for index, name in enumerate(names):
-        steps, values = found.series(name)
+        steps, values = results.series(name)
         if values:
             label = "σ " + name.removeprefix("train/loss_sigma_").replace("-", " to ")
             series.append(Series(label, steps, running_mean(values), index % 4 + 1))
@@ -129,7 +128,7 @@ def _band_chart(found: Findings) -> str | None:
 
 
 def _epoch_chart(values: Mapping[str, float], y_label: str) -> str | None:
-    """A figure over the epochs, with the base's own as a line."""
+    """A figure over the epochs, with the base's as a dashed line; None below two epochs."""
     epochs = sorted((int(stage.removeprefix("epoch-")), v) for stage, v in values.items() if stage.startswith("epoch-"))
     if len(epochs) < 2:
         return None
@@ -140,9 +139,9 @@ def _epoch_chart(values: Mapping[str, float], y_label: str) -> str | None:
     return line_chart(series, x_label="epoch", y_label=y_label, height=240)
 
 
-def _masking_chart(found: Findings, name: str) -> str | None:
+def _masking_chart(results: RunResults, name: str) -> str | None:
     series = []
-    for label, stage, colour in (("before", found.masking_before, 2), ("after", found.masking_after, 1)):
+    for label, stage, colour in (("before", results.masking_before, 2), ("after", results.masking_after, 1)):
         curve = stage.curve(name) if stage else None
         if stage is None or curve is None:
             continue
@@ -159,14 +158,14 @@ def _masking_chart(found: Findings, name: str) -> str | None:
     return line_chart(series, x_label=x_label, y_label="relative squared change", scale="log")
 
 
-def _compared(found: Findings) -> list[tuple[str, SinkStage]]:
-    before = [("Before: the base's own weights", found.before)] if found.before else []
-    return before + ([(f"After {stage_title(found.after.stage)}", found.after)] if found.after else [])
+def _compared(results: RunResults) -> list[tuple[str, SinkStage]]:
+    before = [("Before: the base's own weights", results.before)] if results.before else []
+    return before + ([(f"After {stage_title(results.after.stage)}", results.after)] if results.after else [])
 
 
-def _heat(title: str, stage: SinkStage, found: Findings) -> dict[str, Any]:
+def _heat(title: str, stage: SinkStage, results: RunResults) -> dict[str, Any]:
     rows = {layer: row for row, layer in enumerate(stage.layers)}
-    ringed = {(rows[layer], head) for layer, head in found.planted_heads if layer in rows}
+    ringed = {(rows[layer], head) for layer, head in results.planted_heads if layer in rows}
     svg = heat_map(stage.frequency.mean(axis=0), [f"layer {layer}" for layer in stage.layers], marked=ringed)
     arrays = stage.arrays
     note = (
@@ -179,29 +178,29 @@ def _heat(title: str, stage: SinkStage, found: Findings) -> dict[str, Any]:
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _heads(found: Findings) -> list[list[str]]:
+def _heads(results: RunResults) -> list[list[str]]:
     """One row per planted head."""
 
     def mean(stage: SinkStage | None, name: str, head: tuple[int, int]) -> str:
-        values = stage.of(stage.arrays[name], head) if stage else np.array([np.nan])
+        values = stage.select(stage.arrays[name], head) if stage else np.array([np.nan])
         return number(float(np.nanmean(values))) if np.isfinite(values).any() else "n/a"
 
     def frequency(stage: SinkStage | None, head: tuple[int, int], pick: Any) -> str:
-        return number(float(pick(stage.of(stage.frequency, head)))) if stage else "n/a"
+        return number(float(pick(stage.select(stage.frequency, head)))) if stage else "n/a"
 
     table = []
-    for entry, head in zip(found.planted, found.planted_heads, strict=True):
+    for entry, head in zip(results.planted, results.planted_heads, strict=True):
         cells = [f"layer {head[0]}, head {head[1]}"]
         cells += [number(float(entry.get(key, math.nan))) for key in ("gain", "verified_frequency")]
-        cells += [frequency(found.before, head, np.min), frequency(found.after, head, np.max)]
+        cells += [frequency(results.before, head, np.min), frequency(results.after, head, np.max)]
         for name in ("alpha", "value_norm_ratio"):
-            cells += [mean(found.before, name, head), mean(found.after, name, head)]
+            cells += [mean(results.before, name, head), mean(results.after, name, head)]
         table.append(cells)
     return table
 
 
-def _scopes(found: Findings) -> list[list[str]]:
-    stages = (found.masking_before, found.masking_after)
+def _scopes(results: RunResults) -> list[list[str]]:
+    stages = (results.masking_before, results.masking_after)
     scopes = list(dict.fromkeys(scope for stage in stages if stage for scope in stage.scopes))
 
     def cell(stage: MaskingStage | None, name: str, scope: str) -> str:
@@ -224,20 +223,21 @@ def _probes(stage: MaskingStage | None) -> str:
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
-def _samples(found: Findings) -> list[dict[str, Any]]:
+def _samples(results: RunResults) -> list[dict[str, Any]]:
     """Videos by caption and seed, variants in their order of drawing."""
     groups: dict[tuple[str, int], list[dict[str, str]]] = {}
-    for entry in found.samples:
+    for entry in results.samples:
         clip = {
-            "uri": data_uri(found.run / "samples" / entry["file"], "video/mp4"),
+            "uri": data_uri(results.run.samples / entry["file"], "video/mp4"),
             "title": _VARIANTS.get(entry["variant"], entry["variant"]),
-            "note": _likeness(entry),
+            "note": _sample_note(entry),
         }
         groups.setdefault((entry["caption"], entry["seed"]), []).append(clip)
     return [{"caption": caption, "seed": seed, "clips": clips} for (caption, seed), clips in groups.items()]
 
 
-def _likeness(entry: Mapping[str, Any]) -> str:
+def _sample_note(entry: Mapping[str, Any]) -> str:
+    """Masked share, and similarity to the dense video, where they apply."""
     parts = []
     ratio = (entry.get("settings") or {}).get("mask_ratio")
     if ratio:
@@ -262,16 +262,16 @@ def _versions(versions: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [*rows, ("packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version))]
 
 
-def _commands(found: Findings) -> list[str]:
-    command = (found.versions or {}).get("command")
+def _commands(results: RunResults) -> list[str]:
+    command = (results.versions or {}).get("command")
     fit = [command] if command else ["# the command of the fit was not recorded"]
-    return [*fit, shlex.join(["reblock", "report", str(found.run)])]
+    return [*fit, shlex.join(["reblock", "report", str(results.run.path)])]
 
 
-def _figures(found: Findings) -> list[dict[str, str]]:
+def _figures(results: RunResults) -> list[dict[str, str]]:
     """PNGs of the base, the fresh initialisation and the last epoch."""
-    stages = {"base", "epoch-000", last_epoch(found.sinks), last_epoch(found.masking)} - {None}
-    paths = sorted((found.run / "figures").glob("*.png"))
+    stages = {"base", "epoch-000", last_epoch(results.sinks), last_epoch(results.masking)} - {None}
+    paths = sorted(results.run.figures.glob("*.png"))
     return [
         {"name": path.stem, "uri": data_uri(path, "image/png")}
         for path in paths

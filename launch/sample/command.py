@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from data.base_folder import resolve_base
+from data.files import write_json
 from data.video.decode import decode_video
 from data.video.write import write_video
-from launch.sample.contact_sheet import draw_sheet
-from launch.sample.generate import Painter, Settings, bottom_masked, likeness
+from launch.sample.contact_sheet import write_contact_sheet
+from launch.sample.generate import SamplingConfig, VideoSampler, bottom_masked, psnr_and_ssim
 from trainer.models.layout import AttentionFunction
 
-#: Drawn when no captions are given: sentences of `reblock synth`.
+#: Sampled when no captions are given: sentences of `reblock synth`.
 CAPTIONS = (
     "a red circle moves right over a dark gray background",
     "a yellow star moves down over a dark blue background",
@@ -25,12 +25,12 @@ CAPTIONS = (
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way of drawing a caption.
+class SampleVariant:
+    """One way to sample a caption.
 
     Args:
         name: base, retrained or retrained-masked.
-        folder: the pipeline that draws it.
+        folder: the pipeline that is sampled.
         mask_ratio: share of attention weights removed in the layers of `functions`.
         functions: layer -> attention function; empty for dense attention.
     """
@@ -63,7 +63,7 @@ def _retrained_blocks(folder: Path) -> list[int]:
 
 
 def _identity(folder: Path) -> str:
-    """Changes when the weights of a pipeline folder are written anew."""
+    """Sizes and modification times of a pipeline folder's weights: changes when they are written anew."""
     files = sorted(folder.glob("*/*.safetensors"))
     return " ".join(f"{f.parent.name}/{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
 
@@ -75,22 +75,16 @@ def _read_entries(path: Path) -> list[dict]:
         return []
 
 
-def _write_entries(path: Path, entries: list[dict]) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(entries, indent=1))
-    os.replace(beside, path)
-
-
-def _variants(base: Path, retrained: Path | None, mask_ratio: float) -> list[Variant]:
+def _variants(base: Path, retrained: Path | None, mask_ratio: float) -> list[SampleVariant]:
     if not 0.0 <= mask_ratio < 1.0 or (mask_ratio and retrained is None):
         raise ValueError(f"got mask_ratio {mask_ratio}, expected 0 <= ratio < 1, and a retrained folder if above 0.")
-    variants = [Variant("base", _pipeline_folder(base, "base"), 0.0, {})]
+    variants = [SampleVariant("base", _pipeline_folder(base, "base"), 0.0, {})]
     if retrained is not None:
         folder = _pipeline_folder(retrained, "retrained")
-        variants.append(Variant("retrained", folder, 0.0, {}))
+        variants.append(SampleVariant("retrained", folder, 0.0, {}))
         if mask_ratio:
             functions = dict.fromkeys(_retrained_blocks(folder), bottom_masked(mask_ratio))
-            variants.append(Variant("retrained-masked", folder, mask_ratio, functions))
+            variants.append(SampleVariant("retrained-masked", folder, mask_ratio, functions))
     return variants
 
 
@@ -111,21 +105,21 @@ def sample(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> None:
-    """Draws videos of the same captions and seeds from base and retrained model, and a contact sheet of them all.
+    """Samples the same captions and seeds from base and retrained model, and makes a contact sheet of all videos.
 
     Writes one mp4 per caption and variant (base, retrained, retrained-masked), samples.json and contact-sheet.png.
-    Videos that exist with the same settings are kept.
+    Videos that exist with the same settings are not sampled again.
 
     Args:
         out: folder of the videos.
         base: diffusers pipeline folder of the base.
-        retrained: pipeline folder written by `reblock export`; without it only the base is drawn.
-        captions: what to draw; three captions of the synthetic clips by default.
-        seed: caption i is drawn from noise seed + i, the same for every variant.
+        retrained: pipeline folder written by `reblock export`; without it only the base is sampled.
+        captions: texts to sample; three captions of the synthetic clips by default.
+        seed: caption i is sampled from noise seed + i, the same for every variant.
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 turns it off.
-        mask_ratio: share of the attention weights removed in the retrained blocks, smallest first; 0 draws no masked
-            variant.
+        mask_ratio: share of the attention weights removed in the retrained blocks, smallest first; 0 leaves the masked
+            variant out.
         frames: frames per video, 6k + 1.
         height: pixels, a multiple of 16.
         width: pixels, a multiple of 16.
@@ -133,10 +127,10 @@ def sample(
         device: torch device.
         dtype: of the weights, float32 or bfloat16; latents stay float32 between steps.
     """
-    settings = Settings(
+    config = SamplingConfig(
         seed=seed, steps=steps, guidance=guidance, frames=frames, height=height, width=width, fps=fps, dtype=dtype
     )
-    settings.check()
+    config.check()
     variants = _variants(base, retrained, mask_ratio)
     texts = list(CAPTIONS) if captions is None else captions
     if not texts:
@@ -146,23 +140,25 @@ def sample(
     done = {entry["file"]: entry for entry in _read_entries(out / "samples.json") if (out / entry["file"]).is_file()}
     entries: list[dict] = []
     for (i, text), variant in itertools.product(enumerate(texts), variants):
-        drawn_from = asdict(settings) | {"mask_ratio": variant.mask_ratio, "model": _identity(variant.folder)}
+        settings = asdict(config) | {"mask_ratio": variant.mask_ratio, "model": _identity(variant.folder)}
         entry = {"caption": text, "seed": seed + i, "variant": variant.name, "file": f"{i:02d}-{variant.name}.mp4"}
-        entry |= {"settings": drawn_from}
+        entry |= {"settings": settings}
         old = done.get(entry["file"], {})
         entries.append(old if entry.items() <= old.items() else entry)
     kept = sum("frames" in entry for entry in entries)
     if kept:
         print(f"{out}: {kept} of {len(entries)} videos exist with these settings and are kept")
-    _draw_missing(out, entries, variants, settings, device)
+    _sample_missing(out, entries, variants, config, device)
 
     videos = {v.name: [decode_video(out / e["file"]) for e in entries if e["variant"] == v.name] for v in variants}
-    draw_sheet(out / "contact-sheet.png", texts, videos)
+    write_contact_sheet(out / "contact-sheet.png", texts, videos)
     print(f"{out / 'contact-sheet.png'}: {len(texts)} captions, each as {', '.join(videos)}")
 
 
-def _draw_missing(out: Path, entries: list[dict], variants: Sequence[Variant], settings: Settings, device: str) -> None:
-    """Draws what has no `frames` yet, one model after the other: at real size only one fits into memory."""
+def _sample_missing(
+    out: Path, entries: list[dict], variants: Sequence[SampleVariant], config: SamplingConfig, device: str
+) -> None:
+    """Samples the entries without `frames`, one model after the other: at real size only one fits into memory."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     by_folder = [(f, list(group)) for f, group in itertools.groupby(variants, key=lambda v: v.folder)]
     with Progress(*columns) as progress:
@@ -170,38 +166,40 @@ def _draw_missing(out: Path, entries: list[dict], variants: Sequence[Variant], s
         for folder, group in by_folder:
             names = [v.name for v in group]
             own = [e for e in entries if e["variant"] in names]
-            # A masked video is compared with the dense one's own pixels, so the two are drawn together.
+            # A masked video is compared with the pixels of the dense one, so both are sampled together.
             seeds = {e["seed"] for e in own if "frames" not in e}
             todo = [e for e in own if e["seed"] in seeds]
             if todo:
-                progress.update(task, total=(progress.tasks[0].total or 0) + len(todo) * settings.steps)
-                _draw(out, entries, todo, {v.name: v for v in group}, Painter(folder, settings, device), progress, task)
+                progress.update(task, total=(progress.tasks[0].total or 0) + len(todo) * config.steps)
+                sampler = VideoSampler(folder, config, device)
+                _sample_entries(out, entries, todo, {v.name: v for v in group}, sampler, progress, task)
 
 
-def _draw(
+def _sample_entries(
     out: Path,
     entries: list[dict],
     todo: list[dict],
-    variants: Mapping[str, Variant],
-    painter: Painter,
+    variants: Mapping[str, SampleVariant],
+    sampler: VideoSampler,
     progress: Progress,
     task: TaskID,
 ) -> None:
+    """Samples and writes the videos of `todo`, whose entries get the results; `entries` is the whole index."""
     dense = None
     for entry in todo:
         variant = variants[entry["variant"]]
         progress.update(task, description=f"{variant.name}, seed {entry['seed']}")
-        video = painter.draw(entry["caption"], entry["seed"], variant.functions, lambda: progress.advance(task))
-        write_video(out / entry["file"], video, painter.settings.fps)
+        video = sampler.sample(entry["caption"], entry["seed"], variant.functions, lambda: progress.advance(task))
+        write_video(out / entry["file"], video, sampler.config.fps)
         psnr = ssim = None
         if variant.functions and dense is not None:
-            psnr, ssim = likeness(video, dense)
+            psnr, ssim = psnr_and_ssim(video, dense)
         else:
             dense = video
         entry |= {
             "frames": len(video),
-            "fps": painter.settings.fps,
+            "fps": sampler.config.fps,
             "psnr_to_dense": psnr,
             "ssim_to_dense": ssim,
         }
-        _write_entries(out / "samples.json", [e for e in entries if "frames" in e])
+        write_json(out / "samples.json", [e for e in entries if "frames" in e])

@@ -1,33 +1,33 @@
-"""One picture of many videos: a row per caption, a block of frames per variant.
+"""The contact sheet of samples: a row for each caption, a strip of frames for each variant.
 
 Legend: T frames, H W pixels.
 """
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from data.inspect.contact_sheet import save_contact_sheet
+from data.inspect.fonts import choose_fonts, replace_missing
+from data.inspect.sample_clips import even_indices
 
 _GAP = 2  # pixels between the frames of a strip
 
 
-def strip(video: NDArray[np.uint8], frames: int) -> NDArray[np.uint8]:
+def frame_strip(video: NDArray[np.uint8], frames: int) -> NDArray[np.uint8]:
     """`frames` frames of a video (T, H, W, 3), evenly spaced from first to last, side by side on white."""
-    count = min(frames, len(video))
-    chosen = video[np.linspace(0, len(video) - 1, count).round().astype(int)]
-    padded = np.pad(chosen, ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=255)
+    padded = np.pad(video[even_indices(len(video), frames)], ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=255)
     return np.concatenate(list(padded), axis=1)[:, :-_GAP]
 
 
-def draw_sheet(
+def write_contact_sheet(
     path: Path, captions: Sequence[str], videos: Mapping[str, Sequence[NDArray[np.uint8]]], *, frames: int = 4
 ) -> None:
-    """Writes the picture, beside and then renamed.
+    """Writes the contact sheet, atomically.
 
     Args:
         path: PNG to write.
@@ -35,29 +35,28 @@ def draw_sheet(
         videos: variant -> one video (T, H, W, 3) per caption.
         frames: frames shown of each video.
     """
-    first = strip(next(iter(videos.values()))[0], frames)
+    first = frame_strip(next(iter(videos.values()))[0], frames)
     width = 4.4  # inches of one block
     height = width * first.shape[0] / first.shape[1]
     figure = Figure(figsize=(width * len(videos) + 0.2, (height + 0.32) * len(captions) + 0.35), facecolor="white")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(captions), len(videos), squeeze=False)
     for column, (variant, own) in enumerate(videos.items()):
         for row, video in enumerate(own):
             ax = axes[row, column]
-            ax.imshow(strip(video, frames), interpolation="nearest", aspect="equal")
+            ax.imshow(frame_strip(video, frames), interpolation="nearest", aspect="equal")
             ax.set_axis_off()
         title = variant.replace("-", " and ")
         axes[0, column].annotate(
             title, (0.5, 1), (0, 20), xycoords="axes fraction", textcoords="offset points", ha="center", weight="bold"
         )
+    fonts = choose_fonts(captions)
     for row, caption in enumerate(captions):
-        text = "\n".join(textwrap.wrap(caption, 60 * len(videos)))
+        text = "\n".join(textwrap.wrap(replace_missing(caption, fonts), 60 * len(videos)))
         axes[row, 0].annotate(
-            text, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", size=10, color="0.25"
-        )
+            text, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", size=10, color="0.25",
+            fontfamily=fonts, parse_math=False,
+        )  # fmt: skip
     figure.subplots_adjust(
         left=0.01, right=0.99, bottom=0.01, top=1 - 0.55 / figure.get_figheight(), wspace=0.03, hspace=0.32 / height
     )
-    beside = path.with_name(path.name + ".tmp")
-    figure.savefig(beside, format="png", dpi=110)
-    os.replace(beside, path)
+    save_contact_sheet(figure, path)

@@ -1,4 +1,4 @@
-"""Drawing one video with a pipeline folder, its attention changed in chosen layers if wanted.
+"""Samples videos from a pipeline folder, with other attention functions in chosen layers where wanted.
 
 Legend: T frames, H W pixels, B batch, h heads, d head width, N vision tokens.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import MochiPipeline
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -26,8 +27,19 @@ Pixels = NDArray[np.uint8]  # (T, H, W, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a video is a function of, besides its caption and its model."""
+class SamplingConfig:
+    """What a video depends on, besides its caption and its model.
+
+    Args:
+        seed: noise seed of the first caption.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 turns it off.
+        frames: frames per video, 6k + 1.
+        height: pixels, a multiple of 16.
+        width: pixels, a multiple of 16.
+        fps: frames per second of the file.
+        dtype: of the weights, float32 or bfloat16.
+    """
 
     seed: int
     steps: int
@@ -54,9 +66,9 @@ class Settings:
 
 
 def bottom_masked(ratio: float) -> AttentionFunction:
-    """Attention whose smallest weights are removed, `ratio` of them per head; thresholds are taken on the spot.
+    """Attention without the share `ratio` of each head's smallest weights; thresholds are measured at every call.
 
-    Every sample is treated by itself, over its valid tokens only: padded text has no weights to rank.
+    Every sample is masked by itself, over its valid tokens only: padded text has no weights to rank.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -71,7 +83,7 @@ def bottom_masked(ratio: float) -> AttentionFunction:
     return attend
 
 
-def likeness(video: Pixels, dense: Pixels) -> tuple[float, float]:
+def psnr_and_ssim(video: Pixels, dense: Pixels) -> tuple[float, float]:
     """PSNR in dB (at most `IDENTICAL_DB`) and SSIM of a video against the dense one, over all frames."""
     a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (video, dense))  # (T, 3, H, W)
     psnr = float(peak_signal_noise_ratio(a, b, data_range=1.0))
@@ -80,33 +92,41 @@ def likeness(video: Pixels, dense: Pixels) -> tuple[float, float]:
     return min(psnr, IDENTICAL_DB), float(ssim)
 
 
-class Painter:
-    """One pipeline folder, loaded once, that draws videos.
+class VideoSampler:
+    """Samples videos from one pipeline folder, which is loaded once.
 
     Args:
         folder: a complete diffusers Mochi pipeline.
-        settings: of every video.
+        config: of every video.
         device: torch device.
     """
 
-    def __init__(self, folder: Path, settings: Settings, device: str) -> None:
-        self.settings, self.device = settings, torch.device(device)
-        self.dtype = getattr(torch, settings.dtype)
+    def __init__(self, folder: Path, config: SamplingConfig, device: str) -> None:
+        self.config, self.device = config, torch.device(device)
+        self.dtype = getattr(torch, config.dtype)
+        diffusers_logging.disable_progress_bar()  # of loading, which `rich` knows nothing of
         pipe = MochiPipeline.from_pretrained(folder, torch_dtype=self.dtype, local_files_only=True)
         self.pipe = pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.vae.enable_tiling()  # does nothing up to 256 pixels; past that, whole frames would not fit
+        self.pipe.vae.enable_tiling()  # no effect up to 256 pixels; larger frames would not fit whole
         self.split_model = SplitModel(self.pipe.transformer)
 
     @torch.no_grad()
-    def draw(
-        self, caption: str, seed: int, functions: Mapping[int, AttentionFunction], tick: Callable[[], None]
+    def sample(
+        self, caption: str, seed: int, functions: Mapping[int, AttentionFunction], on_step: Callable[[], None]
     ) -> Pixels:
-        """The video of a caption; layers in `functions` attend through them. `tick` is called after every step."""
-        s = self.settings
+        """The video of a caption, (T, H, W, 3).
+
+        Args:
+            caption: may be empty.
+            seed: of the noise.
+            functions: layer -> attention function in place of the dense one.
+            on_step: called after every denoising step.
+        """
+        config = self.config
 
         def after_step(pipe: MochiPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
-            tick()
+            on_step()
             return {}
 
         text, mask, _, _ = self.pipe.encode_prompt(caption, do_classifier_free_guidance=False)
@@ -122,14 +142,14 @@ class Painter:
             video = self.pipe(
                 prompt_embeds=text,
                 prompt_attention_mask=mask,
-                # As captions are dropped in training: zero embedding, zero mask.
+                # The empty caption is what training drops captions to: zero embedding, zero mask.
                 negative_prompt_embeds=torch.zeros_like(text),
                 negative_prompt_attention_mask=torch.zeros_like(mask),
-                num_frames=s.frames,
-                height=s.height,
-                width=s.width,
-                num_inference_steps=s.steps,
-                guidance_scale=s.guidance,
+                num_frames=config.frames,
+                height=config.height,
+                width=config.width,
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
                 generator=torch.Generator().manual_seed(seed),
                 callback_on_step_end=after_step,
                 output_type="np",

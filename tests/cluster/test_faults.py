@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.bench.compare import compare
-from launch.bench.kills import make_world
-from launch.bench.trace import count_steps
+from tests.kills.comparison import compare_runs
+from tests.kills.step_trace import count_steps
+from tests.kills.tiny_fit import write_recipe
 from trainer.checkpoint.file import checkpoint_fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -26,23 +26,23 @@ HELD = (4, 8, 14, 22)
 START = 240
 
 
-class Run:
+class HeldRun:
     """A fit on both nodes whose steps in `HELD` wait for this test."""
 
-    def __init__(self, lab, world: Path, name: str, *options: str, held: tuple[int, ...] = HELD) -> None:
-        self.lab, self.folder, self.gates = lab, world / "runs" / name, world / f"gates-{name}"
+    def __init__(self, lab, recipe_folder: Path, name: str, *options: str, held: tuple[int, ...] = HELD) -> None:
+        self.lab, self.folder, self.gates = lab, recipe_folder / "runs" / name, recipe_folder / f"gates-{name}"
         self.gates.mkdir()
-        recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+        recipe = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
         recipe["run"] |= {"name": name, "watchdog_s": 0}
         gate = {
             "class_path": "tests.support.rank_faults.Gate",
             "init_args": {"folder": str(self.gates), "steps": list(held)},
         }
         recipe["trainer"]["callbacks"].append(gate)
-        (world / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        (recipe_folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         lab.run(
-            REBLOCK, "submit", "--config", world / f"{name}.yaml", "--nodes", "2", "--time", "0:30:00",
-            "--env", f"{{PYTHONPATH: {ROOT}}}", *options, cwd=world, timeout=START, PYTHONPATH=str(ROOT),
+            REBLOCK, "submit", "--config", recipe_folder / f"{name}.yaml", "--nodes", "2", "--time", "0:30:00",
+            "--env", f"{{PYTHONPATH: {ROOT}}}", *options, cwd=recipe_folder, timeout=START, PYTHONPATH=str(ROOT),
         )  # fmt: skip
         lines = (self.folder / "job" / "jobs.jsonl").read_text().splitlines()
         self.job = yaml.safe_load(lines[-1])["job"]
@@ -92,9 +92,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def recipe_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    path = make_world(folder, epochs=EPOCHS, ranks=1)
+    path = write_recipe(folder, epochs=EPOCHS, ranks=1)
     recipe = yaml.safe_load(path.read_text())
     recipe["trainer"] |= {"devices": 1, "strategy": "ddp"}
     path.write_text(yaml.safe_dump(recipe))
@@ -102,26 +102,26 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(_session_lab, world) -> Path:
+def undisturbed(_session_lab, recipe_folder) -> Path:
     """The run that nothing disturbs."""
-    run = Run(_session_lab, world, "whole", held=())
+    run = HeldRun(_session_lab, recipe_folder, "undisturbed", held=())
     run.end()
     return run.folder
 
 
-def same(run: Run, whole: Path, *, again: bool) -> None:
+def assert_same(run: HeldRun, undisturbed: Path, *, again: bool) -> None:
     """Nothing differs from the undisturbed run but its logs, and whether steps were taken again is as it should be."""
-    found = compare(whole, run.folder, 2)
+    found = compare_runs(undisturbed, run.folder, 2)
     found.files = [name for name in found.files if not name.startswith("logs/")]
     assert not found.faults(), (found.faults(), run.says())
-    assert (found.again > 0) == again, found
+    assert (found.repeated > 0) == again, found
     assert not any(checkpoint_fault(path) for path in (run.folder / "checkpoints").glob("*.ckpt"))
     run.lab.until(lambda: not [*run.ranks("node1"), *run.ranks("node2")], "all processes to be gone")
 
 
-def test_requeued_three_times_over(lab, world, whole):
+def test_requeued_three_times_over(lab, recipe_folder, undisturbed):
     """By the stop signal, by a preemption that leaves time to end, and by the stop signal again."""
-    run = Run(lab, world, "thrice", "--partition", "graceful")
+    run = HeldRun(lab, recipe_folder, "thrice", "--partition", "graceful")
     run.waits(4)
     lab.run("scancel", "--signal=USR1", run.job)
     run.hears(signal.SIGUSR1)
@@ -143,13 +143,13 @@ def test_requeued_three_times_over(lab, world, whole):
     assert "after step 16, exit status 75" in run.start_log(2)  # the epoch's last: one step is taken again
     run.open(*HELD)
     run.end()
-    same(run, whole, again=True)
+    assert_same(run, undisturbed, again=True)
 
 
-def test_a_nodes_daemon_dies_under_a_fit(lab_to_break, world, whole):
+def test_a_nodes_daemon_dies_under_a_fit(lab_to_break, recipe_folder, undisturbed):
     """Slurm gives the node up and queues the job again; the rank that was left there ends before the job goes on."""
     lab = lab_to_break
-    run = Run(lab, world, "daemon")
+    run = HeldRun(lab, recipe_folder, "daemon")
     run.waits(4)
     left = run.ranks("node2")
     lab.kill_slurmd("node2")
@@ -159,25 +159,25 @@ def test_a_nodes_daemon_dies_under_a_fit(lab_to_break, world, whole):
     lab.wait(run.job, "RUNNING", timeout=START)
     run.open(*HELD)
     run.end()
-    same(run, whole, again=True)
+    assert_same(run, undisturbed, again=True)
 
 
-def test_a_node_dies_under_a_fit(lab_to_break, world, whole):
+def test_a_node_dies_under_a_fit(lab_to_break, recipe_folder, undisturbed):
     lab = lab_to_break
-    run = Run(lab, world, "node")
+    run = HeldRun(lab, recipe_folder, "node")
     run.waits(14)
     lab.kill_node("node2")
     run.restarted(1)
     lab.start_nodes()
     run.open(*HELD)
     run.end()
-    same(run, whole, again=True)
+    assert_same(run, undisturbed, again=True)
 
 
-def test_the_network_is_cut_for_a_while(lab_to_break, world, whole):
+def test_the_network_is_cut_for_a_while(lab_to_break, recipe_folder, undisturbed):
     """Packets are lost, nothing is closed: the ranks wait, and go on as if nothing had been."""
     lab = lab_to_break
-    run = Run(lab, world, "while")
+    run = HeldRun(lab, recipe_folder, "while")
     run.waits(8)
     lab.cut("node1", "node2")
     run.open(8)
@@ -186,13 +186,13 @@ def test_the_network_is_cut_for_a_while(lab_to_break, world, whole):
     lab.mend("node1", "node2")
     run.open(*HELD)
     run.end()
-    same(run, whole, again=False)
+    assert_same(run, undisturbed, again=False)
 
 
-def test_the_network_is_cut_for_good(lab_to_break, world, whole):
+def test_the_network_is_cut_for_good(lab_to_break, recipe_folder, undisturbed):
     """A node's cable is pulled: a collective's time runs out on both ranks, and Slurm gives the node up."""
     lab = lab_to_break
-    run = Run(lab, world, "good", "--run.collective_timeout_s", "10")
+    run = HeldRun(lab, recipe_folder, "good", "--run.collective_timeout_s", "10")
     run.waits(8)
     left = run.ranks("node2")
     lab.cut("node2")
@@ -206,4 +206,4 @@ def test_the_network_is_cut_for_good(lab_to_break, world, whole):
     lab.mend("node2")
     run.open(*HELD)
     run.end()
-    same(run, whole, again=True)
+    assert_same(run, undisturbed, again=True)

@@ -13,10 +13,10 @@ import yaml
 from diffusers import AutoencoderKLMochi
 
 from launch.demo.assemble_base import pipeline
+from tests.support.fork_server import Process, popen
 from tests.support.latent_shards import write_latents
+from tests.support.run_rows import EPOCHS
 
-#: 40 samples, 8 held out, batches of 4: 8 steps an epoch.
-STEPS, EPOCHS = 8, 3
 BUCKET, TEXT_WIDTH = "7x32x32", 16
 VAE = {
     "latent_channels": 4, "encoder_block_out_channels": [32] * 4, "decoder_block_out_channels": [32] * 4,
@@ -99,15 +99,15 @@ def write_recipe(whole_base, shards) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def reblock() -> Callable[..., subprocess.Popen]:
+def reblock() -> Callable[..., Process]:
     """(log, *arguments) -> the command, started in a process group of its own, its output in the file `log`."""
 
-    def start(log: Path, *arguments: str | Path) -> subprocess.Popen:
+    def start(log: Path, *arguments: str | Path) -> Process:
         code = "from launch.main import main; main()"
         root = Path(__file__).resolve().parents[2]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
         with log.open("w") as out:
-            return subprocess.Popen(
+            return popen(
                 [sys.executable, "-c", code, *map(str, arguments)],
                 cwd=log.parent, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fork_server import popen
+
 #: Seconds after which ranks count as waiting for each other for ever; each run takes about ten.
 DEADLINE = 120
 
@@ -66,7 +68,7 @@ def run(tmp_path: Path, base: Path, fails: str) -> list[tuple[int, str]]:
         place = {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
         with log.open("w") as out:
             ranks.append(
-                subprocess.Popen(
+                popen(
                     [sys.executable, str(script), str(tmp_path / "run"), str(base), fails],
                     env=os.environ | shared | place, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT,
                 )

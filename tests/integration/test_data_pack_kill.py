@@ -13,21 +13,22 @@ import pytest
 
 from data.pack.command import pack
 from data.synth.command import synth
+from tests.support.fork_server import Process, popen
 
 pytestmark = pytest.mark.slow
 OPTIONS = {"buckets": ["7x32x32"], "shard_samples": 20, "max_fault_share": 0.5}
 PACK = "import sys, json; from data.pack.command import pack; pack(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))"
 
 
-def start(src: Path, out: Path, processes: int) -> subprocess.Popen:
+def start(src: Path, out: Path, processes: int) -> Process:
     options = json.dumps({**OPTIONS, "processes": processes})
-    return subprocess.Popen(
+    return popen(
         [sys.executable, "-c", PACK, str(src), str(out), options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
 
 
-def wait_for(path: Path, pattern: str, count: int, process: subprocess.Popen) -> None:
+def wait_for(path: Path, pattern: str, count: int, process: Process) -> None:
     deadline = time.monotonic() + 60
     while len(list(path.glob(pattern))) < count and process.poll() is None:
         assert time.monotonic() < deadline, f"{pattern} does not appear"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,36 @@ ACCUMULATE = ["--trainer.accumulate_grad_batches", "3"]
 HALVES = ["--trainer.val_check_interval", "0.5"]
 
 
-@pytest.fixture
-def fit(tmp_path, write_recipe, monkeypatch):
+def fits(folder: Path, write_recipe) -> Callable[..., Path]:
     """(name, *options) -> the folder of the run, after `reblock fit` with these options."""
-    recipe = yaml.safe_load(write_recipe(tmp_path, measure=False).read_text())
+    recipe = yaml.safe_load(write_recipe(folder, measure=False).read_text())
     recipe["trainer"] |= {"callbacks": [{"class_path": "tests.support.visits.Visits"}], "max_epochs": 2}
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    monkeypatch.setenv("REBLOCK_TRACEBACK", "1")
 
     def run(name: str, *options: str) -> Path:
-        command.main(["fit", "--config", str(path), "--run.name", name, *options])
-        return tmp_path / "runs" / name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("REBLOCK_TRACEBACK", "1")
+            command.main(["fit", "--config", str(path), "--run.name", name, *options])
+        return folder / "runs" / name
+
+    return run
+
+
+@pytest.fixture
+def fit(tmp_path, write_recipe) -> Callable[..., Path]:
+    return fits(tmp_path, write_recipe)
+
+
+@pytest.fixture(scope="module")
+def never_ended(tmp_path_factory, write_recipe) -> Callable[..., Path]:
+    """(*options) -> the folder of the run that goes to its end at once; each is made once. Not to be written to."""
+    fit, made = fits(tmp_path_factory.mktemp("whole"), write_recipe), {}
+
+    def run(*options: str) -> Path:
+        if options not in made:
+            made[options] = fit(f"whole-{len(made)}", *options)
+        return made[options]
 
     return run
 
@@ -61,9 +80,9 @@ ENDS = {
 
 
 @pytest.mark.parametrize("ended", ENDS)
-def test_a_run_that_ended_and_is_extended_is_one_that_never_ended(fit, ended):
+def test_a_run_that_ended_and_is_extended_is_one_that_never_ended(fit, never_ended, ended):
     first, then = ENDS[ended]
-    whole = fit("whole", *then)
+    whole = never_ended(*then)
     assert len(visits(whole)) in (2 * STEPS, 11, 12)
     parts = fit("parts", *first)
     assert 0 < len(visits(parts)) < len(visits(whole))
@@ -72,8 +91,8 @@ def test_a_run_that_ended_and_is_extended_is_one_that_never_ended(fit, ended):
     assert rows(parts) == rows(whole)
 
 
-def test_a_run_ended_twice_by_epochs_goes_on(fit):
-    whole = fit("whole", "--trainer.max_epochs", "3")
+def test_a_run_ended_twice_by_epochs_goes_on(fit, never_ended):
+    whole = never_ended("--trainer.max_epochs", "3")
     parts = fit("parts", "--trainer.max_epochs", "1")
     for epochs in ("1", "2", "3"):  # the first has nothing to do
         fit("parts", "--run.resume", "true", "--trainer.max_epochs", epochs)

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from launch.bench.compare import table_rows
-from launch.bench.kills import arguments, make_world
-from launch.bench.ranks import Ranks
+from tests.kills.comparison import metrics_rows
+from tests.kills.tiny_fit import fit_arguments, write_recipe
 from tests.support.checkpoints import content, names, value_of
+from tests.support.ranks import reblock
 from trainer.checkpoint.file import checkpoint_fault, write_checkpoint
 from trainer.run_files import LAST, PREVIOUS
 
@@ -44,14 +44,14 @@ def test_a_file_that_does_not_fit_leaves_nothing(disk):
 @pytest.fixture
 def fit(tmp_path, disk):
     """(name, *options, full, free) -> status and output of a fit whose disk is full from step `full` to `free`."""
-    recipe = make_world(tmp_path, epochs=3, ranks=1)
+    recipe = write_recipe(tmp_path, epochs=3, ranks=1)
 
     def run(name: str, *options: str, full: int = -1, free: int = -1, leave: int = 300_000) -> tuple[int, str]:
         filled = {"full": full, "free": free, "leave": leave}
-        watched(recipe, {"class_path": "tests.support.rank_faults.Filler", "init_args": filled})
-        command = [*arguments(recipe, name), "--run.root", str(disk / "runs"), *options]
-        with Ranks(command, ranks=1, logs=tmp_path / "logs") as job:
-            (status,) = job.wait(DEADLINE)
+        watched(recipe, {"class_path": "tests.support.rank_faults.DiskFiller", "init_args": filled})
+        command = [*fit_arguments(recipe, name), "--run.root", str(disk / "runs"), *options]
+        with reblock(tmp_path / "logs", *command) as job:
+            (status,) = job.statuses(DEADLINE)
             return status, job.logs[0].read_text()
 
     return run
@@ -68,11 +68,11 @@ def watched(recipe: Path, *callbacks: dict) -> None:
 def undisturbed(tmp_path_factory) -> Path:
     """The same run on a disk with room."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = make_world(folder, epochs=3, ranks=1)
+    recipe = write_recipe(folder, epochs=3, ranks=1)
     watched(recipe)
-    with Ranks(arguments(recipe, "whole"), ranks=1, logs=folder / "logs") as job:
-        assert job.wait(DEADLINE) == [0], job.output()
-    return folder / "runs" / "whole"
+    with reblock(folder / "logs", *fit_arguments(recipe, "undisturbed")) as job:
+        assert job.statuses(DEADLINE) == [0], job.output()
+    return folder / "runs" / "undisturbed"
 
 
 def whole_files(run: Path) -> set[str]:
@@ -91,7 +91,7 @@ def test_while_the_disk_is_full_training_goes_on_and_saves_when_there_is_room(fi
     assert "(failure 1 in a row, 5 are allowed)" in said
     assert {LAST, PREVIOUS} <= whole_files(last.parents[1])
     assert torch.load(last, weights_only=True)["global_step"] == STEPS
-    assert table_rows(last.parents[1]) == table_rows(undisturbed)
+    assert metrics_rows(last.parents[1]) == metrics_rows(undisturbed)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_state_whole(fit, disk
     (disk / "runs" / "filler").unlink()
     status, said = fit("full")
     assert status == 0 and "after step 9" in said, said[-3000:]
-    assert table_rows(run) == table_rows(undisturbed)
+    assert metrics_rows(run) == metrics_rows(undisturbed)
 
 
 @pytest.mark.slow

@@ -1,13 +1,13 @@
-"""`reblock bench kills` as anyone runs it, with few kills; docs/reliability.md has the figures of fifty."""
+"""`make kills` with few kills; docs/reliability.md has the figures of fifty."""
 
 import pytest
 
-from launch.bench.command import bench
+from tests.kills.series import main
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_is_the_run_that_was_not(capsys):
-    bench("kills", kills=3, ranks=1, seed=2)
+    main(["--kills", "3", "--ranks", "1", "--seed", "2"])
     said = capsys.readouterr().out
     assert "3 kills over a run of 48 steps on 1 rank(s), seed 2" in said and said.count("statuses [-9]") == 3
     zero = [

@@ -7,17 +7,15 @@ import pytest
 import yaml
 
 from data.bucket import Bucket
-from launch.bench.kills import SAMPLES, arguments, make_world
-from launch.bench.ranks import Ranks
 from launch.bench.stream import write_shards
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kills.tiny_fit import SAMPLES, fit_arguments, write_recipe
+from tests.support.ranks import ROOT, reblock
 
 
 @pytest.fixture
 def home(tmp_path) -> Path:
     """A node's folder, in which all paths of the recipe are relative."""
-    path = make_world(tmp_path / "node0", epochs=1, ranks=2)
+    path = write_recipe(tmp_path / "node0", epochs=1, ranks=2)
     recipe = yaml.safe_load(path.read_text())
     recipe["run"]["root"] = "runs"
     recipe["model"]["init_args"]["base"] = "config.json"
@@ -38,12 +36,12 @@ def test_other_packages_recipes_and_data_on_a_rank_are_refused(home):
     package = other / "packages" / "webdataset-9.9.9.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 9.9.9\n")
-    job = Ranks(
-        arguments(Path("recipe.yaml"), "tiny"), ranks=2, logs=home.parent / "logs", homes={0: home, 1: other},
+    job = reblock(
+        home.parent / "logs", *fit_arguments(Path("recipe.yaml"), "tiny"), ranks=2, homes={0: home, 1: other},
         environment={"PYTHONPATH": f"packages:{ROOT}"},
     )  # fmt: skip
     with job:
-        assert job.wait(240) == [2, 2], job.output()
+        assert job.statuses(240) == [2, 2], job.output()
     for log in job.logs:
         said = log.read_text()
         assert "error: the ranks differ, expected the same program, recipe, data and checkpoint on all" in said

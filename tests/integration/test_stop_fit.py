@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from tests.integration.test_fit_resume import EPOCHS, STEPS, rows_of, same
 from tests.support.ranks import Ranks, reblock
+from tests.support.run_rows import EPOCHS, STEPS, assert_same_run, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORLD = 2
@@ -25,7 +25,8 @@ def start(folder: Path, write_recipe, *options: str, callbacks=(), ranks=WORLD, 
     usual = recipe["trainer"]["callbacks"]
     recipe["trainer"]["callbacks"] = [own.pop(c["class_path"].rpartition(".")[2], c) for c in usual] + [*own.values()]
     path.write_text(yaml.safe_dump(recipe))
-    return reblock(folder, "fit", "--config", path, "--run.resume", "true", *options, ranks=ranks, **how)
+    together = ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"] if ranks > 1 else []
+    return reblock(folder, "fit", "--config", path, "--run.resume", "true", *options, *together, ranks=ranks, **how)
 
 
 def callback(name: str, **options) -> dict:
@@ -42,7 +43,7 @@ def saved_step(run: Path) -> int:
 
 def finish(folder: Path, write_recipe, **how) -> None:
     with start(folder, write_recipe, **how) as ranks:
-        assert set(ranks.statuses()) == {0}, ranks.said()
+        assert set(ranks.statuses()) == {0}, ranks.output()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_a_signal_to_all_processes_of_one_rank(tmp_path, write_recipe, undisturb
         ranks.until(lambda: has_step(run, 2))
         for _ in range(2):
             os.killpg(ranks.processes[1].pid, signal.Signals[name])
-        assert ranks.statuses() == [status] * WORLD, ranks.said()
+        assert ranks.statuses() == [status] * WORLD, ranks.output()
     said = ranks.logs[0].read_text()
     assert (
         f"stopped by {'SIGTERM' if status == 143 else 'the stop signal'} " in said and f"exit status {status}" in said
@@ -68,7 +69,7 @@ def test_a_signal_to_all_processes_of_one_rank(tmp_path, write_recipe, undisturb
     # What only a finished fit leaves:
     assert not (run / "graft.safetensors").exists() and not (run / "fingerprint.json").exists()
     finish(tmp_path, write_recipe)
-    same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_signals_at_every_inconvenient_place(tmp_path, write_recipe, undisturbed):
@@ -84,22 +85,22 @@ def test_signals_at_every_inconvenient_place(tmp_path, write_recipe, undisturbed
     ]
     for own, step, where in places:
         with start(tmp_path, write_recipe, callbacks=[own]) as ranks:
-            assert ranks.statuses() == [75] * WORLD, ranks.said()
+            assert ranks.statuses() == [75] * WORLD, ranks.output()
         assert f"stopped by the stop signal {where}, exit status 75" in ranks.logs[0].read_text()
         assert saved_step(run) == step
     assert not (run / "measurements" / "sinks-epoch-002.npz").exists()
     finish(tmp_path, write_recipe)
-    same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_a_signal_in_the_last_measurement_leaves_the_fit_to_be_finished(tmp_path, write_recipe, undisturbed):
     run = tmp_path / "runs" / "tiny"
     own = callback("SignalInMeasurement", signal_epoch=EPOCHS - 1, signal_rank=0, prompts=2, sigmas=[0.25, 0.75])
     with start(tmp_path, write_recipe, callbacks=[own]) as ranks:
-        assert ranks.statuses() == [75] * WORLD, ranks.said()
+        assert ranks.statuses() == [75] * WORLD, ranks.output()
     assert not (run / "graft.safetensors").exists()
     finish(tmp_path, write_recipe)
-    same(run, undisturbed)
+    assert_same_run(run, undisturbed)
     assert (run / "graft.safetensors").is_file()
 
 
@@ -115,6 +116,6 @@ def test_a_signal_while_python_still_imports(tmp_path, write_recipe):
         ranks.until(lambda: holds_back(ranks.processes[0].pid, signal.SIGUSR1))
         ranks.send(signal.SIGUSR1)
         assert ranks.logs[0].read_text() == ""  # nothing has been loaded
-        assert ranks.statuses() == [75], ranks.said()
+        assert ranks.statuses() == [75], ranks.output()
     assert "stopped by the stop signal before the base was loaded" in ranks.logs[0].read_text()
     assert not (tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fork_server import popen
 from tests.support.ranks import ROOT, free_port
 
 TRIALS = 100
@@ -25,7 +26,7 @@ class Rank:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
                  "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.log = folder / f"rank-{rank}.log"
-        self.process = subprocess.Popen(
+        self.process = popen(
             [sys.executable, str(ROOT / "tests" / "support" / "signal_storm.py"), *arguments],
             env=os.environ | place, cwd=folder,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True,

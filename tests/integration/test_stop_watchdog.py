@@ -22,7 +22,7 @@ def start(
 
 def test_a_rank_that_hangs_ends_all_and_leaves_every_stack(tmp_path, shards):
     with start(tmp_path, shards, fault="sleep") as ranks:
-        assert ranks.statuses() == [70, 70], ranks.said()
+        assert ranks.statuses() == [70, 70], ranks.output()
     stacks = [(tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text() for rank in range(2)]
     for rank, stack in enumerate(stacks):
         assert f"rank {rank} of 2 on" in stack and "has finished nothing for" in stack
@@ -36,14 +36,14 @@ def test_a_rank_that_hangs_ends_all_and_leaves_every_stack(tmp_path, shards):
 def test_a_rank_that_keeps_the_interpreters_lock_is_ended_too(tmp_path, shards):
     with start(tmp_path, shards, fault="lock") as ranks:
         zero, one = ranks.statuses()
-    assert (zero, one) == (70, 1), ranks.said()
+    assert (zero, one) == (70, 1), ranks.output()
     assert "on_train_batch_start" in ranks.logs[1].read_text()
 
 
 def test_a_rank_that_works_is_left_alone(tmp_path, shards):
     # Twelve seconds of steps: longer than the deadline.
     with start(tmp_path, shards, steps=120) as ranks:
-        assert ranks.statuses() == [0, 0], ranks.said()
+        assert ranks.statuses() == [0, 0], ranks.output()
     assert not (tmp_path / "run" / "stacks").exists()
 
 
@@ -53,6 +53,6 @@ def test_a_rank_that_dies_ends_the_other_soon(tmp_path, shards):
         ranks.send(signal.SIGKILL, 1)
         died = time.monotonic()
         zero, one = ranks.statuses()
-    assert one == -signal.SIGKILL and zero not in (0, 70, 75), ranks.said()
+    assert one == -signal.SIGKILL and zero not in (0, 70, 75), ranks.output()
     assert time.monotonic() - died < 60  # neither the watchdog's time nor that of a collective
-    assert "finished" not in ranks.said()
+    assert "finished" not in ranks.output()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from launch.export import export
+from tests.support.fork_server import popen
 from trainer.graft import load_graft
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def launch(
         own = {"WORLD_SIZE": str(len(logs)), "LOCAL_RANK": str(place), "NODE_RANK": str(node)}
         with log.open("w") as out:
             ranks.append(
-                subprocess.Popen(
+                popen(
                     [sys.executable, "-c", "from launch.main import main; main()", *map(str, arguments)],
                     env=os.environ | shared | (own if len(logs) > 1 else {}), cwd=places[rank] if places else ROOT,
                     stdout=out, stderr=subprocess.STDOUT,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 import launch.fit
@@ -49,9 +50,9 @@ MAKE: dict[str, Callable[[Any, RunFolder], list[Callback]]] = {
     "TrunkCache": lambda kind, run: [kind(), SinkFrequency(layers="all", **SMALL)],
     "LastCheckpoint": lambda kind, run: [kind(run.last_checkpoint, 1)],
     "BestCheckpoints": lambda kind, run: [kind(dirpath=run.checkpoints, filename="best-{step}", monitor="val/loss")],
-    "StopTogether": lambda kind, run: [last := LastCheckpoint(run.last_checkpoint, 1), kind(last)],
+    "StopOnSignal": lambda kind, run: [last := LastCheckpoint(run.last_checkpoint, 1), kind(last)],
     "Watchdog": lambda kind, run: [kind(run, 3600.0)],
-    "SameEverywhere": lambda kind, run: [kind(lambda: {"recipe": "the same"})],
+    "RankConsistency": lambda kind, run: [kind(lambda: {"recipe": "the same"})],
     "SaveRecipe": lambda kind, run: [_saved_config(kind)],
 }
 
@@ -118,7 +119,6 @@ def state_of(module: LightningModule) -> dict[str, Any]:
         "attention": [processor.attend.__qualname__ for processor in module.split_model._processors],
         "trainable": [name for name, p in module.named_parameters() if p.requires_grad],
         "autograd": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), str(torch.get_default_dtype())),
-        "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)],
     }
 
 
@@ -170,7 +170,8 @@ def watched_fit(folder: Path, base: Path, callbacks: list[Callback], fault: str 
     trainer: Trainer = make_trainer(
         folder, [watch, *callbacks, *([Fault(fault)] if fault else [])],
         **{"logger": MetricsFile(RunFolder(folder)), "plugins": [BackgroundCheckpointIO()], "log_every_n_steps": 1,
-           "num_sanity_val_steps": 0, "limit_train_batches": 2, "limit_val_batches": 1} | options,
+           "num_sanity_val_steps": 0, "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+           "limit_train_batches": 2, "limit_val_batches": 1} | options,
     )  # fmt: skip
     raised = ""
     try:
@@ -182,6 +183,7 @@ def watched_fit(folder: Path, base: Path, callbacks: list[Callback], fault: str 
     return {
         "raised": raised, "steps": watch.seen, "random": random_digest(), "state": state_of(module),
         "weights": weights_digest(module),
+        "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)],
     }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class WebStore:
                 self._answer(body=True)
 
             def _answer(self, *, body: bool) -> None:
-                path = store.folder / self.path.lstrip("/")
+                path = store.folder / self.path.partition("?")[0].lstrip("/")
                 with store._lock:
                     store.asked[path.name] += 1
                     left, status = store._failing.get(path.name, (0, 0))

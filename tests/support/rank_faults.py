@@ -83,7 +83,7 @@ class Gate(Callback):
                 pause.wait(0.01)
 
 
-class Filler(Callback):
+class DiskFiller(Callback):
     """Fills the run folder's disk but for a little at step `full`, and makes room again at step `free`."""
 
     def __init__(self, full: int, free: int, leave: int) -> None:

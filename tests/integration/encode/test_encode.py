@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import fields
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from data.encode.encoders import Encoders
 from data.inspect.command import inspect
 from data.shards.format import read_json, read_samples, text_digest
 from data.video.decode import decode_video
-from launch.bench.command import Options
 from launch.bench.encode import BARE, STAGE, run
 from tests.support.clip_shards import TEXT_WIDTH, write_video_shards
 from tests.support.encoded_shards import (
@@ -268,7 +266,6 @@ def test_the_report_lists_the_stages(shards, base, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_compares_the_stage_with_the_models_alone(base):
-    options = {field.name: None for field in fields(Options)}
-    result = run(Options(**{**options, "device": "cpu", "clips": 10, "repeats": 1, "base": base}))
+    result = run(device="cpu", clips=10, repeats=1, base=base)
     assert result.title.startswith("Encoding 10 clips 19x64x64") and [row[0] for row in result.rows] == [STAGE, BARE]
     assert "The stage adds " in result.notes[0] and "Accelerator idle " in result.notes[1]

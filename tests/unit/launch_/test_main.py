@@ -1,6 +1,7 @@
 """The `reblock` command: dispatch, argument parsing, errors, and whose packages it runs."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -95,6 +96,15 @@ def test_help_comes_from_the_docstring(echo, capsys):
         assert text in said
 
 
+def test_libraries_do_not_advertise(caplog):
+    command.quieten_libraries()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO, logger.name):
+        logger.info("💡 Tip: For seamless cloud logging, try installing something")
+        logger.info("GPU available: False")
+    assert caplog.messages == ["GPU available: False"]
+
+
 def test_fit_reads_its_own_arguments(echo, capsys):
     command.main(["fit", "--config", "x.yaml"])
     assert capsys.readouterr().out == "raw ['fit', '--config', 'x.yaml']\n"
@@ -163,6 +173,17 @@ def test_starting_imports_no_heavy_package():
     code = f"import sys, launch.main; sys.exit(any(name in sys.modules for name in {heavy!r}))"
     root = Path(command.__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+@pytest.mark.parametrize("own, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(own, policy):
+    code = "import os, sys\nfrom launch.main import main\nsys.argv = ['reblock', 'none']\ntry:\n    main()\n" + (
+        "except SystemExit:\n    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | own
+    root = Path(command.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{policy} False\n"
 
 
 def test_folders_in_the_current_directory_do_not_shadow_ours(tmp_path: Path):

@@ -1,6 +1,5 @@
 """The attention benchmark: every column is a number, its errors react to wrong results, bad options are refused."""
 
-import inspect
 import math
 import re
 
@@ -8,14 +7,10 @@ import pytest
 import torch
 
 from launch.bench import attention as bench_attention
-from launch.bench.command import Options, bench
+from launch.bench import attention_errors
+from launch.bench.result import show
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]\d+)?")
-
-
-def options(**given):
-    defaults = {name: p.default for name, p in inspect.signature(bench).parameters.items() if name != "name"}
-    return Options(**{**defaults, "device": "cpu", **given})
 
 
 def numbers(text):
@@ -24,7 +19,7 @@ def numbers(text):
 
 @pytest.mark.slow
 def test_every_row_is_said_at_once_with_every_column(capsys):
-    bench("attention", device="cpu", tokens=[64], heads=2, head_dim=16, repeats=2, backends=["chunked"])
+    show(bench_attention.run(device="cpu", tokens=(64,), heads=2, head_dim=16, repeats=2, backends=("chunked",)))
     printed = capsys.readouterr()
     rows = [line.split(" | ") for line in printed.err.splitlines() if " | " in line]
     assert [row[2] for row in rows] == list(bench_attention.OPERATIONS)
@@ -57,7 +52,7 @@ def test_errors_of_right_results_are_small_in_slices_of_any_size(measured, monke
     whole = bench_attention.errors(x, **found)
     assert 0 < whole["sums"] < 1e-5 and whole["counts"] == 0 and abs(whole["rank"]) <= 1 / 96**2
     assert 0 < whole["output"] < 1e-5 and 0 < whole["dense"] < 1e-5
-    monkeypatch.setitem(bench_attention._SLICE, "cpu", 2 * 96 * 7)  # 96 is not a multiple of 7
+    monkeypatch.setitem(attention_errors._SLICE, "cpu", 2 * 96 * 7)  # 96 is not a multiple of 7
     assert bench_attention.errors(x, **found) == pytest.approx(whole, rel=1e-6)
 
 
@@ -104,17 +99,25 @@ def test_above_the_reference_one_head_is_compared(monkeypatch, tokens, heads):
     monkeypatch.setattr(bench_attention, "added_bytes", lambda *_: 0)  # takes processes
     monkeypatch.setattr(bench_attention, "errors", lambda x, *rest: seen.append(x.q.shape[1]) or errors(x, *rest))
     x = bench_attention.make_inputs(tokens, 3, 8, "float32", "cpu")
-    rows = list(bench_attention.measure(x, "chunked", bench_attention.CHOSEN, options(repeats=3, dtype="float32")))
+    rows = list(bench_attention.measure(x, "chunked", bench_attention.CHOSEN, repeats=3, dtype="float32"))
     assert seen == [heads, heads] and {row[5] for row in rows} == {"3"}
 
 
 def test_what_would_not_fit_is_measured_only_if_asked_for():
-    lengths = {"tokens": (4096, 64), "backends": ("dense", "chunked")}
-    assert bench_attention.check(options(**lengths))[1] == [("dense", 64), ("chunked", 64), ("chunked", 4096)]
-    assert ("dense", 4096) in bench_attention.check(options(**lengths, all=True))[1]
-    filled, plan = bench_attention.check(options())
-    assert (filled.heads, filled.dtype) == (4, "float32")
-    assert plan == [("chunked", 2048), ("chunked", 4096), ("chunked", 8192), ("dense", 2048)]
+    lengths = ("cpu", (4096, 64), ("dense", "chunked"))
+    asked = [("dense", 64), ("chunked", 64), ("chunked", 4096)]
+    assert bench_attention.measured_lengths(*lengths, all=False) == asked
+    assert ("dense", 4096) in bench_attention.measured_lengths(*lengths, all=True)
+
+
+def test_the_device_chooses_what_is_not_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_attention, "make_inputs", lambda *given: asked.append(given) or torch.zeros(0))
+    monkeypatch.setattr(bench_attention, "dense_kernels", lambda x: {bench_attention.CHOSEN: 1.0})
+    monkeypatch.setattr(bench_attention, "measure", lambda x, backend, *_, **__: [[backend]])
+    result = bench_attention.run(device="cpu")
+    assert asked == [(n, 4, 128, "float32", "cpu") for n in (2048, 4096, 8192, 2048)]
+    assert result.rows == [["chunked"]] * 3 + [["dense"]]
 
 
 @pytest.mark.parametrize(
@@ -135,4 +138,4 @@ def test_what_would_not_fit_is_measured_only_if_asked_for():
 def test_bad_options_are_refused_before_any_work(monkeypatch, given, says):
     monkeypatch.setattr(bench_attention, "make_inputs", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match=says):
-        bench("attention", **{"device": "cpu", **given})
+        bench_attention.run(**{"device": "cpu", **given})

@@ -1,9 +1,12 @@
 """The benchmarks run, compare equal work, and refuse what does not exist."""
 
+import importlib
+import inspect
+
 import pytest
 
 from launch.bench import step as bench_step
-from launch.bench.command import bench
+from launch.bench.command import BENCHMARKS, run
 from launch.bench.full_size import latent_shape
 from trainer.models.load import read_config
 
@@ -12,7 +15,37 @@ TINY = {**bench_step.CONFIG, "num_attention_heads": 2, "attention_head_dim": 8, 
 
 def test_unknown_names_list_what_exists():
     with pytest.raises(ValueError, match=r"got benchmark 'stp', expected one of: step .*; full .*"):
-        bench("stp")
+        run(["bench", "stp"])
+
+
+def test_kills_are_a_make_target():
+    with pytest.raises(ValueError, match="expected `make kills`"):
+        run(["bench", "kills", "--kills", "3"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_the_benchmarks(capsys, arguments):
+    run(["bench", *arguments])
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said and what in said for name, (_, what) in BENCHMARKS.items())
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help_says_what_each_option_means(capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        run(["bench", name, "--help"])
+    said = capsys.readouterr().out
+    options = inspect.signature(importlib.import_module(BENCHMARKS[name][0]).run).parameters
+    assert stop.value.code == 0 and len(options) > 1
+    for option in options:
+        shown = said.partition(f"\n  --{option} ")[2].partition("\n  --")[0]
+        assert "(type:" in shown and len(shown.partition("(type:")[0].split()) > 1, option
+
+
+def test_an_option_of_another_benchmark_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["bench", "step", "--clips", "5"])
+    assert stop.value.code == 2 and "--clips" in capsys.readouterr().err
 
 
 def test_step_compares_equal_work():
@@ -32,14 +65,14 @@ def test_memory_is_that_of_a_process_of_its_own():
 
 
 def test_variants_with_other_losses_are_not_compared(monkeypatch):
-    monkeypatch.setattr(bench_step.Variant, "_stock", lambda self, x, sigma, batch: 2 * x)
+    monkeypatch.setattr(bench_step.StepVariant, "_stock", lambda self, x, sigma, batch: 2 * x)
     with pytest.raises(RuntimeError, match="different losses"):
         bench_step.compare(TINY, (12, 2, 4, 4), (3, 2), last=2, device="cpu", repeats=1)
 
 
 def test_full_prints_seconds_and_memory_for_each_length(tmp_path, capsys, config_json):
-    bench("full", device="cpu", config_json=config_json, frames=[7, 19], height=32, width=32, text_tokens=5, steps=2,
-          last=1)  # fmt: skip
+    run(f"bench full --device cpu --config_json {config_json} --frames [7,19] --height 32 --width 32 --text_tokens 5 "
+        "--steps 2 --last 1".split())  # fmt: skip
     out = capsys.readouterr().out
     assert out.count("step 0") + out.count("step 1") == 4
     assert "8 + 5" in out and "16 + 5" in out and "torch" in out

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from launch.plan import estimate
 from launch.plan.counts import Collective, Parameters, collectives, count_parameters, ddp_buckets
 from launch.plan.sharding import Sharding
+from tests.support.fork_server import popen
 from tests.support.plans import CLIP, LATENT, SMALL, recipe
 from trainer.callbacks.random_state import RandomStateCheckpoint
 from trainer.checkpoint.io import BackgroundCheckpointIO
@@ -65,7 +65,7 @@ def test_ddp_sends_the_planned_bytes_in_the_planned_buckets(tmp_path, cap_mb):
     assert plan.strategy == "ddp" and planned.ranks == 2
     logs = [(tmp_path / f"rank-{rank}.log").open("w") for rank in (0, 1)]
     ranks = [
-        subprocess.Popen(
+        popen(
             [sys.executable, ROOT / "tests" / "support" / "ddp_buckets.py", tmp_path, str(rank), json.dumps(cap_mb)],
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
         )

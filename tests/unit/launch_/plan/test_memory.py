@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.bench.command import host_peak
+from launch.bench.host_memory import host_peak
 from launch.bench.step import make_batch
 from launch.plan import estimate
 from launch.plan.counts import Parameters

@@ -1,9 +1,8 @@
-"""What a run's files say, read once: every figure of the report comes from here, and none is made up.
+"""The results of a run, read once from its files; every figure of the report comes from here.
 
 Legend: P prompts, S sigmas, Ly measured layers, h heads, E eps values, K scopes, R ratios.
 """
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
+
+from launch.run_folder import RunFolder
 
 Head = tuple[int, int]  # layer, head
 Arrays = Mapping[str, NDArray]
 
 
 def stage_title(stage: str) -> str:
-    """A stage as a reader names it: epoch-004 is "epoch 4"."""
+    """A stage as the page names it: epoch-004 is "epoch 4"."""
     return f"epoch {int(stage.removeprefix('epoch-'))}" if stage.startswith("epoch-") else stage
 
 
@@ -38,7 +38,7 @@ class SinkStage:
 
     @property
     def eps(self) -> float:
-        """The eps of the verdict."""
+        """The eps that decides what counts as a sink."""
         return float(self.arrays["default_eps"])
 
     @property
@@ -48,23 +48,23 @@ class SinkStage:
 
     @property
     def frequency(self) -> NDArray:
-        """Share of prompts with a sink at the verdict's eps, (S, Ly, h)."""
-        at = int(np.argmin(np.abs(self.arrays["eps"] - self.eps)))
-        return self.arrays["frequency"][..., at]
+        """Share of prompts with a sink at `eps`, (S, Ly, h)."""
+        index = int(np.argmin(np.abs(self.arrays["eps"] - self.eps)))
+        return self.arrays["frequency"][..., index]
 
     @property
     def flagged(self) -> list[Head]:
         """Consistent sink heads."""
         return [(self.layers[row], int(head)) for row, head in np.argwhere(self.arrays["consistent"])]
 
-    def of(self, values: NDArray, head: Head) -> NDArray:
-        """`values` (..., Ly, h) of one head; all NaN if its layer was not measured."""
+    def select(self, values: NDArray, head: Head) -> NDArray:
+        """One head of `values` (..., Ly, h), as (...); all NaN if its layer was not measured."""
         if head[0] not in self.layers or head[1] >= values.shape[-1]:
             return np.full(values.shape[:-2], np.nan)
         return values[..., self.layers.index(head[0]), head[1]]
 
-    def ever(self) -> list[Head]:
-        """Heads with a sink in any prompt at any sigma."""
+    def with_any_sink(self) -> list[Head]:
+        """Heads that have a sink in some prompt at some sigma."""
         return [(self.layers[row], int(head)) for row, head in np.argwhere((self.frequency > 0).any(axis=0))]
 
 
@@ -82,37 +82,37 @@ class MaskingStage:
 
     @property
     def scopes(self) -> list[str]:
-        """Names of the sets of layers that were masked together."""
+        """Names of the sets of layers that were masked together, (K,)."""
         return [str(scope) for scope in self.arrays["scopes"]]
 
     def value(self, name: str, scope: str = "retrained") -> float:
-        """One figure (K,) of a scope; NaN if the scope was not measured."""
+        """The entry of a scope in an array (K,); NaN if the scope was not measured."""
         return float(self.arrays[name][self.scopes.index(scope)]) if scope in self.scopes else math.nan
 
     def curve(self, name: str, scope: str = "retrained") -> NDArray | None:
-        """One curve (R,) of a scope; None if the scope was not measured."""
+        """The row (R,) of a scope in an array (K, R); None if the scope was not measured."""
         return self.arrays[name][self.scopes.index(scope)] if scope in self.scopes else None
 
 
 @dataclass(frozen=True)
-class Findings:
-    """A run, as its files tell it. Whatever a run does not hold is None, NaN or empty.
+class RunResults:
+    """The results of a run. What a run does not have is None, NaN or empty.
 
     Args:
         run: the run folder.
-        config: config.yaml's text.
+        config: text of config.yaml.
         base: the base as the recipe names it.
-        planted: entries of the base's planted.json.
-        planted_record: planted.json.
-        sinks: stage -> measurement, in order.
-        masking: the same for masking.
+        planted_record: content of the base's planted.json.
+        planted: its entries, one for each planted head.
+        sinks: stage -> sink measurement, in order of stages.
+        masking: stage -> masking measurement, in order of stages.
         metrics: rows of metrics.csv.
-        fingerprint: fingerprint.json.
-        versions: versions.json.
+        fingerprint: content of fingerprint.json.
+        versions: content of versions.json.
         samples: entries of samples/samples.json whose files exist.
     """
 
-    run: Path
+    run: RunFolder
     config: str | None
     base: str | None
     planted_record: dict[str, Any] | None
@@ -151,15 +151,15 @@ class Findings:
 
     @property
     def found_before(self) -> int:
-        """Planted heads whose frequency was 1.0 at every sigma, before."""
+        """Number of planted heads whose frequency was 1.0 at every sigma before training."""
         before = self.before
         if before is None:
             return 0
-        return sum(bool((before.of(before.frequency, head) == 1.0).all()) for head in self.planted_heads)
+        return sum(bool((before.select(before.frequency, head) == 1.0).all()) for head in self.planted_heads)
 
     @property
     def others_before(self) -> list[Head]:
-        """Heads flagged before that were not planted."""
+        """Sink heads before training that were not planted."""
         return [head for head in self.before.flagged if head not in self.planted_heads] if self.before else []
 
     @property
@@ -169,7 +169,7 @@ class Findings:
 
     @property
     def others_after(self) -> list[Head]:
-        """Heads flagged after that were not planted."""
+        """Sink heads after training that were not planted."""
         return [head for head in self.after.flagged if head not in self.planted_heads] if self.after else []
 
     @property
@@ -203,60 +203,42 @@ def last_epoch(stages: Mapping[str, Any]) -> str | None:
     return max(epochs, key=lambda stage: int(stage.removeprefix("epoch-")), default=None)
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _arrays(run: Path, kind: str) -> dict[str, Arrays]:
-    found: dict[str, Arrays] = {}
-    for path in sorted((run / "measurements").glob(f"{kind}-*.npz")):
-        with np.load(path, allow_pickle=False) as file:
-            found[path.stem.removeprefix(f"{kind}-")] = {name: file[name] for name in file.files}
-    return found
+def _base(run: RunFolder) -> str | None:
+    """`model.base` of the resolved recipe, whether the model is named by class_path or not."""
+    model = run.read_config().get("model") if run.config.is_file() else None
+    return (model.get("init_args") or model).get("base") if isinstance(model, dict) else None
 
 
-def _base(config: str | None) -> str | None:
-    """`model.base` of a resolved recipe, whether the model is named by class_path or not."""
-    model = (yaml.safe_load(config) or {}).get("model") if config else None
-    if not isinstance(model, dict):
-        return None
-    return (model.get("init_args") or model).get("base")
-
-
-def _metrics(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def read_findings(run: Path) -> Findings:
+def read_results(run: RunFolder) -> RunResults:
     """Reads a run folder.
 
     Args:
         run: folder that `reblock fit` wrote.
 
     Raises:
-        ValueError: if the folder is missing or holds neither a config nor figures.
+        ValueError: if the folder is missing or has neither a config nor metrics.
     """
-    if not (run / "config.yaml").is_file() and not (run / "metrics.csv").is_file():
+    if not run.config.is_file() and not run.metrics.is_file():
         raise ValueError(
-            f"{run} holds neither config.yaml nor metrics.csv; expected a folder that `reblock fit` wrote."
+            f"{run.path} holds neither config.yaml nor metrics.csv; expected a folder that `reblock fit` wrote."
         )
-    config = (run / "config.yaml").read_text() if (run / "config.yaml").is_file() else None
-    base = _base(config)
-    planted = _json(Path(base) / "planted.json") if base else None
-    samples = _json(run / "samples" / "samples.json") or []
-    return Findings(
+    base = _base(run)
+    planted = _read_json(Path(base) / "planted.json") if base else None
+    samples = _read_json(run.samples_index) or []
+    return RunResults(
         run=run,
-        config=config,
+        config=run.config.read_text(encoding="utf-8") if run.config.is_file() else None,
         base=base,
         planted_record=planted,
         planted=(planted or {}).get("heads") or [],
-        sinks={stage: SinkStage(stage, arrays) for stage, arrays in _arrays(run, "sinks").items()},
-        masking={stage: MaskingStage(stage, arrays) for stage, arrays in _arrays(run, "masking").items()},
-        metrics=_metrics(run / "metrics.csv"),
-        fingerprint=_json(run / "fingerprint.json"),
-        versions=_json(run / "versions.json"),
-        samples=[entry for entry in samples if (run / "samples" / entry["file"]).is_file()],
+        sinks={stage: SinkStage(stage, arrays) for stage, arrays in run.read_measurements("sinks").items()},
+        masking={stage: MaskingStage(stage, arrays) for stage, arrays in run.read_measurements("masking").items()},
+        metrics=run.read_metrics()[1],
+        fingerprint=run.read_fingerprint(),
+        versions=run.read_versions(),
+        samples=[entry for entry in samples if (run.samples / entry["file"]).is_file()],
     )

@@ -1,4 +1,4 @@
-"""What each rank did in each step, written down as it goes: for comparing a disturbed run with an undisturbed one."""
+"""Records what each rank does in each step, so that a disturbed run can be compared with an undisturbed one."""
 
 import hashlib
 import json
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from data.batch import Batch
 
-#: Moments of a fit, as far as `Trace` tells them apart.
+#: Phases of a fit that `StepRecorder` tells apart.
 START, FORWARD, BACKWARD, UPDATE, BETWEEN, VALIDATION, MEASURING = (
     "start-up", "forward pass", "backward pass", "update", "between steps", "validation", "measuring",
 )  # fmt: skip
 
 
-class Trace(Callback):
-    """Leaves `trace/rankN.jsonl` in the run folder, a line per step, and `trace/rankN.now`, the moment it is in.
+class StepRecorder(Callback):
+    """Writes `trace/rankN.jsonl` in the run folder, one line a step, and `trace/rankN.now`, the current phase.
 
-    A line: {"step", "epoch", "batch", "uids", "sigma", "noise", "losses", "time"}; uids, sigma, noise and losses of
-    each sample; floats are hexadecimal, the noise is a SHA-256. Put it first in the recipe: it marks where other
-    callbacks measure.
+    A line is {"step", "epoch", "batch", "uids", "sigma", "noise", "losses", "time"}. It has the uid, sigma, noise and
+    loss of each sample, floats in hexadecimal and the noise as a SHA-256. The callback comes first in the recipe, so
+    that it also marks when other callbacks measure.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -35,19 +35,19 @@ class Trace(Callback):
         self._now = os.open(folder / f"rank{rank}.now", flags)
         self._mark(START)
 
-    def _mark(self, moment: str) -> None:
-        os.pwrite(self._now, f"{moment:<16}".encode(), 0)
+    def _mark(self, phase: str) -> None:
+        os.pwrite(self._now, f"{phase:<16}".encode(), 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         losses = pl_module.losses
 
-        def noted(batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+        def recorded(batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
             found = losses(batch, noise, sigma)
             if trainer.training:
                 self._seen = (batch.uids, sigma, noise, found.detach())
             return found
 
-        pl_module.losses = noted
+        pl_module.losses = recorded
         self._mark(MEASURING)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -70,7 +70,7 @@ class Trace(Callback):
             "noise": [hashlib.sha256(one.tobytes()).hexdigest() for one in noise.cpu().numpy()],
             "losses": [value.hex() for value in losses.tolist()], "time": time.monotonic(),
         }  # fmt: skip
-        os.write(self._lines, (json.dumps(line) + "\n").encode())  # one call: a line is there or not
+        os.write(self._lines, (json.dumps(line) + "\n").encode())  # one call: a killed rank leaves no half line
         self._mark(BETWEEN)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,23 +86,28 @@ class Trace(Callback):
         self._mark(BETWEEN)
 
 
-def moment(run: Path, rank: int) -> str:
-    """The moment that a rank was in last."""
+def last_phase(run: Path, rank: int) -> str:
+    """The phase in which a rank was last."""
     path = run / "trace" / f"rank{rank}.now"
     return path.read_text().strip() if path.is_file() else START
 
 
-def read_trace(run: Path, ranks: int) -> list[list[dict[str, Any]]]:
+def read_trace(run: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """The lines of a rank; of one that still runs, without a line whose end is not there yet."""
+    path = run / "trace" / f"rank{rank}.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def read_traces(run: Path, ranks: int) -> list[list[dict[str, Any]]]:
     """The lines of each rank, without their times."""
-    found = []
-    for rank in range(ranks):
-        path = run / "trace" / f"rank{rank}.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        found.append([{key: value for key, value in line.items() if key != "time"} for line in lines])
-    return found
+    return [
+        [{key: value for key, value in line.items() if key != "time"} for line in read_trace(run, rank)]
+        for rank in range(ranks)
+    ]
 
 
 def count_steps(run: Path, rank: int = 0) -> int:
-    """Steps that a rank has written down, those taken twice counted twice."""
+    """Steps that a rank has recorded; a repeated step counts each time."""
     path = run / "trace" / f"rank{rank}.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0

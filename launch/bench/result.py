@@ -1,0 +1,66 @@
+"""A benchmark's table, and how it is printed with hardware and versions."""
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """A table.
+
+    Args:
+        title: above the table.
+        columns: names of the columns.
+        rows: cells as text.
+        notes: lines below the table.
+        device: torch device that the benchmark ran on.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    device: str = "cpu"
+
+
+def choose_device(device: str) -> str:
+    """`device`, or for `auto` cuda where torch sees a GPU and cpu elsewhere."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def environment(device: str) -> str:
+    """Versions and hardware, in one line."""
+    import torch
+
+    from launch.versions import cpu_model
+    from trainer.versions import package_versions
+
+    found = package_versions(("torch", "triton", "lightning", "diffusers"))
+    packages = [f"{package} {version or '?'}" for package, version in found.items()]
+    if device.startswith("cuda"):
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{cpu_model()}, {torch.get_num_threads()} thread(s)"
+    return f"{hardware}; python {platform.python_version()}, {', '.join(packages)}, {sys.platform}"
+
+
+def show(result: BenchResult) -> None:
+    """Prints a result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=result.title, title_justify="left")
+    for index, column in enumerate(result.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in result.rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a file has no width
+    console.print(table)
+    for line in (*result.notes, environment(result.device)):
+        console.print(line, soft_wrap=True, highlight=False)

@@ -1,0 +1,59 @@
+"""The demo runs its stages in order, skips what is complete, and ends with the report's path."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.demo import command
+from launch.demo.command import DemoStage, demo
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three stages in place of the demo's, the second of which has an output; names of those that were run."""
+    ran: list[str] = []
+    made = tmp_path / "demo" / "made"
+
+    def make() -> None:
+        ran.append("make")
+        made.parent.mkdir(exist_ok=True)
+        made.touch()
+
+    def report() -> None:
+        ran.append("report")
+        print("report: page.html")
+
+    monkeypatch.setattr(
+        command,
+        "_stages",
+        lambda root: [
+            DemoStage("clips", "reblock synth x", lambda: ran.append("clips")),
+            DemoStage("base", "reblock plant y", make, made),
+            DemoStage("report", "reblock report z", report),
+        ],
+    )
+    return ran
+
+
+def test_every_stage_shows_its_command_and_the_last_line_is_the_reports(stages, tmp_path, capsys):
+    demo(root=tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert stages == ["clips", "make", "report"]
+    assert [line for line in lines if line.startswith("[")] == [
+        "[1/3] clips: reblock synth x", "[2/3] base: reblock plant y", "[3/3] report: reblock report z",
+    ]  # fmt: skip
+    assert lines[-1] == "report: page.html"
+
+
+def test_a_second_call_skips_what_is_complete(stages, tmp_path, capsys):
+    demo(root=tmp_path)
+    demo(root=tmp_path)
+    assert stages == ["clips", "make", "report", "clips", "report"]
+    assert "demo/made exists and is kept" in capsys.readouterr().out
+
+
+def test_fresh_removes_what_an_earlier_demo_left_and_nothing_else(stages, tmp_path):
+    demo(root=tmp_path)
+    (tmp_path / "other").mkdir()
+    demo(root=tmp_path, fresh=True)
+    assert stages == ["clips", "make", "report"] * 2 and (tmp_path / "other").is_dir()
