@@ -11,7 +11,7 @@ import pytest
 from tests.support.fork_server import popen
 
 #: Seconds after which ranks count as waiting for each other for ever; each run takes about ten.
-DEADLINE = 120
+DEADLINE = 240
 
 FIT = """
 import sys

@@ -112,7 +112,8 @@ def holds_back(pid: int, number: int) -> bool:
 
 def test_a_signal_while_python_still_imports(tmp_path, write_recipe):
     """At once after the start, to the rank that Lightning starts the other one from."""
-    with start(tmp_path, write_recipe, "--trainer.devices", "2", "--trainer.strategy", "ddp", ranks=1) as ranks:
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    with start(tmp_path, write_recipe, *options, ranks=1, fork=False) as ranks:
         ranks.until(lambda: holds_back(ranks.processes[0].pid, signal.SIGUSR1))
         ranks.send(signal.SIGUSR1)
         assert ranks.logs[0].read_text() == ""  # nothing has been loaded

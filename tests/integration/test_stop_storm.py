@@ -16,7 +16,7 @@ from tests.support.ranks import ROOT, free_port
 
 TRIALS = 100
 #: Seconds after which a trial counts as hung.
-DEADLINE = 120
+DEADLINE = 240
 
 
 class Rank:

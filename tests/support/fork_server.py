@@ -137,15 +137,20 @@ class Forked:
                 files.append(child)
             request = {"argv": command[1:], "env": env, "cwd": str(cwd or Path.cwd()), "session": session}
             self.pid = server.ask(request, files)
-        self._ends = os.pidfd_open(self.pid)
+        self._pidfd = os.pidfd_open(self.pid)
 
     def poll(self) -> int | None:
         """The exit status, or None while the program runs."""
-        if self.returncode is None:
+        if self.returncode is None and self._has_ended(0.0):
             self.returncode = self._server.ask({"reap": self.pid})
-            if self.returncode is not None:
-                os.close(self._ends)
+            os.close(self._pidfd)
         return self.returncode
+
+    def _has_ended(self, seconds: float | None) -> bool:
+        """Waits so long, or for ever, for the program's end: a look that costs the server nothing."""
+        ends = select.poll()
+        ends.register(self._pidfd, select.POLLIN)
+        return bool(ends.poll(None if seconds is None else max(0.0, seconds) * 1000))
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit status, once the program has ended.
@@ -154,9 +159,7 @@ class Forked:
             subprocess.TimeoutExpired: if it has not within `timeout` seconds.
         """
         if self.returncode is None:
-            ends = select.poll()
-            ends.register(self._ends, select.POLLIN)
-            ends.poll(None if timeout is None else max(0.0, timeout) * 1000)
+            self._has_ended(timeout)
         if self.poll() is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         assert self.returncode is not None
@@ -187,8 +190,8 @@ def serve(connection: socket.socket) -> dict[str, Any]:
             os._exit(0)
         request = json.loads(message)
         if "reap" in request:
-            pid, status = os.waitpid(request["reap"], os.WNOHANG)
-            connection.send(json.dumps(os.waitstatus_to_exitcode(status) if pid else None).encode())
+            _, status = os.waitpid(request["reap"], 0)  # asked only where it has ended
+            connection.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
         elif os.fork() == 0:
             for number, file in enumerate(files):
                 os.dup2(file, number)

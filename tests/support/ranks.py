@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from tests.support.fork_server import Process, popen
+
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds after which ranks count as waiting for each other for ever.
-DEADLINE = 120.0
+DEADLINE = 240.0
 #: Variables of a cluster that this process may run in: its ranks are not ours.
 _CLUSTER = ("SLURM_", "TORCHELASTIC_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 
@@ -51,6 +53,7 @@ class Ranks:
         environment: variables beside those of this process.
         prefix: command that starts each rank's interpreter.
         homes: current directories of single ranks.
+        fork: whether a server stands in for the start of each interpreter, see `tests.support.fork_server`.
     """
 
     def __init__(
@@ -60,19 +63,21 @@ class Ranks:
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
         homes: Mapping[int, Path] | None = None,
+        fork: bool = True,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_CLUSTER)}
         shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(arguments)), "NODE_RANK": "0"}  # fmt: skip
         self.logs = [folder / f"rank-{rank}.log" for rank in range(len(arguments))]
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[Process] = []
+        start = popen if fork else subprocess.Popen
         for rank, own in enumerate(arguments):
             # With LOCAL_RANK set, Lightning starts no further process.
             local_rank = {"LOCAL_RANK": str(rank)} if len(arguments) > 1 else {}
             with self.logs[rank].open("w") as out:
                 self.processes.append(
-                    subprocess.Popen(
+                    start(
                         [*prefix, sys.executable, *map(str, own)],
                         env=inherited | shared | local_rank | dict(environment or {}),
                         cwd=(homes or {}).get(rank, folder), stdin=subprocess.DEVNULL,
