@@ -1,4 +1,4 @@
-"""What the engine refuses before it computes anything; faults of single functions stand beside those functions' tests."""
+"""What the engine refuses before it computes; what a single function refuses stands in the tests of its module."""
 
 import pytest
 import torch
