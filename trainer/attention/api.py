@@ -84,7 +84,7 @@ def key_statistics(
     """How much every key receives, and from how many queries it receives more than each eps.
 
     Further arguments:
-        eps: E weights from 0 to 1, in any order.
+        eps: E numbers of at least 0, in any order.
         lse: (B, h, N) `row_statistics(...).lse`, if known already: saves the Triton back end a pass.
 
     Returns:
@@ -112,7 +112,7 @@ def sink_statistics(
     Further arguments:
         v: (B, h, M, any width) values.
         num_vision: how many of the tokens are vision tokens.
-        eps: E weights from 0 to 1; weights above these are heavy.
+        eps: E numbers of at least 0; weights above these are heavy.
         projection: (h, d, D) output projection split by head, for the projected value-norm ratio.
     """
     x = checked(q, k, v=v, lengths=lengths, chunk=chunk, eps=eps, num_vision=num_vision)

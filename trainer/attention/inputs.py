@@ -70,7 +70,7 @@ def checked(
         lengths: (B,) integers from 1 to N; needs N = M.
         num_keys: from 1 to M; None: M.
         chunk: at least 1.
-        eps: E weights from 0 to 1.
+        eps: E numbers of at least 0.
         ratios: R shares from 0 to 1.
         rank_error: from 0 to 1.
         lse: (B, h, N).
@@ -86,8 +86,8 @@ def checked(
         raise ValueError(f"got num_keys {num_keys} for {keys} keys, expected 1 .. {keys}, the counted keys first.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"got chunk {chunk}, expected at least one query row, or None to have it chosen.")
-    if not all(0.0 <= e <= 1.0 for e in eps):
-        raise ValueError(f"got eps {tuple(eps)}, expected weights, each from 0 to 1.")
+    if not all(e >= 0.0 for e in eps):
+        raise ValueError(f"got eps {tuple(eps)}, expected weights, each at least 0.")
     if rank_error is not None and not 0.0 <= rank_error <= 1.0:
         raise ValueError(f"got rank_error {rank_error}, expected a share of the weights, e.g. 1e-4.")
     if not all(0.0 <= r <= 1.0 for r in ratios):

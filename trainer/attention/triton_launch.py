@@ -22,6 +22,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 #: Queries and keys of a tile, warps and pipeline stages: the fastest of those tried on an H200 at d = 128 in bfloat16.
 _TILES = {"row": (128, 128, 8, 2), "key": (128, 64, 4, 3), "masked": (64, 64, 4, 3)}
+#: The same for float32, whose products take no tensor cores, and for the interpreter, which takes no large tiles.
+_SMALL_TILE = (32, 32, 4, 2)
 
 
 def row_pass(x: Inputs, *, entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,10 +132,15 @@ def _scale(q: Tensor) -> float:
     return q.shape[-1] ** -0.5 * (1 / math.log(2))
 
 
+def launch_shape(kind: str, *, float32: bool) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps and stages of the kernel `row`, `key` or `masked` on a GPU."""
+    return _SMALL_TILE if float32 else _TILES[kind]
+
+
 def _options(q: Tensor, kind: str) -> dict[str, object]:
-    """Tile sizes and launch options. float32 products take no tensor cores, and the interpreter no large tiles."""
+    """Tile sizes and launch options."""
     native = q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1"
-    rows, keys, warps, stages = _TILES[kind] if native and q.dtype != torch.float32 else (32, 32, 4, 2)
+    rows, keys, warps, stages = launch_shape(kind, float32=not native or q.dtype == torch.float32)
     width = max(16, triton.next_power_of_2(q.shape[-1]))
     sizes = {"D": q.shape[-1], "BD": width, "BM": rows, "BN": keys, "NATIVE": native}
     return sizes | ({"num_warps": warps, "num_stages": stages} if native else {})

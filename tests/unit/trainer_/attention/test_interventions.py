@@ -78,7 +78,7 @@ def test_nothing_changed_is_the_models_own_attention_bit_for_bit(x):
 
 @settings(max_examples=60, deadline=None)
 @given(inputs(), st.sets(st.integers(0, 3)))
-def test_skipped_heads_say_nothing_and_the_others_are_untouched(x, heads):
+def test_skipped_heads_give_zeros_and_the_others_are_unchanged(x, heads):
     heads &= set(range(x.q.shape[1]))
     out = skip_heads(heads)(x.q, x.k, x.v, x.call)
     own = dense_attention(x.q, x.k, x.v, x.call)

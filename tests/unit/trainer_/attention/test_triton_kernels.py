@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[4]
     "tests",
     [
         ["tests/gpu/test_attention.py"],
-        ["tests/unit/trainer_/attention/test_known_answers.py", "-k", "triton"],
+        ["tests/unit/trainer_/attention/test_api_known_answers.py", "-k", "triton"],
         [
             "tests/unit/trainer_/callbacks/test_masking_known_answers.py",
             "tests/unit/trainer_/callbacks/test_sinks_known_answers.py",
@@ -47,24 +47,29 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype):
     from triton.compiler import ASTSource
 
     from trainer.attention import triton_kernels as kernels
+    from trainer.attention.triton_launch import launch_shape
 
     given = {"Q": dtype, "K": dtype, "V": dtype, "OUT": dtype, "scale": "fp32"}
     floats = dict.fromkeys(("LSE", "TOP", "ENTROPY", "MASS", "LIMIT", "DROPPED", "T", "eps", "edges"), "fp32")
     whole = {"ABOVE": "i64", "REMOVED": "i64"}
     whole |= dict.fromkeys(("HEAVY", "ROWS", "COLS", "lengths", "counted", "protected"), "i32")
-    tile = {"D": 128, "BD": 128, "BM": 64, "BN": 64, "NATIVE": True}
-    for kernel, constants in (
-        (kernels.row_kernel, tile | {"WITH_ENTROPY": True}),
-        (kernels.key_kernel, tile | {"WITH_MASS": True, "E": 5, "J": 9}),
-        (kernels.sample_kernel, {"D": 128, "BD": 128, "BP": 64}),
-        (kernels.masked_kernel, tile | {"RENORMALISE": True, "TAIL": False}),
-        (kernels.masked_kernel, tile | {"RENORMALISE": False, "TAIL": True}),
+    for kind, kernel, constants in (
+        ("row", kernels.row_kernel, {"WITH_ENTROPY": True}),
+        ("key", kernels.key_kernel, {"WITH_MASS": True, "E": 5, "J": 9}),
+        ("row", kernels.sample_kernel, {"BP": 64}),
+        ("masked", kernels.masked_kernel, {"RENORMALISE": True, "TAIL": False}),
+        ("masked", kernels.masked_kernel, {"RENORMALISE": False, "TAIL": True}),
     ):
-        pointers = {name: f"*{kind}" for name, kind in (given | floats | whole).items() if name != "scale"}
+        rows, keys, warps, stages = launch_shape(kind, float32=dtype == "fp32")  # as on the GPU itself
+        tile = {"D": 128, "BD": 128, "BM": rows, "BN": keys, "NATIVE": True}
+        constants |= {name: value for name, value in tile.items() if name in kernel.arg_names}
+        pointers = {name: f"*{pointed}" for name, pointed in (given | floats | whole).items() if name != "scale"}
         kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(
             kernel, kinds | {"scale": "fp32"}, {(kernel.arg_names.index(n),): value for n, value in constants.items()}
         )
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
+        made = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
+        )
         assert "wgmma" in made.asm["ptx"] or dtype == "fp32" or kernel is kernels.sample_kernel
         assert len(made.asm["cubin"]) > 1000
