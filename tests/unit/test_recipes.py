@@ -15,7 +15,6 @@ from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT
 from launch import main as command
 from launch.demo.train_vae import TrainVae
 from launch.fit.cli import recipe_cli
-from trainer.models import load
 from trainer.module import RetrainBlocks
 from trainer.parallel.strategies import ShardedStrategy
 
@@ -313,7 +312,7 @@ def test_every_fault_of_model_and_shards_is_named_at_once(tiny, refusal):
 
 @pytest.mark.parametrize("base", ["nowhere", "genmo/absent-model", "recipes", "recipes/demo_vae_config.json"])
 def test_faulty_bases_are_refused(tiny, refusal, monkeypatch, base):
-    monkeypatch.setattr(load, "_cached_snapshot", lambda repo: None)
+    monkeypatch.setattr("data.base_folder.scan_cache_dir", lambda: SimpleNamespace(repos=[]))
     said = refusal(tiny, "--model.init_args.base", base)
     assert base in said and "expected" in said or f"hf download {base}" in said
 
