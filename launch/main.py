@@ -83,13 +83,13 @@ def call(command: str, function: Callable, argv: list[str]) -> Any:
     `--config FILE` reads options from YAML; what stands behind it on the command line wins. A switch may stand alone,
     `--verify` for `--verify true`, and any option may be spelled with hyphens.
     """
-    from jsonargparse import ArgumentParser
+    from launch.parser import CommandParser  # jsonargparse takes longer than everything else here
 
     parameters = inspect.signature(function).parameters.values()
     # str | int is what jsonargparse's `skip` takes
     names: set[str | int] = {p.name for p in parameters}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is p.empty}
-    parser = ArgumentParser(prog=f"reblock {command}", description=(inspect.getdoc(function) or "").split("\n\n")[0])
+    parser = CommandParser(prog=f"reblock {command}", description=(inspect.getdoc(function) or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=names - positional)
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positional)
@@ -148,3 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
         sys.exit(signals.status_of_interrupt())
+
+
+if __name__ == "__main__":
+    main()

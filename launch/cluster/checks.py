@@ -20,7 +20,7 @@ from data.stream.order import rank_size
 from data.stream.shard_index import find_shards
 from launch import slurm
 from launch.cluster.options import control_faults, has_control, raw_options, seconds
-from launch.cluster.stages import Plan, usual_command
+from launch.cluster.stage_scripts import Submission, usual_command
 from launch.fit.checks import check_fit
 from launch.plan import estimate
 from launch.run_config import RunConfig
@@ -41,55 +41,58 @@ def name_faults(run: RunConfig) -> list[str]:
     return found
 
 
-def layout_faults(plan: Plan) -> list[str]:
+def layout_faults(submission: Submission) -> list[str]:
     """Nodes and devices against the recipe's strategy."""
-    trainer, found = plan.recipe["trainer"], []
+    trainer, found = submission.recipe["trainer"], []
     strategy = trainer.get("strategy", "auto")
     name = strategy if isinstance(strategy, str) else strategy.get("class_path", "").rpartition(".")[2]
-    if plan.ranks > 1 and (name in _ONE_DEVICE or name.startswith("SingleDevice")):
-        found.append(f"got strategy {name} on {plan.ranks} ranks, expected one for several: ddp, or a cluster overlay.")
+    if submission.ranks > 1 and (name in _ONE_DEVICE or name.startswith("SingleDevice")):
+        found.append(
+            f"got strategy {name} on {submission.ranks} ranks, expected one for several: ddp, or a cluster overlay."
+        )
     if name in _ONE_NODE:
         found.append(f"got strategy {name}, expected one whose ranks Slurm starts: ddp, or a cluster overlay.")
-    if trainer.get("accelerator") == "cpu" and plan.job.gpus_per_node:
+    if trainer.get("accelerator") == "cpu" and submission.options.gpus_per_node:
         found.append("got gpus_per_node for a recipe with trainer.accelerator cpu; leave one of them out.")
     return found
 
 
 def content_faults(
-    plan: Plan, model: LightningModule, data: LightningDataModule, callbacks: Sequence[Callback]
+    submission: Submission, model: LightningModule, data: LightningDataModule, callbacks: Sequence[Callback]
 ) -> list[str]:
     """Base, shards, batches and probes, as `reblock fit` checks them; what the stage encode makes, by its sources."""
-    found, stages = [], plan.job.stage_list
+    found, stages = [], submission.options.stage_list
     if "encode" in stages:
-        found += _encode_faults(plan)
+        found += _encode_faults(submission)
     if "fit" in stages:
         # The batch first: `check_fit` comes to it only where the shards are in order, and this is known without them.
         if isinstance(data, ShardDataModule) and data.global_batch_size is not None:
             size = data.global_batch_size
-            found += _lines(lambda: rank_size(size, plan.ranks))
+            found += _lines(lambda: rank_size(size, submission.ranks))
         if "encode" in stages:
             found += _lines(getattr(model, "check", lambda: None))
             apart = getattr(data, "val_shards", None)
             if apart is not None:
                 found += _lines(lambda: find_shards(apart, LATENT_FORMAT, Store()))
         else:
-            found += _lines(lambda: check_fit(model, data, ranks=plan.ranks, callbacks=callbacks))
+            found += _lines(lambda: check_fit(model, data, ranks=submission.ranks, callbacks=callbacks))
     return found
 
 
-def _encode_faults(plan: Plan) -> list[str]:
-    source, latents = plan.job.encode.shards, plan.recipe["data"]["init_args"].get("shards")
+def _encode_faults(submission: Submission) -> list[str]:
+    source, latents = submission.options.encode.shards, submission.recipe["data"]["init_args"].get("shards")
     found = []
     if source is None:
         found.append("got no encode.shards for the stage encode, expected a folder of video shards (`reblock pack`).")
     else:
         found += _lines(lambda: find_shards([source], VIDEO_FORMAT, Store()))
     several = isinstance(latents, list) and len(latents) != 1
-    if several or any(mark in plan.latents for mark in ("*", "?", "{", "://")) or plan.latents.endswith(".tar"):
+    pattern = any(mark in submission.latents for mark in ("*", "?", "{", "://"))
+    if several or pattern or submission.latents.endswith(".tar"):
         found.append(f"got data.shards {latents!r}, expected the one local folder that the stage encode writes.")
-    if has_control(plan.latents):
-        found.append(f"got data.shards {plan.latents!r}, expected text without line breaks.")
-    base = plan.recipe["model"]["init_args"].get("base")
+    if has_control(submission.latents):
+        found.append(f"got data.shards {submission.latents!r}, expected text without line breaks.")
+    base = submission.recipe["model"]["init_args"].get("base")
     return found + _lines(lambda: read_base(resolve_base(str(base))))
 
 
@@ -101,23 +104,24 @@ def _lines(check: Any) -> list[str]:
     return []
 
 
-def cluster_faults(plan: Plan) -> list[str]:
+def cluster_faults(submission: Submission) -> list[str]:
     """The options against what Slurm says of its partitions; nothing where it does not answer."""
-    job, found = plan.job, []
-    if job.container_image and slurm.has_pyxis() is False:
+    options, found = submission.options, []
+    if options.container_image and slurm.has_pyxis() is False:
         found.append(
             "got container_image, but this Slurm's srun has no --container-image (pyxis); try apptainer_image."
         )
-    if not (job.command or job.container_image or job.apptainer_image) and not Path(usual_command()).is_file():
+    elsewhere = options.command or options.container_image or options.apptainer_image
+    if not elsewhere and not Path(usual_command()).is_file():
         found.append(f"{usual_command()} does not exist; say with --command how the nodes call reblock.")
     known = slurm.partitions()
-    for stage in job.stage_list if known else []:
-        found += [line for line in _partition_faults(plan, stage, known or []) if line not in found]
+    for stage in options.stage_list if known else []:
+        found += [line for line in _partition_faults(submission, stage, known or []) if line not in found]
     return found
 
 
 @dataclass(frozen=True)
-class _Need:
+class _Requirements:
     """What a stage asks of a partition; GPUs of each node, or none."""
 
     nodes: int
@@ -127,18 +131,21 @@ class _Need:
     time: str | int | None
 
 
-def _need(plan: Plan, stage: str, own: Mapping[str, str | None]) -> _Need:
-    cpus, time = plan.job.cpus_per_task or 1, own.get("time", plan.job.time)
+def _requirements(submission: Submission, stage: str, own: Mapping[str, str | None]) -> _Requirements:
+    cpus, time = submission.options.cpus_per_task or 1, own.get("time", submission.options.time)
     if stage == "fit":
-        return _Need(plan.nodes, plan.devices, cpus, plan.gpus, time)
-    return _Need(1, 1, cpus, 1, time) if stage == "encode" and plan.gpus else _Need(1, 1, 1, None, time)
+        return _Requirements(submission.nodes, submission.devices, cpus, submission.gpus, time)
+    if stage == "encode" and submission.gpus:
+        return _Requirements(1, 1, cpus, 1, time)
+    return _Requirements(1, 1, 1, None, time)
 
 
-def _partition_faults(plan: Plan, stage: str, known: Sequence[slurm.Partition]) -> list[str]:
+def _partition_faults(submission: Submission, stage: str, known: Sequence[slurm.Partition]) -> list[str]:
     """Of the partitions that a stage may run in, none can take it."""
-    own = raw_options([*plan.job.slurm, *(getattr(plan.job, stage).slurm if stage != "fit" else [])])
+    options = submission.options
+    own = raw_options([*options.slurm, *(getattr(options, stage).slurm if stage != "fit" else [])])
     # sbatch takes the environment's before the script's.
-    named = os.environ.get("SBATCH_PARTITION") or own.get("partition") or plan.job.partition
+    named = os.environ.get("SBATCH_PARTITION") or own.get("partition") or options.partition
     every = ", ".join(partition.name for partition in known)
     if named is None:
         chosen = [partition for partition in known if partition.default]
@@ -150,49 +157,49 @@ def _partition_faults(plan: Plan, stage: str, known: Sequence[slurm.Partition]) 
         absent = sorted(set(names) - {partition.name for partition in chosen})
         if absent:
             return [f"got partition {', '.join(absent)}, expected one of: {every}."]
-    refusals = [_refusal(_need(plan, stage, own), partition) for partition in chosen]
+    refusals = [_refusal(_requirements(submission, stage, own), partition) for partition in chosen]
     return [] if None in refusals else [text for text in refusals if text]
 
 
-def _refusal(need: _Need, partition: slurm.Partition) -> str | None:
+def _refusal(required: _Requirements, partition: slurm.Partition) -> str | None:
     """Why a partition cannot take what is asked, or None."""
     against = []
-    if need.nodes > partition.nodes:
-        against.append(f"{need.nodes} nodes of {partition.nodes}")
-    if need.tasks * need.cpus_per_task > partition.cpus:
-        against.append(f"{need.tasks} tasks x {need.cpus_per_task} CPUs on a node of {partition.cpus}")
-    if need.gpus and partition.gpus is not None and need.gpus > partition.gpus:
-        against.append(f"{need.gpus} GPUs on a node of {partition.gpus}")
-    if need.gpus and partition.gpus is None:
+    if required.nodes > partition.nodes:
+        against.append(f"{required.nodes} nodes of {partition.nodes}")
+    if required.tasks * required.cpus_per_task > partition.cpus:
+        against.append(f"{required.tasks} tasks x {required.cpus_per_task} CPUs on a node of {partition.cpus}")
+    if required.gpus and partition.gpus is not None and required.gpus > partition.gpus:
+        against.append(f"{required.gpus} GPUs on a node of {partition.gpus}")
+    if required.gpus and partition.gpus is None:
         against.append("GPUs of nodes that list none")
-    limit = None if need.time is None else seconds(str(need.time))
+    limit = None if required.time is None else seconds(str(required.time))
     most = seconds(partition.max_time)
-    if need.time is not None and most is not None and (limit is None or limit > most):
-        against.append(f"a time of {need.time} where {partition.max_time} is the most")
+    if required.time is not None and most is not None and (limit is None or limit > most):
+        against.append(f"a time of {required.time} where {partition.max_time} is the most")
     if not against:
         return None
     return f"partition {partition.name} cannot give what is asked: {'; '.join(against)}. Ask for less, or another one."
 
 
-def memory_faults(plan: Plan, recipe: Path) -> tuple[list[str], str | None]:
-    """The plan's estimate against a GPU's memory.
+def memory_faults(submission: Submission, recipe: Path) -> tuple[list[str], str | None]:
+    """The estimate of `reblock plan` against a GPU's memory.
 
     Args:
-        plan: of the submission.
+        submission: what is submitted.
         recipe: the resolved recipe, as a file.
 
     Returns:
-        Faults, and what the plan says where there is none.
+        Faults, and what the estimate says where there is none.
     """
-    if not plan.gpus or "fit" not in plan.job.stage_list:
+    if not submission.gpus or "fit" not in submission.options.stage_list:
         return [], None
     try:
-        found = estimate(["--config", str(recipe), *_clip_size(plan)], plan.nodes)
+        found = estimate(["--config", str(recipe), *_clip_size(submission)], submission.nodes)
     except (ValueError, OSError) as error:
         return str(error).splitlines(), None
-    need = found.bytes_per_gpu / 2**30
-    said = f"{need:.1f} GiB of {plan.job.gpu_memory:g} GiB on each GPU with strategy {found.strategy}"
-    if need <= plan.job.gpu_memory:
+    required = found.bytes_per_gpu / 2**30
+    said = f"{required:.1f} GiB of {submission.options.gpu_memory:g} GiB on each GPU with strategy {found.strategy}"
+    if required <= submission.options.gpu_memory:
         return [], said
     return [
         f"the run would need {said}. See `reblock plan`; take another strategy (recipes/cluster), checkpoint_head, a "
@@ -200,11 +207,11 @@ def memory_faults(plan: Plan, recipe: Path) -> tuple[list[str], str | None]:
     ], said
 
 
-def _clip_size(plan: Plan) -> list[str]:
-    """The largest clip of the video shards, for a plan whose latents the stage encode has yet to make."""
-    if "encode" not in plan.job.stage_list:
+def _clip_size(submission: Submission) -> list[str]:
+    """The largest clip of the video shards, for a submission whose latents the stage encode has yet to make."""
+    if "encode" not in submission.options.stage_list:
         return []
-    sources = find_shards([str(plan.job.encode.shards)], VIDEO_FORMAT, Store())
+    sources = find_shards([str(submission.options.encode.shards)], VIDEO_FORMAT, Store())
     buckets = [Bucket.parse(entry["bucket"]) for source in sources for entry in source.index["shards"]]
     largest = max(buckets, key=lambda b: b.frames * b.height * b.width)
     return [f"--frames={largest.frames}", f"--height={largest.height}", f"--width={largest.width}"]

@@ -15,8 +15,8 @@ from datetime import datetime
 from typing import Any
 
 from data.files import append_line, write_json, write_text
-from launch.cluster.script import Job, render
-from launch.cluster.stages import Plan
+from launch.cluster.batch_script import BatchScript, render
+from launch.cluster.stage_scripts import Submission
 from launch.run_folder import RunFolder
 from launch.versions import git_output
 
@@ -28,29 +28,29 @@ def changes() -> str:
     return "".join([git_output("diff", "--binary", "HEAD"), *patches])
 
 
-def write_folder(plan: Plan, recipe: str, jobs: Sequence[Job], versions: dict[str, Any]) -> None:
+def write_folder(submission: Submission, recipe: str, scripts: Sequence[BatchScript], versions: dict[str, Any]) -> None:
     """Writes all but the job ids.
 
     Args:
-        plan: of the submission.
+        submission: what is submitted.
         recipe: text of the resolved recipe.
-        jobs: the scripts.
+        scripts: of its stages.
         versions: as `launch.versions.versions` gives them.
 
     Raises:
         ValueError: if the folder cannot be written.
     """
     try:
-        plan.run.logs.mkdir(parents=True, exist_ok=True)
-        write_text(plan.run.job_config, recipe)
-        write_json(plan.run.job_versions, versions)
-        write_text(plan.run.job_changes, changes())
-        for job in jobs:
-            write_text(job.path, render(job))
+        submission.run.logs.mkdir(parents=True, exist_ok=True)
+        write_text(submission.run.job_config, recipe)
+        write_json(submission.run.job_versions, versions)
+        write_text(submission.run.job_changes, changes())
+        for script in scripts:
+            write_text(script.path, render(script))
     except OSError as error:
         raise ValueError(
-            f"cannot write the run folder {plan.run.path} ({error.strerror}); expected a writable place that the nodes "
-            "see too. Set --run.root."
+            f"cannot write the run folder {submission.run.path} ({error.strerror}); expected a writable place that the "
+            "nodes see too. Set --run.root."
         ) from error
 
 

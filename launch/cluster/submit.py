@@ -18,10 +18,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from launch import slurm
 from launch.cluster import checks
+from launch.cluster.batch_script import BatchScript, render
 from launch.cluster.job_folder import note_job, noted_jobs, write_folder
 from launch.cluster.options import JobConfig
-from launch.cluster.script import Job, render
-from launch.cluster.stages import Plan, make_jobs
+from launch.cluster.stage_scripts import Submission, make_scripts
 from launch.fit.cli import ReadingCLI, recipe_cli
 from launch.run_config import RunConfig, refuse_taken
 from launch.run_folder import RunFolder
@@ -49,8 +49,8 @@ class SubmitCLI(ReadingCLI):
             return None  # type: ignore[return-value]
 
     @property
-    def job(self) -> JobConfig:
-        """The options of the job."""
+    def options(self) -> JobConfig:
+        """The options beside the recipe."""
         return JobConfig(**{name: self.objects[name] for name in _OPTIONS})
 
     @property
@@ -68,33 +68,33 @@ def run(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return print(_help())
     cli = _read(argv[1:])
-    job, recipe, settings = cli.job, cli.recipe, cli.run_config
+    options, recipe, settings = cli.options, cli.recipe, cli.run_config
     found = versions()
-    plan, faults = _plan(job, recipe, settings, found)
-    faults += [*job.faults(), *checks.name_faults(settings), *_folder_faults(settings, plan)]
+    submission, faults = _submission(options, recipe, settings, found)
+    faults += [*options.faults(), *checks.name_faults(settings), *_folder_faults(settings, submission)]
     faults += [cli.trainer_fault] if cli.trainer_fault else []
     memory = None
-    if not job.faults():
+    if not options.faults():
         callbacks = cli.objects.trainer.get("callbacks") or []
-        faults += checks.layout_faults(plan)
-        faults += checks.content_faults(plan, cli.model, cli.datamodule, callbacks)
+        faults += checks.layout_faults(submission)
+        faults += checks.content_faults(submission, cli.model, cli.datamodule, callbacks)
         if not faults:  # it would only name the same ones again
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "recipe.yaml"
-                path.write_text(_text(plan))
-                faults, memory = checks.memory_faults(plan, path)
-        faults += checks.cluster_faults(plan)
-    if job.dry_run:
-        if not checks.name_faults(settings) and not job.faults():
-            _show(plan, memory)
+                path.write_text(_text(submission))
+                faults, memory = checks.memory_faults(submission, path)
+        faults += checks.cluster_faults(submission)
+    if options.dry_run:
+        if not checks.name_faults(settings) and not options.faults():
+            _show(submission, memory)
     elif not slurm.at_hand():
         faults.append("sbatch is not here; expected a log-in node of a Slurm cluster. --dry-run shows the script.")
     if faults:
         raise ValueError("\n".join(["this cannot run as it is:", *(f"  - {line}" for line in dict.fromkeys(faults))]))
-    if memory and not job.dry_run:
+    if memory and not options.dry_run:
         print(f"memory: {memory}")
-    if not job.dry_run:
-        _submit(plan, make_jobs(plan), found)
+    if not options.dry_run:
+        _submit(submission, make_scripts(submission), found)
 
 
 def _read(argv: Sequence[str]) -> SubmitCLI:
@@ -112,28 +112,30 @@ def _read(argv: Sequence[str]) -> SubmitCLI:
         log.setLevel(level)
 
 
-def _plan(job: JobConfig, recipe: dict[str, Any], settings: RunConfig, found: dict[str, Any]) -> tuple[Plan, list[str]]:
+def _submission(
+    options: JobConfig, recipe: dict[str, Any], settings: RunConfig, found: dict[str, Any]
+) -> tuple[Submission, list[str]]:
     """The layout of the fit, written into the recipe too; and what is wrong with it."""
     trainer, faults = recipe["trainer"], []
     devices, accelerator = trainer.get("devices"), trainer.get("accelerator")
     if isinstance(devices, list):
         devices = len(devices)
-    if job.gpus_per_node:
-        devices = job.gpus_per_node
+    if options.gpus_per_node:
+        devices = options.gpus_per_node
     elif not (isinstance(devices, int | str) and str(devices).isdigit() and int(devices) > 0):
         faults.append(f"got trainer.devices {devices!r}, expected how many a node has; or say --gpus_per_node.")
         devices = 1
-    if accelerator not in ("gpu", "cuda", "cpu") and not job.gpus_per_node:
+    if accelerator not in ("gpu", "cuda", "cpu") and not options.gpus_per_node:
         faults.append(f"got trainer.accelerator {accelerator!r}, expected gpu or cpu; or say --gpus_per_node.")
-    nodes = job.nodes or trainer.get("num_nodes") or 1
+    nodes = options.nodes or trainer.get("num_nodes") or 1
     trainer |= {"num_nodes": nodes, "devices": int(devices)}
-    plan = Plan(
-        job=job, recipe=recipe, run=RunFolder(Path(os.path.abspath(settings.folder.path))), here=Path.cwd(),
+    submission = Submission(
+        options=options, recipe=recipe, run=RunFolder(Path(os.path.abspath(settings.folder.path))), here=Path.cwd(),
         nodes=nodes, devices=int(devices),
-        gpus=int(devices) if job.gpus_per_node or accelerator in ("gpu", "cuda") else None,
+        gpus=int(devices) if options.gpus_per_node or accelerator in ("gpu", "cuda") else None,
         versions=_in_one_line(found), written=f"{datetime.now():%F %H:%M}", node_timeout=slurm.node_timeout(),
     )  # fmt: skip
-    return plan, faults
+    return submission, faults
 
 
 def _in_one_line(found: dict[str, Any]) -> str:
@@ -147,7 +149,7 @@ def _commit(git: str | None) -> str:
     return commit[:12] + (" with changes" if changed else "")
 
 
-def _folder_faults(settings: RunConfig, plan: Plan) -> list[str]:
+def _folder_faults(settings: RunConfig, submission: Submission) -> list[str]:
     """A run that exists, unless it is to go on; then a job of its that is still in the queue."""
     try:
         refuse_taken(settings)
@@ -156,48 +158,50 @@ def _folder_faults(settings: RunConfig, plan: Plan) -> list[str]:
     return [
         f"job {entry['job']} ({entry['stage']}) of this run is {state}, expected none: both would write to one folder. "
         f"Wait for it, or end it: scancel {entry['job']}."
-        for entry in noted_jobs(plan.run)
+        for entry in noted_jobs(submission.run)
         if (state := slurm.unfinished(entry["job"]))
     ]
 
 
-def _text(plan: Plan) -> str:
-    return yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
+def _text(submission: Submission) -> str:
+    return yaml.safe_dump(submission.recipe, sort_keys=False, allow_unicode=True)
 
 
-def _show(plan: Plan, memory: str | None) -> None:
+def _show(submission: Submission, memory: str | None) -> None:
     """Prints the scripts, and what would be called."""
-    before, calls = list(plan.job.after_list), []
-    for job in make_jobs(plan):
-        print(render(job), end="\n")
-        waits = f"{slurm.dependency(before, alone=job.ranks)} " if before else ""
-        calls.append(f"# dry run: sbatch {waits}{job.path}")
-        before = [f"<{job.stage}'s id>"]
+    before, calls = list(submission.options.after_list), []
+    for script in make_scripts(submission):
+        print(render(script), end="\n")
+        waits = f"{slurm.dependency(before, alone=script.ranks)} " if before else ""
+        calls.append(f"# dry run: sbatch {waits}{script.path}")
+        before = [f"<{script.stage}'s id>"]
     print("\n".join(calls if memory is None else [f"# memory: {memory}", *calls]))
 
 
-def _submit(plan: Plan, jobs: Sequence[Job], found: dict[str, Any]) -> None:
+def _submit(submission: Submission, scripts: Sequence[BatchScript], found: dict[str, Any]) -> None:
     """Writes the folder and queues the scripts, each behind the one before; all of them or none."""
-    write_folder(plan, _text(plan), jobs, found)
-    after, queued = list(plan.job.after_list), list[str]()
-    for job in jobs:
+    write_folder(submission, _text(submission), scripts, found)
+    after, queued = list(submission.options.after_list), list[str]()
+    for script in scripts:
         try:
-            number = slurm.submit(job.path, after, alone=job.ranks)
+            number = slurm.submit(script.path, after, alone=script.ranks)
         except ValueError as error:
             slurm.cancel(queued)
             kept = f" The jobs before it were taken back: {', '.join(queued)}." if queued else ""
-            raise ValueError(f"{error}.{kept} {plan.run.path} stays as it is; go on with --run.resume true.") from error
-        note_job(plan.run, job.stage, number, after, plan.nodes if job.ranks else 1)
+            raise ValueError(
+                f"{error}.{kept} {submission.run.path} stays as it is; go on with --run.resume true."
+            ) from error
+        note_job(submission.run, script.stage, number, after, submission.nodes if script.ranks else 1)
         waits = f", waits for {', '.join(after)}" if after else ""
-        print(f"job {number}: {job.title}{waits}")
+        print(f"job {number}: {script.title}{waits}")
         queued.append(number)
         after = [number]
-    again = "fit" if "fit" in plan.job.stage_list else plan.job.stage_list[-1]
+    again = "fit" if "fit" in submission.options.stage_list else submission.options.stage_list[-1]
     print(
-        f"run folder: {plan.run.path}\n"
-        f"look:       reblock status {plan.run.path}\n"
-        f"follow:     tail -F {plan.run.logs}/*\n"
-        f"end:        scancel {' '.join(queued)}; go on: sbatch {plan.run.script(again)}"
+        f"run folder: {submission.run.path}\n"
+        f"look:       reblock status {submission.run.path}\n"
+        f"follow:     tail -F {submission.run.logs}/*\n"
+        f"end:        scancel {' '.join(queued)}; go on: sbatch {submission.run.script(again)}"
     )
 
 

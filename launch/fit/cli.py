@@ -18,12 +18,13 @@ from launch.fit.checks import check_combination, check_fit
 from launch.fit.last_checkpoint import BestCheckpoints, LastCheckpoint
 from launch.fit.lightning_private import set_collective_timeout, use_checkpoint_connector
 from launch.fit.metrics_csv import MetricsPosition, loggers, rewind
-from launch.fit.parser import RecipeParser, in_short
+from launch.fit.parser import RecipeParser, refuse_moved_names
 from launch.fit.rank_consistency import RankConsistency, flatten
 from launch.fit.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from launch.fit.run_record import EpochLines, VersionsFile
 from launch.fit.stop_callback import StopOnSignal, end_stopped_run
 from launch.fit.watchdog import Watchdog
+from launch.parser import fault_lines
 from launch.run_config import RunConfig, prepare_folder
 from launch.signals import Stopped
 from trainer.callbacks.data_faults import DataFaults
@@ -58,13 +59,17 @@ class RecipeCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "verbose"},
         }
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        refuse_moved_names(args)
+        super().parse_arguments(parser, args)
+
     def instantiate_classes(self) -> None:
         check_combination(self.values)
         try:
             super().instantiate_classes()
         except ValueError as error:
             # What a class says of its arguments comes inside pages on the other types that its place may hold.
-            raise ValueError("\n".join(line.strip().removeprefix("- ") for line in in_short(str(error)))) from error
+            raise ValueError("\n".join(line.strip().removeprefix("- ") for line in fault_lines(str(error)))) from error
 
     @property
     def values(self) -> Namespace:
@@ -211,7 +216,7 @@ def recipe_cli(args: list[str], *, run: bool, kind: type[Cli] = RecipeCLI) -> Cl
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
         },
-        parser_kwargs={"fit": {"prog": "reblock fit"}, "validate": {"prog": "reblock validate"}} if run else {},
+        parser_kwargs={"prog": "reblock"},
         parser_class=RecipeParser,
         args=args,
         run=run,

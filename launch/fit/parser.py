@@ -1,12 +1,22 @@
-"""The recipe's parser, with errors for people."""
+"""The recipe's parser: errors in a few lines, and class paths of earlier versions refused with the new ones."""
 
 import importlib
-import re
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-_ACCEPTED = "accepted here: "
+from launch.fit.moved_names import MOVED
+from launch.parser import explain
+
+
+class RecipeParser(LightningArgumentParser):
+    """A parser whose errors are ValueErrors of a few lines."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(explain(message, getattr(ex, "subcommand_parser", None) or self)) from ex
 
 
 def class_at(path: str) -> type:
@@ -25,38 +35,40 @@ def class_at(path: str) -> type:
     return found
 
 
-class RecipeParser(LightningArgumentParser):
-    """A parser whose errors say what was wrong and which keys exist, without pages of usage."""
+def refuse_moved_names(args: Sequence[str]) -> None:
+    """Refuses class paths of earlier versions, in a command line and in the recipes that it names.
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        raise ValueError("\n".join([*in_short(message), *_accepted(message, parser)])) from ex
+    Args:
+        args: the command line.
 
-
-def in_short(message: str) -> list[str]:
-    """The lines of a parser's message that name a fault, without those about a union's other types."""
-    noise = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "- Expected a <class 'NoneType'>",
-        "Given value type",
-        "Given value: Namespace(",
-    )
-    return [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
-
-
-def _accepted(message: str, parser: LightningArgumentParser) -> list[str]:
-    """For a key that does not exist: those that do, in the same part of the recipe.
-
-    Each part has a parser of this kind of its own, whose message comes back inside the whole recipe's.
+    Raises:
+        ValueError: with the new path of each.
     """
-    message = re.sub(r"unrecognized arguments: --([\w.]+)", r"option '\1' is not accepted", message)
-    unknown = re.search(r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message)
-    if unknown is None or _ACCEPTED in message:
-        return []
-    group = re.search(r"Group '([\w.]+)' does not", message)
-    part = group[1] if group else (unknown[1] or unknown[2]).rpartition(".")[0]
-    start = f"{part}." if part else ""
-    names = {a.dest.removeprefix(start).split(".")[0] for a in parser._actions if a.dest.startswith(start)}
-    return [_ACCEPTED + ", ".join(sorted(names - {"help", "config", "print_config"}))]
+    found = [("the command line", argument.rpartition("=")[2]) for argument in args]
+    for path in _recipes(args):
+        try:
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # the parser says what is wrong with it
+        found += [(str(path), word) for word in _strings(recipe)]
+    lines = [
+        f"{place} names {word}, which is now {MOVED[word]}" for place, word in dict.fromkeys(found) if word in MOVED
+    ]
+    if lines:
+        raise ValueError("\n".join([*lines, "Write the new class path instead; its arguments are the same."]))
+
+
+def _recipes(args: Sequence[str]) -> Iterator[Path]:
+    for position, argument in enumerate(args):
+        option, equals, value = argument.partition("=")
+        if option == "--config":
+            yield from (Path(name) for name in ([value] if equals else args[position + 1 : position + 2]))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a nested value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

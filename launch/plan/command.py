@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
-from launch.plan.estimates import estimate_job
-from launch.plan.inputs import read_job
+from launch.plan.estimates import estimate_from
+from launch.plan.inputs import read_inputs
 from launch.plan.table import show
 
 
@@ -16,11 +16,11 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: naming every fault of recipe, base, sizes and layout.
     """
-    job = read_job(argv[1:])
-    plan = estimate_job(job)
+    inputs = read_inputs(argv[1:])
+    plan = estimate_from(inputs)
     show(plan)
-    if job.json is not None:
-        write_json(job.json, plan.as_json())
+    if inputs.json is not None:
+        write_json(inputs.json, plan.as_json())
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ class Collective:
         return turns * self.bytes * (self.ranks - 1) // self.ranks
 
 
-def share_group(sharding: Sharding, nodes: int, per_node: int) -> int:
+def ranks_per_copy(sharding: Sharding, nodes: int, per_node: int) -> int:
     """S, how many ranks share one copy of the model."""
     if sharding.name in ("single", "ddp"):
         return 1
@@ -131,7 +131,7 @@ def share_group(sharding: Sharding, nodes: int, per_node: int) -> int:
 
 
 def collectives(
-    sharding: Sharding, counted: Parameters, nodes: int, per_node: int, *, accumulate: int, narrow: bool
+    sharding: Sharding, counted: Parameters, nodes: int, per_node: int, *, accumulate: int, sixteen_bit: bool
 ) -> list[Collective]:
     """What goes over the wire in one optimiser step; measurements, validation and logging are left out.
 
@@ -141,9 +141,9 @@ def collectives(
         nodes: of the cluster.
         per_node: ranks of each.
         accumulate: micro-batches.
-        narrow: ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
+        sixteen_bit: ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
     """
-    ranks, shared = nodes * per_node, share_group(sharding, nodes, per_node)
+    ranks, shared = nodes * per_node, ranks_per_copy(sharding, nodes, per_node)
     if sharding.name == "single" or ranks == 1:
         return []
     if sharding.name == "ddp":
@@ -165,7 +165,7 @@ def collectives(
                 Collective("all-reduce", "parts of gradients", parts, ranks // shared, "head", True, accumulate)
             )
         return [one for one in found if one.ranks > 1 and one.sizes]
-    return _zero(sharding, counted, ranks, accumulate, 2 if narrow else 4)
+    return _zero(sharding, counted, ranks, accumulate, 2 if sixteen_bit else 4)
 
 
 def _zero(sharding: Sharding, counted: Parameters, ranks: int, accumulate: int, width: int) -> list[Collective]:

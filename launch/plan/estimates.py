@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 from launch.plan.counts import Collective, Parameters, checkpoint_bytes, collectives, count_parameters
-from launch.plan.fake_step import fake_job, trace_step
+from launch.plan.fake_step import fake_module, trace_step
 from launch.plan.hardware import Hardware
-from launch.plan.inputs import Job, read_job
+from launch.plan.inputs import PlanInputs, read_inputs
 from launch.plan.measurements import host_bytes, trace_measurements
 from launch.plan.memory import Memory, memories
 from launch.plan.sharding import STRATEGIES, Sharding
-from launch.plan.timing import StepTime, Work, weak_scaling, work
+from launch.plan.timing import ComputeTime, StepTime, compute_time, weak_scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Estimate:
     wire: dict[str, list[Collective]]
     checkpoint: int
     host: int
-    work: Work
+    work: ComputeTime
     scaling: list[StepTime]
     hardware: Hardware
     refused: str | None
@@ -102,59 +102,66 @@ def estimate(recipe_args: Sequence[str], nodes: int | None = None) -> Estimate:
     Raises:
         ValueError: naming every fault of recipe, base, sizes and layout.
     """
-    return estimate_job(read_job(list(recipe_args), nodes))
+    return estimate_from(read_inputs(list(recipe_args), nodes))
 
 
-def estimate_job(job: Job) -> Estimate:
-    """The plan of a job; builds its module, without content."""
-    with fake_job(job) as ledger:
-        counted = count_parameters(job.module)
-        checkpoint = checkpoint_bytes(job.module)
-        step = trace_step(job, ledger)
-        measuring = trace_measurements(job, ledger)
-    narrow = job.autocast is not None
-    layout: dict[str, Any] = {"accumulate": job.accumulate, "narrow": narrow}
-    spent = work(step.flops, counted.retrained, job.accumulate, job.hardware, narrow=narrow)
-    patch = job.module.split_model.transformer.config.patch_size
+def estimate_from(inputs: PlanInputs) -> Estimate:
+    """The plan of what was read; builds its module, without content."""
+    with fake_module(inputs) as counter:
+        counted = count_parameters(inputs.module)
+        checkpoint = checkpoint_bytes(inputs.module)
+        step = trace_step(inputs, counter)
+        measuring = trace_measurements(inputs, counter)
+    sixteen_bit = inputs.autocast is not None
+    layout: dict[str, Any] = {"accumulate": inputs.accumulate, "sixteen_bit": sixteen_bit}
+    spent = compute_time(step.flops, counted.retrained, inputs.accumulate, inputs.hardware, sixteen_bit=sixteen_bit)
+    patch = inputs.module.split_model.transformer.config.patch_size
     return Estimate(
-        strategy=job.sharding.name,
-        refused=job.refused,
-        nodes=job.nodes,
-        gpu=job.gpu,
-        gpus=job.ranks,
-        node_size=job.node_size,
-        base=job.base,
-        batch=job.batch,
-        accumulate=job.accumulate,
-        latent=job.latent,
-        latent_from=job.latent_from,
-        tokens=(job.latent[1] * (job.latent[2] // patch) * (job.latent[3] // patch), job.text_tokens),
+        strategy=inputs.sharding.name,
+        refused=inputs.refused,
+        nodes=inputs.nodes,
+        gpu=inputs.gpu,
+        gpus=inputs.ranks,
+        node_size=inputs.node_size,
+        base=inputs.base,
+        batch=inputs.batch,
+        accumulate=inputs.accumulate,
+        latent=inputs.latent,
+        latent_from=inputs.latent_from,
+        tokens=(inputs.latent[1] * (inputs.latent[2] // patch) * (inputs.latent[3] // patch), inputs.text_tokens),
         parameters=counted,
-        flops={stage: job.accumulate * step.flops.get(stage, 0) for stage in ("trunk", "head", "backward")},
+        flops={stage: inputs.accumulate * step.flops.get(stage, 0) for stage in ("trunk", "head", "backward")},
         memory=memories(
-            job.sharding, counted, step.parts, step.moments, measuring, job.nodes, job.per_node, narrow=narrow
+            inputs.sharding,
+            counted,
+            step.parts,
+            step.allocations,
+            measuring,
+            inputs.nodes,
+            inputs.per_node,
+            sixteen_bit=sixteen_bit,
         ),
         wire={
             name: collectives(
-                job.sharding if name == job.sharding.name else Sharding(name),
+                inputs.sharding if name == inputs.sharding.name else Sharding(name),
                 counted,
-                job.nodes,
-                job.per_node,
+                inputs.nodes,
+                inputs.per_node,
                 **layout,
             )
             for name in STRATEGIES
         },
         checkpoint=checkpoint,
-        host=host_bytes(job, step.outcome // job.batch, step.rope),
+        host=host_bytes(inputs, step.outcome // inputs.batch, step.rope),
         work=spent,
         scaling=weak_scaling(
             spent,
-            partial(_collectives, job.sharding, counted, layout),
-            job.node_size,
-            (job.nodes, job.per_node),
-            job.hardware,
+            partial(_collectives, inputs.sharding, counted, layout),
+            inputs.node_size,
+            (inputs.nodes, inputs.per_node),
+            inputs.hardware,
         ),
-        hardware=job.hardware,
+        hardware=inputs.hardware,
     )
 
 

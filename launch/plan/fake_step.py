@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.batch import Batch
-from launch.plan.inputs import Job
-from launch.plan.operations import Ledger, Moment, without_content
+from launch.plan.inputs import PlanInputs
+from launch.plan.operations import Allocation, UsageCounter, make_empty
 from trainer.ema import Ema
 from trainer.models.mochi import State
 from trainer.module import RetrainBlocks
@@ -34,7 +34,7 @@ class StepTrace:
 
     Args:
         flops: operations of a micro-batch by stage: trunk, head, backward (recomputed activations included).
-        moments: what was alive, in the last micro-batch and the update after it.
+        allocations: what was alive, in the last micro-batch and the update after it.
         parts: bytes of weights, gradients, optimiser state and averages once all are there.
         outcome: bytes of what the trunk hands on, text and modulation included, in the dtypes that it computed in: so
             a `TrunkCache` keeps it, though the head takes it in its own.
@@ -42,70 +42,70 @@ class StepTrace:
     """
 
     flops: dict[str, int]
-    moments: list[Moment]
+    allocations: list[Allocation]
     parts: dict[str, int]
     outcome: int
     rope: int
 
 
 @contextlib.contextmanager
-def fake_job(job: Job) -> Iterator[Ledger]:
-    """Inside, `job.module` is built of tensors without content, which the ledger counts."""
-    job.module.stock_attention = False  # diffusers' own processor asks the device for lengths: it needs content
-    job.module.build("meta")
-    split_model = job.module.split_model
+def fake_module(inputs: PlanInputs) -> Iterator[UsageCounter]:
+    """Inside, `inputs.module` is built of tensors without content, whose bytes and operations are counted."""
+    inputs.module.stock_attention = False  # diffusers' own processor asks the device for lengths: it needs content
+    inputs.module.build("meta")
+    split_model = inputs.module.split_model
     assert split_model is not None
-    job.module.train()
-    with warnings.catch_warnings(), FakeTensorMode(), Ledger() as ledger:
+    inputs.module.train()
+    with warnings.catch_warnings(), FakeTensorMode(), UsageCounter() as counter:
         warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
-        without_content(split_model)
+        make_empty(split_model)
         for block in split_model.transformer.transformer_blocks:
             block.__dict__.pop("forward", None)  # as it is written, whatever compiles it
-        job.module.ema = Ema(job.module.retrained_parameters(), decay=job.module.ema_decay)
-        ledger.claim("weights", [*split_model.parameters(), *split_model.buffers()])
-        ledger.claim("ema", job.module.ema.average.values())
-        yield ledger
+        inputs.module.ema = Ema(inputs.module.retrained_parameters(), decay=inputs.module.ema_decay)
+        counter.assign("weights", [*split_model.parameters(), *split_model.buffers()])
+        counter.assign("ema", inputs.module.ema.average.values())
+        yield counter
 
 
-def fake_batch(job: Job, size: int) -> tuple[Batch, Tensor, Tensor]:
+def fake_batch(inputs: PlanInputs, size: int) -> tuple[Batch, Tensor, Tensor]:
     """A batch of captions of full length, its noise and its sigma."""
     batch = Batch(
-        latents=torch.empty(size, *job.latent),
-        text=torch.empty(size, job.text_tokens, job.text_width),
-        text_mask=torch.empty(size, job.text_tokens, dtype=torch.bool),
-        text_lengths=(job.text_tokens,) * size,
+        latents=torch.empty(size, *inputs.latent),
+        text=torch.empty(size, inputs.text_tokens, inputs.text_width),
+        text_mask=torch.empty(size, inputs.text_tokens, dtype=torch.bool),
+        text_lengths=(inputs.text_tokens,) * size,
         keys=("",) * size,
         uids=tuple(range(size)),
         counts=(True,) * size,
     )
-    return batch, torch.empty(size, *job.latent), torch.empty(size)
+    return batch, torch.empty(size, *inputs.latent), torch.empty(size)
 
 
-def autocast(job: Job) -> contextlib.AbstractContextManager:
+def autocast(inputs: PlanInputs) -> contextlib.AbstractContextManager:
     """As Lightning's precision plugin has it round a step's forward pass."""
-    return contextlib.nullcontext() if job.autocast is None else torch.autocast("cpu", job.autocast)
+    return contextlib.nullcontext() if inputs.autocast is None else torch.autocast("cpu", inputs.autocast)
 
 
-def trace_step(job: Job, ledger: Ledger) -> StepTrace:
-    """Runs a step in `fake_job`, in the order of Lightning's loop, from the second step on: states are there."""
-    module = job.module
+def trace_step(inputs: PlanInputs, counter: UsageCounter) -> StepTrace:
+    """Runs a step in `fake_module`, in the order of Lightning's loop, from the second step on: states are there."""
+    module = inputs.module
     retrained = module.retrained_parameters()
     for p in retrained.values():
         p.grad = torch.empty_like(p)  # of the step before: Lightning clears them after the forward pass
-        p.register_post_accumulate_grad_hook(lambda p: ledger.claim("gradients", [p.grad]))
-    optimizer = adamw(retrained, module.optim, fused=job.gpu)
+        p.register_post_accumulate_grad_hook(lambda p: counter.assign("gradients", [p.grad]))
+    optimizer = adamw(retrained, module.optim, fused=inputs.gpu)
     optimizer.step()
-    ledger.claim("optimiser", [v for state in optimizer.state.values() for v in state.values()])
-    ledger.claim("gradients", [p.grad for p in retrained.values() if p.grad is not None])
-    parts = {part: ledger.parts[part] for part in ("weights", "gradients", "optimiser", "ema")}
+    counter.assign("optimiser", [v for state in optimizer.state.values() for v in state.values()])
+    counter.assign("gradients", [p.grad for p in retrained.values() if p.grad is not None])
+    parts = {part: counter.parts[part] for part in ("weights", "gradients", "optimiser", "ema")}
 
-    batch, noise, sigma = fake_batch(job, job.batch)
+    batch, noise, sigma = fake_batch(inputs, inputs.batch)
     handed: list[Any] = []
     widths: list[list[int]] = []
 
     def staged(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            with ledger.stage(name):
+            with counter.stage(name):
                 found = run(*args)
             if name == TRUNK:
                 outcome = sum(t.numel() * min(t.element_size(), w) for t, w in zip(_own(found), widths[0], strict=True))
@@ -114,20 +114,20 @@ def trace_step(job: Job, ledger: Ledger) -> StepTrace:
 
         return call
 
-    with autocast(job), _in_stages(module, staged), _noting_widths(module, widths):
+    with autocast(inputs), _in_stages(module, staged), _noting_widths(module, widths):
         loss = module.losses(batch, noise, sigma).mean()
         loss = loss * (loss - loss + 1).detach()
-    if job.accumulate == 1:
+    if inputs.accumulate == 1:
         optimizer.zero_grad()  # else the gradients of the micro-batches before stay
     staged(BACKWARD, loss.backward)()
     del loss
-    with ledger.stage(UPDATE):
+    with counter.stage(UPDATE):
         parameters = list(retrained.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(parameters, module.optim.clip_norm or 1.0, norm)
         optimizer.step()
         module.ema.update()
-    return StepTrace(dict(ledger.flops), list(ledger.moments), parts, *handed[0])
+    return StepTrace(dict(counter.flops), list(counter.allocations), parts, *handed[0])
 
 
 @contextlib.contextmanager

@@ -49,9 +49,9 @@ class Hardware:
         """Bytes of a GPU."""
         return int(self.memory_gib * GIB)
 
-    def flops(self, narrow: bool) -> float:
+    def flops(self, sixteen_bit: bool) -> float:
         """Operations a second that matrix products reach, in 16 bits or in float32."""
-        return (self.tflops if narrow else self.tflops_float32) * 1e12 * self.share
+        return (self.tflops if sixteen_bit else self.tflops_float32) * 1e12 * self.share
 
     def bandwidth(self, nodes: int, at_once: int = 1) -> float:
         """Bytes a second that pass every point of a ring over the GPUs of so many nodes.

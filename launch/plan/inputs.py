@@ -60,8 +60,8 @@ class PlanCLI(ReadingCLI):
 
 
 @dataclass(kw_only=True)
-class Job:
-    """One training job.
+class PlanInputs:
+    """What a plan is made from: one training run.
 
     Args:
         module: not built; its base is a config.json.
@@ -70,7 +70,7 @@ class Job:
         gpu: whether it runs on GPUs.
         nodes: of the cluster.
         per_node: ranks of a node.
-        node_size: GPUs of a node where the job grows: its own, or those assumed where the recipe does not say.
+        node_size: GPUs of a node where the run grows: its own, or those assumed where the recipe does not say.
         batch: samples per rank and micro-batch.
         val_batch: validation samples per rank.
         accumulate: micro-batches of an optimiser step.
@@ -111,8 +111,8 @@ class Job:
         return self.nodes * self.per_node
 
 
-def read_job(args: list[str], nodes: int | None = None) -> Job:
-    """The job of a recipe.
+def read_inputs(args: list[str], nodes: int | None = None) -> PlanInputs:
+    """The inputs of the plan of a recipe.
 
     Args:
         args: options as of `reblock fit`, and the plan's own.
@@ -156,7 +156,7 @@ def read_job(args: list[str], nodes: int | None = None) -> Job:
         size = attempt(lambda: _size(config, data, module))
     if faults or size is None:
         raise ValueError("\n".join(faults))
-    return Job(
+    return PlanInputs(
         module=module, base=base, sharding=sharding, gpu=gpu, nodes=nodes, per_node=per_node,
         node_size=per_node if said else hardware.gpus_per_node, batch=batch, val_batch=data.val_batch_size,
         accumulate=int(config.trainer.accumulate_grad_batches or 1), autocast=autocast,

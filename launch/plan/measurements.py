@@ -15,8 +15,8 @@ from torch import Tensor
 
 from data.batch import Sample
 from launch.plan.fake_step import autocast, fake_batch
-from launch.plan.inputs import Job
-from launch.plan.operations import Ledger
+from launch.plan.inputs import PlanInputs
+from launch.plan.operations import UsageCounter
 from trainer.attention import EPS
 from trainer.attention.chunked_weights import CPU_CHUNK_WEIGHTS
 from trainer.callbacks.masking import MaskingRobustness
@@ -54,33 +54,33 @@ def engine_bytes(gpu: bool, batch: int, heads: int, tokens: int) -> int:
     return _BUFFERS * weights * torch.float32.itemsize
 
 
-def probe_batch(job: Job, callback: ProbeCallback) -> int:
+def probe_batch(inputs: PlanInputs, callback: ProbeCallback) -> int:
     """Probes that are measured together."""
-    sample = Sample(torch.empty(job.latent), torch.empty(job.text_tokens, job.text_width), "", 0)
+    sample = Sample(torch.empty(inputs.latent), torch.empty(inputs.text_tokens, inputs.text_width), "", 0)
     probes = ProbeSet([sample], callback.sigmas, seed=callback.seed, batch_size=callback.batch_size)
     return min(probes.batch_size, callback.prompts * len(callback.sigmas))
 
 
-def trace_measurements(job: Job, ledger: Ledger) -> int:
-    """Most bytes of gradients and of the rest in validation and measurements, inside `fake_job` after a step."""
-    with ledger.stage(MEASUREMENT), torch.no_grad():
-        if job.val_batch > job.batch:
-            with autocast(job):
-                state = _trunk(job, job.val_batch)
-                job.module.head(state)
+def trace_measurements(inputs: PlanInputs, counter: UsageCounter) -> int:
+    """Most bytes of gradients and of the rest in validation and measurements, inside `fake_module` after a step."""
+    with counter.stage(MEASUREMENT), torch.no_grad():
+        if inputs.val_batch > inputs.batch:
+            with autocast(inputs):
+                state = _trunk(inputs, inputs.val_batch)
+                inputs.module.head(state)
                 del state
-        for callback in job.callbacks:
+        for callback in inputs.callbacks:
             if isinstance(callback, ProbeCallback):
-                with autocast(job):
-                    _measure(job, callback)
-    return ledger.peak(MEASUREMENT)
+                with autocast(inputs):
+                    _measure(inputs, callback)
+    return counter.peak(MEASUREMENT)
 
 
-def _trunk(job: Job, size: int) -> State:
+def _trunk(inputs: PlanInputs, size: int) -> State:
     """What the trunk hands on for a batch of so many samples."""
-    batch, noise, sigma = fake_batch(job, size)
-    with _short_trunk(job.module):
-        return job.module.trunk(job.module.flow.mix(batch.latents, noise, sigma), sigma, batch)
+    batch, noise, sigma = fake_batch(inputs, size)
+    with _short_trunk(inputs.module):
+        return inputs.module.trunk(inputs.module.flow.mix(batch.latents, noise, sigma), sigma, batch)
 
 
 @contextlib.contextmanager
@@ -93,16 +93,16 @@ def _short_trunk(module: RetrainBlocks) -> Iterator[None]:
         del module.split_model.run
 
 
-def _measure(job: Job, callback: ProbeCallback) -> None:
+def _measure(inputs: PlanInputs, callback: ProbeCallback) -> None:
     """A dense pass of the head with the engine in every attention, the states that masking goes back to, and a second
     pass."""
-    module, split_model, size = job.module, job.module.split_model, probe_batch(job, callback)
+    module, split_model, size = inputs.module, inputs.module.split_model, probe_batch(inputs, callback)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        torch.empty(engine_bytes(job.gpu, size, split_model.num_heads, q.shape[2]), dtype=torch.uint8)
+        torch.empty(engine_bytes(inputs.gpu, size, split_model.num_heads, q.shape[2]), dtype=torch.uint8)
         return dense_attention(q, k, v, call)
 
-    state = _trunk(job, size)
+    state = _trunk(inputs, size)
     starts = set(_starts(module, callback))
     kept = [state]
     with split_model.attention(dict.fromkeys(range(module.first, split_model.num_blocks), attend)):
@@ -123,19 +123,19 @@ def _starts(module: RetrainBlocks, callback: ProbeCallback) -> list[int]:
     return [layers[0] for layers in callback._layers_of(module).values()]
 
 
-def host_bytes(job: Job, outcome: int, rope: int) -> int:
+def host_bytes(inputs: PlanInputs, outcome: int, rope: int) -> int:
     """Memory of the host that each process takes for the trunk's outcome on its share of the probes; none is kept where
     the model is sharded.
 
     Args:
-        job: whose callbacks.
+        inputs: whose callbacks.
         outcome: bytes of one sample's outcome, as it is kept.
         rope: bytes of the rotary tables.
     """
-    probes = [c for c in job.callbacks if isinstance(c, ProbeCallback)]
-    if not probes or job.module.first == 0 or job.sharding.name not in ("single", "ddp"):
+    probes = [c for c in inputs.callbacks if isinstance(c, ProbeCallback)]
+    if not probes or inputs.module.first == 0 or inputs.sharding.name not in ("single", "ddp"):
         return 0
-    share = max(math.ceil(c.prompts * len(c.sigmas) / job.ranks) for c in probes)
-    stores = [c for c in job.callbacks if isinstance(c, TrunkCache)]
+    share = max(math.ceil(c.prompts * len(c.sigmas) / inputs.ranks) for c in probes)
+    stores = [c for c in inputs.callbacks if isinstance(c, TrunkCache)]
     budget = stores[0].host_bytes if stores else int(5.0 * GIB)
     return min(budget, share * outcome + rope)

@@ -6,8 +6,8 @@ R ranks, S ranks that share one copy of the model, psi retrained numbers.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launch.plan.counts import Parameters, share_group
-from launch.plan.operations import Moment
+from launch.plan.counts import Parameters, ranks_per_copy
+from launch.plan.operations import Allocation
 from launch.plan.sharding import STRATEGIES, Sharding
 
 #: In the order in which they are shown.
@@ -38,12 +38,12 @@ def memory_of(
     sharding: Sharding,
     counted: Parameters,
     parts: dict[str, int],
-    moments: Sequence[Moment],
+    allocations: Sequence[Allocation],
     measuring: int,
     nodes: int,
     per_node: int,
     *,
-    narrow: bool,
+    sixteen_bit: bool,
 ) -> Memory:
     """What a GPU holds under a strategy.
 
@@ -51,16 +51,16 @@ def memory_of(
         sharding: how the model is spread.
         counted: the model.
         parts: bytes of weights, gradients, optimiser state and averages that are not spread.
-        moments: of the traced step.
+        allocations: of the traced step.
         measuring: most bytes of gradients and the rest in measurements.
         nodes: of the cluster.
         per_node: ranks of each.
-        narrow: ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
+        sixteen_bit: ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
     """
-    shared = share_group(sharding, nodes, per_node)
-    kept = _KEPT[sharding.name](sharding, counted, parts, shared, 2 if narrow else _FLOAT32)
+    shared = ranks_per_copy(sharding, nodes, per_node)
+    kept = _KEPT[sharding.name](sharding, counted, parts, shared, 2 if sixteen_bit else _FLOAT32)
     share = kept["gradients"] / parts["gradients"]
-    step = max(int(share * moment.gradients) + moment.rest for moment in moments)
+    step = max(int(share * allocation.gradients) + allocation.rest for allocation in allocations)
     extra = measuring - parts["gradients"] if measuring else 0
     return Memory(kept | {"activations": max(0, step - kept["gradients"]), "measurement": max(0, extra)})
 
@@ -69,30 +69,30 @@ def memories(
     sharding: Sharding,
     counted: Parameters,
     parts: dict[str, int],
-    moments: Sequence[Moment],
+    allocations: Sequence[Allocation],
     measuring: int,
     nodes: int,
     per_node: int,
     *,
-    narrow: bool,
+    sixteen_bit: bool,
 ) -> dict[str, Memory]:
     """`memory_of` every strategy; the recipe's own with its settings, the others with their defaults."""
-    largest = _highest(moments)
+    largest = _highest(allocations)
     return {
         name: memory_of(
             sharding if name == sharding.name else Sharding(name), counted, parts, largest, measuring, nodes, per_node,
-            narrow=narrow,
+            sixteen_bit=sixteen_bit,
         )
         for name in STRATEGIES
     }  # fmt: skip
 
 
-def _highest(moments: Sequence[Moment]) -> list[Moment]:
-    """Those moments that may be the peak of some strategy: for each sum of gradients, the one with most of the rest."""
-    best: dict[int, Moment] = {}
-    for moment in moments:
-        if moment.gradients not in best or moment.rest > best[moment.gradients].rest:
-            best[moment.gradients] = moment
+def _highest(allocations: Sequence[Allocation]) -> list[Allocation]:
+    """Those that may be the peak of some strategy: for each sum of gradients, the one with most of the rest."""
+    best: dict[int, Allocation] = {}
+    for allocation in allocations:
+        if allocation.gradients not in best or allocation.rest > best[allocation.gradients].rest:
+            best[allocation.gradients] = allocation
     return list(best.values())
 
 

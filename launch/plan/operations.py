@@ -38,8 +38,8 @@ REST = "activations"
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What was alive when a tensor had just been made.
+class Allocation:
+    """What was alive when a tensor had just been allocated.
 
     Args:
         stage: of the step.
@@ -52,8 +52,8 @@ class Moment:
     rest: int
 
 
-class Ledger(TorchDispatchMode):
-    """Inside, operations are counted by stage, and every storage that an operator makes until it is freed, each once.
+class UsageCounter(TorchDispatchMode):
+    """Inside, operations are counted by stage, and every storage that an operator allocates, until it is freed.
 
     What an operator takes and gives back within itself is not seen.
     """
@@ -61,7 +61,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.parts: dict[str, int] = {}
-        self.moments: list[Moment] = []
+        self.allocations: list[Allocation] = []
         self.flops: dict[str, int] = {}
         self._stage = ""
         self._alive: dict[int, tuple[weakref.ref, int]] = {}
@@ -92,9 +92,9 @@ class Ledger(TorchDispatchMode):
         self._part[key] = REST
         self.parts[REST] = self.parts.get(REST, 0) + size
         if self._stage:
-            self.moments.append(Moment(self._stage, self.parts.get("gradients", 0), self.parts[REST]))
+            self.allocations.append(Allocation(self._stage, self.parts.get("gradients", 0), self.parts[REST]))
 
-    def claim(self, part: str, tensors: Iterable[Tensor]) -> None:
+    def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
         """Counts the storages of `tensors` under `part` from now on."""
         for tensor in tensors:
             self._count(tensor)
@@ -106,7 +106,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Inside, moments are noted under this name."""
+        """Inside, allocations are noted under this name."""
         before, self._stage = self._stage, name
         try:
             yield
@@ -115,10 +115,10 @@ class Ledger(TorchDispatchMode):
 
     def peak(self, *stages: str) -> int:
         """Largest sum of gradients and the rest, in these stages or in all."""
-        return max((m.gradients + m.rest for m in self.moments if not stages or m.stage in stages), default=0)
+        return max((m.gradients + m.rest for m in self.allocations if not stages or m.stage in stages), default=0)
 
 
-def without_content(module: torch.nn.Module) -> None:
+def make_empty(module: torch.nn.Module) -> None:
     """Gives a module on the meta device parameters and buffers of the same shapes, made in whatever mode is active."""
     for part in module.modules():
         for name, p in part._parameters.items():

@@ -26,7 +26,7 @@ _UPDATE_BYTES = 4 * (7 + 3)
 
 
 @dataclass(frozen=True)
-class Work:
+class ComputeTime:
     """Seconds that a GPU computes in one optimiser step.
 
     Args:
@@ -68,11 +68,13 @@ class StepTime:
     deferred: float
 
 
-def work(flops: dict[str, int], retrained: int, accumulate: int, hardware: Hardware, *, narrow: bool) -> Work:
+def compute_time(
+    flops: dict[str, int], retrained: int, accumulate: int, hardware: Hardware, *, sixteen_bit: bool
+) -> ComputeTime:
     """Seconds of computing: operations over the assumed rate, the update's bytes over the memory's bandwidth."""
-    rate = hardware.flops(narrow)
+    rate = hardware.flops(sixteen_bit)
     trunk, head, backward = (accumulate * flops.get(stage, 0) / rate for stage in (TRUNK, HEAD, BACKWARD))
-    return Work(trunk, head, backward, retrained * _UPDATE_BYTES / (hardware.memory_tb_s * 1e12), accumulate)
+    return ComputeTime(trunk, head, backward, retrained * _UPDATE_BYTES / (hardware.memory_tb_s * 1e12), accumulate)
 
 
 def collective_seconds(kind: str, size: int, ranks: int, nodes: int, hardware: Hardware, *, at_once: int = 1) -> float:
@@ -87,7 +89,7 @@ def collective_seconds(kind: str, size: int, ranks: int, nodes: int, hardware: H
     return min(2 * ring, 2 * depth * latency + 2 * size / bandwidth)
 
 
-def step_time(work: Work, found: Sequence[Collective], gpus: int, per_node: int, hardware: Hardware) -> StepTime:
+def step_time(work: ComputeTime, found: Sequence[Collective], gpus: int, per_node: int, hardware: Hardware) -> StepTime:
     """Seconds of a step with these collectives.
 
     Those that carry the trunk's weights hide behind the trunk, the others behind the head's forward and backward.
@@ -131,7 +133,7 @@ def layouts(node_size: int, own: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def weak_scaling(
-    work: Work,
+    work: ComputeTime,
     collectives: Callable[[int, int], Sequence[Collective]],
     node_size: int,
     own: tuple[int, int],

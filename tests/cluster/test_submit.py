@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.cluster.script import directive, file_pattern
+from launch.cluster.batch_script import directive, file_pattern
 from tests.support.latent_shards import write_latents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -15,12 +15,13 @@ from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT
 from launch import main as command
 from launch.demo.train_vae import TrainVae
 from launch.fit.cli import recipe_cli
-from trainer.models import load
 from trainer.module import RetrainBlocks
 from trainer.parallel.strategies import ShardedStrategy
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+#: Options of `reblock pack`, read by a test of their own.
+PACK_OPTIONS = sorted(path.stem for path in (ROOT / "recipes" / "data").glob("*.yaml"))
 OVERLAYS = sorted(path.stem for path in (ROOT / "recipes" / "cluster").glob("*.yaml"))
 ZERO = [name for name in OVERLAYS if name.startswith("zero")]
 
@@ -48,6 +49,23 @@ def recipe(name: str, tmp_path: Path, *more: str, overlay: str | None = None):
          "--trainer.accelerator", "cpu", "--trainer.devices", "1", *plain, *more],
         run=False,
     )  # fmt: skip
+
+
+def test_every_yaml_file_is_read_by_a_test_here():
+    known = {*RECIPES, *(f"cluster/{name}.yaml" for name in OVERLAYS), *(f"data/{name}.yaml" for name in PACK_OPTIONS)}
+    found = {
+        path.relative_to(ROOT / "recipes").as_posix()
+        for pattern in ("*.yaml", "*.yml")
+        for path in (ROOT / "recipes").rglob(pattern)
+    }
+    assert found == known
+
+
+@pytest.mark.parametrize("name", PACK_OPTIONS)
+def test_options_of_pack_are_read(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "out"), f"--config=recipes/data/{name}.yaml"])
+    assert stop.value.code == 2 and "nowhere" in capsys.readouterr().err  # past the options, to the clips
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -216,6 +234,26 @@ def test_unknown_keys_and_wrong_types_name_what_exists(tiny, refusal, where, key
     assert len(said) < 1500, said
 
 
+@pytest.mark.parametrize(
+    ("option", "nearest", "among"),
+    [
+        ("--model.optm.lr", "optim", "surgery"),
+        ("--model.init_args.optm.lr", "optim", "surgery"),
+        ("--model.optim.lrr", "lr", "warmup_steps"),
+        ("--model.surgery.lst", "surgery.last", "blocks"),
+        ("--data.shrds", "shards", "batch_size"),
+        ("--run.nme", "run.name", "save_every"),
+        ("--trainr.max_epochs", "trainer", "model"),
+        ("--modl", "model", "trainer"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest_one_and_all_of_its_part(tiny, refusal, option, nearest, among):
+    lines = [line.strip() for line in refusal(tiny, option, "1").splitlines()]
+    assert f"nearest name: {nearest}" in lines
+    [accepted] = [line for line in lines if line.startswith("accepted here: ")]
+    assert {nearest.rpartition(".")[2], among} <= set(accepted.removeprefix("accepted here: ").split(", "))
+
+
 def index_of(tiny: dict) -> Path:
     return Path(tiny["data"]["init_args"]["shards"]) / "index.json"
 
@@ -274,7 +312,7 @@ def test_every_fault_of_model_and_shards_is_named_at_once(tiny, refusal):
 
 @pytest.mark.parametrize("base", ["nowhere", "genmo/absent-model", "recipes", "recipes/demo_vae_config.json"])
 def test_faulty_bases_are_refused(tiny, refusal, monkeypatch, base):
-    monkeypatch.setattr(load, "_cached_snapshot", lambda repo: None)
+    monkeypatch.setattr("data.base_folder.scan_cache_dir", lambda: SimpleNamespace(repos=[]))
     said = refusal(tiny, "--model.init_args.base", base)
     assert base in said and "expected" in said or f"hf download {base}" in said
 

@@ -104,7 +104,7 @@ COUNTED = Parameters(
 
 
 def sent(sharding, nodes, per_node, **options):
-    found = collectives(sharding, COUNTED, nodes, per_node, **{"accumulate": 1, "narrow": True, **options})
+    found = collectives(sharding, COUNTED, nodes, per_node, **{"accumulate": 1, "sixteen_bit": True, **options})
     return {(one.kind, one.what): one for one in found}
 
 
@@ -133,7 +133,7 @@ def test_fsdp2_of_the_head_alone_gathers_no_block_of_the_trunk():
 @pytest.mark.parametrize("name", ["zero1", "zero2"])
 def test_zero_1_and_2_send_two_psi_and_stage_3_gathers_the_trunk_too(name):
     assert sum(one.bytes for one in sent(Sharding(name), 2, 4).values()) == 2 * 2 * 100
-    assert sum(one.bytes for one in sent(Sharding(name), 2, 4, narrow=False).values()) == 2 * 4 * 100
+    assert sum(one.bytes for one in sent(Sharding(name), 2, 4, sixteen_bit=False).values()) == 2 * 4 * 100
     third = sent(Sharding("zero3"), 2, 4)
     assert sum(one.bytes for one in third.values()) == 3 * 2 * 100 + 600
     assert {one.ranks for one in third.values()} == {8}

@@ -39,8 +39,8 @@ def kept(folder, trunk_dtype, precision):
         for i in range(3)
     ]
     store = TrunkCache()
-    narrow = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
-    with narrow:
+    precision_context = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+    with precision_context:
         for batch, _ in ProbeSet(samples, SIGMAS, seed=1).share(0, 1):
             store.state(module, batch)
     return store._memory.nbytes

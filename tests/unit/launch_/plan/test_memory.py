@@ -14,7 +14,7 @@ from launch.bench.step import make_batch
 from launch.plan import estimate
 from launch.plan.counts import Parameters
 from launch.plan.memory import memory_of
-from launch.plan.operations import Ledger, Moment
+from launch.plan.operations import Allocation, UsageCounter
 from launch.plan.sharding import Sharding
 from tests.support.plans import SMALL, recipe
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
@@ -85,18 +85,18 @@ def test_the_full_model_takes_what_was_measured_on_a_gpu(frames, peak):
 
 
 def test_a_ledger_counts_each_storage_once_and_until_it_is_freed():
-    with Ledger() as ledger:
+    with UsageCounter() as counter:
         kept = torch.empty(1000)
-        ledger.claim("weights", [kept])
-        with ledger.stage("work"):
+        counter.assign("weights", [kept])
+        with counter.stage("work"):
             made = torch.empty(500) * 2
             view = made.view(10, 50)
             del made
-            assert ledger.parts["activations"] == 2000 and ledger.peak("work") == 4000
+            assert counter.parts["activations"] == 2000 and counter.peak("work") == 4000
             view.mul_(2)
             del view
-        assert ledger.parts == {"activations": 0, "weights": 4000}
-    assert ledger.peak() == ledger.peak("work") == 4000 and ledger.peak("another") == 0
+        assert counter.parts == {"activations": 0, "weights": 4000}
+    assert counter.peak() == counter.peak("work") == 4000 and counter.peak("another") == 0
 
 
 COUNTED = Parameters(
@@ -104,11 +104,11 @@ COUNTED = Parameters(
     sizes=(200, 200), block_sizes=(150, 150, 150, 150, 200, 200), first=4,
 )  # fmt: skip
 ALL = {"weights": 1080, "gradients": 400, "optimiser": 800, "ema": 400}
-MOMENTS = [Moment("trunk", 400, 300), Moment("backward", 100, 900), Moment("update", 400, 10)]
+MOMENTS = [Allocation("trunk", 400, 300), Allocation("backward", 100, 900), Allocation("update", 400, 10)]
 
 
 def held(sharding, nodes=2, per_node=4, **options):
-    options = {"narrow": True, **options}
+    options = {"sixteen_bit": True, **options}
     return memory_of(sharding, COUNTED, ALL, MOMENTS, 1100, nodes, per_node, **options)
 
 
@@ -140,7 +140,7 @@ def test_fsdp2_of_the_head_alone_keeps_the_trunk_on_every_rank():
     wide = replace(COUNTED, trunk=900, head=200, block_sizes=(300, 300, 300, 200), first=3)
     buffers = {
         spread: memory_of(
-            Sharding("fsdp2", shard_trunk=spread), wide, ALL, MOMENTS, 1100, 2, 4, narrow=True
+            Sharding("fsdp2", shard_trunk=spread), wide, ALL, MOMENTS, 1100, 2, 4, sixteen_bit=True
         ).parts["buffers"]
         for spread in (True, False)
     }  # fmt: skip
@@ -154,4 +154,4 @@ def test_zero_keeps_16_bits_and_spreads_stage_by_stage():
     assert one["optimiser"] == two["optimiser"] == three["optimiser"] == 150  # 12 bytes of 100 numbers, on 8 ranks
     assert (one["ema"], two["ema"], three["ema"]) == (400, 400, 50)
     assert three["weights"] == 880 // 8
-    assert held(Sharding("zero1"), narrow=False).parts["optimiser"] == 100
+    assert held(Sharding("zero1"), sixteen_bit=False).parts["optimiser"] == 100

@@ -5,7 +5,7 @@ import pytest
 from launch.plan import estimate
 from launch.plan.counts import Collective
 from launch.plan.hardware import Hardware
-from launch.plan.timing import Work, collective_seconds, layouts, step_time, weak_scaling
+from launch.plan.timing import ComputeTime, collective_seconds, layouts, step_time, weak_scaling
 from tests.support.plans import CLIP, recipe
 
 #: Round figures: 100 bytes a second in a node, 40 from node to node, messages at once.
@@ -26,14 +26,14 @@ def test_rings_by_hand():
 def test_the_parts_of_a_nodes_ranks_share_its_adapters():
     """Two nodes of four ranks: the four send their 100 bytes through the node's 40 bytes a second at the same time."""
     parts = Collective("all-reduce", "parts of gradients", (100,), 2, "head", True)
-    found = step_time(Work(0.0, 0.0, 0.0, 0.0), [parts], 8, 4, HARDWARE)
+    found = step_time(ComputeTime(0.0, 0.0, 0.0, 0.0), [parts], 8, 4, HARDWARE)
     # In a ring of two each rank sends 2 (2 - 1) / 2 x 100 bytes, so the node 4 x 100, at 40 a second.
     assert found.wire == close(4 * 100 / 40) == close(found.bare) == close(found.overlapped)
     assert found.wire == close(collective_seconds("all-reduce", 4 * 100, 2, 2, HARDWARE))
     # One rank of a node has it to itself; what is not spread is one collective of all ranks.
-    assert step_time(Work(0.0, 0.0, 0.0, 0.0), [parts], 2, 1, HARDWARE).wire == close(100 / 40)
+    assert step_time(ComputeTime(0.0, 0.0, 0.0, 0.0), [parts], 2, 1, HARDWARE).wire == close(100 / 40)
     whole = Collective("all-reduce", "gradients", (400,), 8, "head")
-    assert step_time(Work(0.0, 0.0, 0.0, 0.0), [whole], 8, 4, HARDWARE).wire == close(2 * 7 / 8 * 10)
+    assert step_time(ComputeTime(0.0, 0.0, 0.0, 0.0), [whole], 8, 4, HARDWARE).wire == close(2 * 7 / 8 * 10)
 
 
 @pytest.mark.parametrize(("accumulate", "seen", "deferred"), [(1, 4.0, 0.0), (4, 13.0, 10.0)])
@@ -45,7 +45,7 @@ def test_gradients_hide_behind_one_micro_batch_only(accumulate, seen, deferred):
     """
     buckets = Collective("all-reduce", "gradients", (100,) * 4, 2, "head")
     hardware = Hardware(intra_gb_s=25e-9, link_share=1.0, latency_us=1e-9)
-    found = step_time(Work(12.0, 8.0, 16.0, 1.0, accumulate), [buckets], 2, 2, hardware)
+    found = step_time(ComputeTime(12.0, 8.0, 16.0, 1.0, accumulate), [buckets], 2, 2, hardware)
     assert found.wire == close(16) and found.bare == close(37 + 16)
     assert found.overlapped == close(37 + seen)
     assert found.deferred == close(37 + deferred)
@@ -67,7 +67,7 @@ def test_each_row_has_the_collectives_of_its_own_ranks():
         asked.append((nodes, ranks))
         return [Collective("all-reduce", "gradients", (400,), nodes * ranks, "head")] if nodes * ranks > 1 else []
 
-    found = weak_scaling(Work(1.0, 1.0, 2.0, 0.0), collectives, 6, (3, 6), HARDWARE)
+    found = weak_scaling(ComputeTime(1.0, 1.0, 2.0, 0.0), collectives, 6, (3, 6), HARDWARE)
     assert asked == layouts(6, (3, 6)) and [step.gpus for step in found] == [nodes * ranks for nodes, ranks in asked]
     alone, pair, *_ = found
     assert alone.wire == 0 and pair.wire == close(2 * 1 / 2 * 400 / 100)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from launch.cluster.batch_script import directive, quote_directive, render
 from launch.cluster.job_folder import note_job, noted_jobs
 from launch.cluster.options import EncodeStage, ExportStage, JobConfig, has_control
-from launch.cluster.script import directive, quote_directive, render
-from launch.cluster.stages import Plan, make_jobs
+from launch.cluster.stage_scripts import Submission, make_scripts
 from launch.run_folder import RunFolder
 
 NOTE = """#!/bin/bash
@@ -55,16 +55,18 @@ def shell(tmp_path_factory):
     return run
 
 
-def plan(job: JobConfig | None = None, *, name="tiny", here="/home/a", base="b", shards="s", **more) -> Plan:
+def submission(
+    job: JobConfig | None = None, *, name="tiny", here="/home/a", base="b", shards="s", **more
+) -> Submission:
     recipe = {"data": {"init_args": {"shards": shards}}, "model": {"init_args": {"base": base}}}
-    return Plan(
-        job=job or JobConfig(), recipe=recipe, run=RunFolder(Path(here) / "runs" / name), here=Path(here), nodes=2,
+    return Submission(
+        options=job or JobConfig(), recipe=recipe, run=RunFolder(Path(here) / "runs" / name), here=Path(here), nodes=2,
         devices=1, **{"gpus": None, "versions": "python 3", "written": "today"} | more,
     )  # fmt: skip
 
 
 def script(job: JobConfig | None = None, stage: str = "fit", **more) -> str:
-    return next(render(made) for made in make_jobs(plan(job, **more)) if made.stage == stage)
+    return next(render(made) for made in make_scripts(submission(job, **more)) if made.stage == stage)
 
 
 #: What breaks quoting, and whole attacks, each of which would leave a file.

@@ -22,7 +22,7 @@ _WIDTH = 116
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class DirectiveGroup:
     """#SBATCH lines that belong together, under a heading."""
 
     title: str
@@ -30,8 +30,8 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One script.
+class BatchScript:
+    """What one script is made of.
 
     Args:
         stage: encode, fit or export.
@@ -51,7 +51,7 @@ class Job:
         verb: what is run, for a heading.
         job_id: how the shell writes what `scontrol requeue` takes.
         max_requeues: by the script.
-        wait_seconds: as `Plan.wait_seconds`.
+        wait_seconds: as `Submission.wait_seconds`.
         srun: srun's options, in the shell's own spelling.
         command: likewise, what srun runs: a line of words each.
     """
@@ -62,7 +62,7 @@ class Job:
     versions: str
     by_hand: Sequence[str]
     path: Path
-    groups: Sequence[Group]
+    groups: Sequence[DirectiveGroup]
     modules: Sequence[str]
     setup: Sequence[str]
     env: Mapping[str, str | int]
@@ -104,7 +104,7 @@ def file_pattern(path: str) -> str:
     return path.replace("%", "%%")
 
 
-def render(job: Job) -> str:
+def render(script: BatchScript) -> str:
     """The script's text."""
     environment = Environment(
         loader=PackageLoader("launch"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -115,4 +115,4 @@ def render(job: Job) -> str:
         "sh": lambda word: shlex.quote(str(word)),
         "dashes": lambda title: title + "-" * max(3, _WIDTH - len(title)),
     }
-    return re.sub(r"\n{3,}", "\n\n", environment.get_template("job.sbatch.j2").render(job=job))
+    return re.sub(r"\n{3,}", "\n\n", environment.get_template("job.sbatch.j2").render(script=script))

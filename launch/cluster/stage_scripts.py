@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.cluster.batch_script import BatchScript, DirectiveGroup, Line, file_pattern
 from launch.cluster.options import JobConfig, raw_options
-from launch.cluster.script import Group, Job, Line, file_pattern
 from launch.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Submission:
     """What the scripts are made from.
 
     Args:
-        job: the options.
+        options: of the command line.
         recipe: the resolved recipe.
         run: the run folder, absolute.
         here: the current folder, absolute: what relative paths of the recipe start from.
@@ -29,7 +29,7 @@ class Plan:
         node_timeout: seconds after which Slurm gives up a node that does not answer.
     """
 
-    job: JobConfig
+    options: JobConfig
     recipe: dict[str, Any]
     run: RunFolder
     here: Path
@@ -47,7 +47,7 @@ class Plan:
         Ranks of a node that has died leave the others with an error soon. Ended at once, the job would have failed
         before Slurm gives the node up, and not be queued again.
         """
-        return self.job.wait_seconds or 2 * self.node_timeout + 60
+        return self.options.wait_seconds or 2 * self.node_timeout + 60
 
     @property
     def ranks(self) -> int:
@@ -66,43 +66,43 @@ class Plan:
         return str(shards[0] if isinstance(shards, list) else shards)
 
 
-def make_jobs(plan: Plan) -> list[Job]:
+def make_scripts(submission: Submission) -> list[BatchScript]:
     """The scripts of the stages that are asked for."""
     makers = {"encode": _encode, "fit": _fit, "export": _export}
-    return [makers[stage](plan) for stage in plan.job.stage_list]
+    return [makers[stage](submission) for stage in submission.options.stage_list]
 
 
-def _fit(plan: Plan) -> Job:
-    job = plan.job
-    gpus = f" x {plan.gpus} GPUs" if plan.gpus else f" x {plan.devices} tasks"
+def _fit(submission: Submission) -> BatchScript:
+    options = submission.options
+    gpus = f" x {submission.gpus} GPUs" if submission.gpus else f" x {submission.devices} tasks"
     size: list[Line] = [
-        ("nodes", str(plan.nodes)),
+        ("nodes", str(submission.nodes)),
         "One task for each device: Lightning takes its ranks from Slurm, and needs just this option for it.",
-        ("ntasks-per-node", str(plan.devices)),
-        *_options(("gpus-per-node", plan.gpus)),
+        ("ntasks-per-node", str(submission.devices)),
+        *_options(("gpus-per-node", submission.gpus)),
     ]
     ends: list[Line] = [
-        f"{job.signal} goes to the tasks {job.signal_seconds} s before the time limit (Slurm may send it up to a minute"
-        " earlier).",
-        ("signal", f"{job.signal}@{job.signal_seconds}"),
-        *_requeue(job),
+        f"{options.signal} goes to the tasks {options.signal_seconds} s before the time limit (Slurm may send it up to "
+        "a minute earlier).",
+        ("signal", f"{options.signal}@{options.signal_seconds}"),
+        *_requeue(options),
         "Never two fits in one run folder: a job waits for the others of its name.",
         ("dependency", "singleton"),
     ]
-    return _job(
-        plan,
+    return _script(
+        submission,
         "fit",
-        title=f"{plan.name}: reblock fit on {plan.nodes} nodes{gpus} = {plan.ranks} ranks",
+        title=f"{submission.name}: reblock fit on {submission.nodes} nodes{gpus} = {submission.ranks} ranks",
         by_hand=[
             "To submit it again by hand; the run goes on from its last checkpoint, if it has one:",
-            f"    sbatch {shlex.quote(str(plan.run.script('fit')))}",
+            f"    sbatch {shlex.quote(str(submission.run.script('fit')))}",
             "With other nodes: `sbatch --nodes=4 ...`. A global batch (data.global_batch_size) stays what it is.",
         ],
         size=size, ends=ends, slurm=[], ranks=True,
-        srun=["--kill-on-bad-exit=0", f"--wait={plan.wait_seconds}"], stops="save at the end of this step",
+        srun=["--kill-on-bad-exit=0", f"--wait={submission.wait_seconds}"], stops="save at the end of this step",
         verb="the fit; it goes on from the last checkpoint, where there is one",
         command=[
-            _line(*_reblock(plan), "fit", "--config", str(plan.run.job_config)),
+            _line(*_reblock(submission), "fit", "--config", str(submission.run.job_config)),
             "--run.resume true",
             '--trainer.num_nodes "$SLURM_JOB_NUM_NODES"',
             '--trainer.devices "$SLURM_NTASKS_PER_NODE"',
@@ -110,76 +110,77 @@ def _fit(plan: Plan) -> Job:
     )  # fmt: skip
 
 
-def _encode(plan: Plan) -> Job:
-    job, stage = plan.job, plan.job.encode
+def _encode(submission: Submission) -> BatchScript:
+    options, stage = submission.options, submission.options.encode
     array = f"0-{stage.tasks - 1}" + (f"%{stage.at_once}" if stage.at_once else "")
-    gpus = 1 if plan.gpus else None
-    return _job(
-        plan,
+    gpus = 1 if submission.gpus else None
+    return _script(
+        submission,
         "encode",
-        title=f"{plan.name}: reblock encode, an array of {stage.tasks} tasks that share the shards among them",
+        title=f"{submission.name}: reblock encode, an array of {stage.tasks} tasks that share the shards among them",
         by_hand=[
             "To submit it again by hand; finished shards are kept, and so are the claims of tasks that still run:",
-            f"    sbatch {shlex.quote(str(plan.run.script('encode')))}",
+            f"    sbatch {shlex.quote(str(submission.run.script('encode')))}",
         ],
         size=[
             "Each task takes the next shard that nobody has claimed, so any number of them will do.",
             ("array", array), ("nodes", "1"), ("ntasks-per-node", "1"), *_options(("gpus-per-node", gpus)),
         ],
         ends=[
-            f"{job.signal} goes to the task a minute before the time limit: it gives up the shard that it is at.",
-            ("signal", f"{job.signal}@60"), *_requeue(job),
+            f"{options.signal} goes to the task a minute before the time limit: it gives up the shard that it is at.",
+            ("signal", f"{options.signal}@60"), *_requeue(options),
         ],
         slurm=stage.slurm, ranks=False, srun=[], verb="encode", stops="give up the shard under way",
         command=[
-            _line(*_reblock(plan), "encode", str(stage.shards), plan.latents),
-            _line("--base", str(plan.recipe["model"]["init_args"]["base"])),
+            _line(*_reblock(submission), "encode", str(stage.shards), submission.latents),
+            _line("--base", str(submission.recipe["model"]["init_args"]["base"])),
             *map(_line, stage.options),
         ],
     )  # fmt: skip
 
 
-def _export(plan: Plan) -> Job:
-    job, stage = plan.job, plan.job.export
-    return _job(
-        plan,
+def _export(submission: Submission) -> BatchScript:
+    options, stage = submission.options, submission.options.export
+    return _script(
+        submission,
         "export",
-        title=f"{plan.name}: reblock export, the retrained blocks on their base as a pipeline folder",
-        by_hand=["To submit it again by hand:", f"    sbatch {shlex.quote(str(plan.run.script('export')))}"],
+        title=f"{submission.name}: reblock export, the retrained blocks on their base as a pipeline folder",
+        by_hand=["To submit it again by hand:", f"    sbatch {shlex.quote(str(submission.run.script('export')))}"],
         size=[("nodes", "1"), ("ntasks-per-node", "1")],
-        ends=_requeue(job),
+        ends=_requeue(options),
         slurm=stage.slurm, ranks=False, srun=[], verb="export",
         command=[
-            _line(*_reblock(plan), "export", str(plan.run.path), stage.out or str(plan.run.pipeline)),
+            _line(*_reblock(submission), "export", str(submission.run.path), stage.out or str(submission.run.pipeline)),
             *map(_line, stage.options),
         ],
     )  # fmt: skip
 
 
-def _job(
-    plan: Plan, stage: str, *, title: str, by_hand: Sequence[str], size: Sequence[Line], ends: Sequence[Line],
-    slurm: Sequence[str], ranks: bool, srun: Sequence[str], verb: str, command: Sequence[str], stops: str = "",
-) -> Job:  # fmt: skip
+def _script(
+    submission: Submission, stage: str, *, title: str, by_hand: Sequence[str], size: Sequence[Line],
+    ends: Sequence[Line], slurm: Sequence[str], ranks: bool, srun: Sequence[str], verb: str, command: Sequence[str],
+    stops: str = "",
+) -> BatchScript:  # fmt: skip
     """What all stages have in common; raw options win over the others."""
-    job, own = plan.job, raw_options([*plan.job.slurm, *slurm])
+    options, own = submission.options, raw_options([*submission.options.slurm, *slurm])
     number = "%A_%a" if stage == "encode" else "%j"
-    logs = file_pattern(str(plan.run.logs))
+    logs = file_pattern(str(submission.run.logs))
     where: list[Line] = [
-        ("job-name", plan.name if stage == "fit" else f"{plan.name}-{stage}"),
+        ("job-name", submission.name if stage == "fit" else f"{submission.name}-{stage}"),
         *_options(
-            ("partition", job.partition), ("account", job.account), ("qos", job.qos), ("reservation", job.reservation),
-            ("constraint", job.constraint), ("exclude", job.exclude),
+            ("partition", options.partition), ("account", options.account), ("qos", options.qos),
+            ("reservation", options.reservation), ("constraint", options.constraint), ("exclude", options.exclude),
         ),
     ]  # fmt: skip
     amount = [
         *size,
-        *_options(("cpus-per-task", job.cpus_per_task if stage != "export" else None), ("time", job.time)),
-        *(_options(("mem", job.mem)) if stage == "fit" else []),
-        *([("exclusive", None)] if job.exclusive and stage == "fit" else []),
+        *_options(("cpus-per-task", options.cpus_per_task if stage != "export" else None), ("time", options.time)),
+        *(_options(("mem", options.mem)) if stage == "fit" else []),
+        *([("exclusive", None)] if options.exclusive and stage == "fit" else []),
     ]
     files: list[Line] = [
         "Relative paths of the recipe start here.",
-        ("chdir", str(plan.here)),
+        ("chdir", str(submission.here)),
         "This script's own lines; a requeued job goes on in the same file.",
         ("output", f"{logs}/%x-{number}.log"),
         ("open-mode", "append"),
@@ -187,20 +188,20 @@ def _job(
     # One log for each task and each start: what a rank said before a requeue is not written over.
     task_log = f'--output={shlex.quote(logs)}/%x-{number}-r"$restarts"-%t.log'
     groups = [
-        Group(title="who and where", lines=_without(where, own)),
-        Group(title="how much", lines=_without(amount, own)),
-        Group(title="how it ends and comes back", lines=_without(ends, own)),
-        Group(title="files", lines=files),
-        *([Group(title="as given", lines=[*own.items()])] if own else []),
+        DirectiveGroup(title="who and where", lines=_without(where, own)),
+        DirectiveGroup(title="how much", lines=_without(amount, own)),
+        DirectiveGroup(title="how it ends and comes back", lines=_without(ends, own)),
+        DirectiveGroup(title="files", lines=files),
+        *([DirectiveGroup(title="as given", lines=[*own.items()])] if own else []),
     ]
-    return Job(
-        stage=stage, title=title, written=plan.written, versions=plan.versions, by_hand=by_hand,
-        path=plan.run.script(stage), groups=groups, modules=job.modules, setup=job.setup, env=job.env,
-        ranks=ranks, signal=job.signal,
+    return BatchScript(
+        stage=stage, title=title, written=submission.written, versions=submission.versions, by_hand=by_hand,
+        path=submission.run.script(stage), groups=groups, modules=options.modules, setup=options.setup, env=options.env,
+        ranks=ranks, signal=options.signal,
         stops=stops, verb=verb,
         job_id='"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if stage == "encode" else "$SLURM_JOB_ID",
-        max_requeues=job.max_requeues, wait_seconds=plan.wait_seconds, run=plan.run,
-        srun=[*srun, task_log, *_pyxis(plan)], command=command,
+        max_requeues=options.max_requeues, wait_seconds=submission.wait_seconds, run=submission.run,
+        srun=[*srun, task_log, *_pyxis(submission)], command=command,
     )  # fmt: skip
 
 
@@ -214,8 +215,8 @@ def _without(lines: Sequence[Line], own: dict[str, str | None]) -> list[Line]:
     return [line for line in lines if isinstance(line, str) or line[0] not in gone]
 
 
-def _requeue(job: JobConfig) -> list[Line]:
-    if not job.max_requeues:
+def _requeue(options: JobConfig) -> list[Line]:
+    if not options.max_requeues:
         return ["It is not queued again, whatever happens (--max_requeues 0).", ("no-requeue", None)]
     return [
         "Slurm queues it again when a node fails or is taken away, and this script when it was stopped in time.",
@@ -223,16 +224,16 @@ def _requeue(job: JobConfig) -> list[Line]:
     ]
 
 
-def _reblock(plan: Plan) -> list[str]:
+def _reblock(submission: Submission) -> list[str]:
     """How the nodes call reblock."""
-    job = plan.job
-    inside = bool(job.container_image or job.apptainer_image)
-    command = shlex.split(job.command) if job.command else ["reblock"] if inside else [usual_command()]
-    if not job.apptainer_image:
+    options = submission.options
+    inside = bool(options.container_image or options.apptainer_image)
+    command = shlex.split(options.command) if options.command else ["reblock"] if inside else [usual_command()]
+    if not options.apptainer_image:
         return command
     return [
-        "apptainer", "exec", *(["--nv"] if plan.gpus else []), "--bind", _mounts(plan), "--pwd", str(plan.here),
-        job.apptainer_image, *command,
+        "apptainer", "exec", *(["--nv"] if submission.gpus else []), "--bind", _mounts(submission),
+        "--pwd", str(submission.here), options.apptainer_image, *command,
     ]  # fmt: skip
 
 
@@ -241,25 +242,28 @@ def usual_command() -> str:
     return str(Path(sys.executable).with_name("reblock"))
 
 
-def _pyxis(plan: Plan) -> list[str]:
-    image = plan.job.container_image
+def _pyxis(submission: Submission) -> list[str]:
+    image = submission.options.container_image
     if not image:
         return []
-    options = {"image": image, "mounts": _mounts(plan), "workdir": str(plan.here)}
+    options = {"image": image, "mounts": _mounts(submission), "workdir": str(submission.here)}
     return [f"--container-{name}={shlex.quote(value)}" for name, value in options.items()]
 
 
-def _mounts(plan: Plan) -> str:
-    if plan.job.container_mounts:
-        return plan.job.container_mounts
-    data, model = plan.recipe["data"]["init_args"], plan.recipe["model"]["init_args"]
-    listed = [data.get("shards"), data.get("val_shards"), plan.job.encode.shards, model.get("base")]
+def _mounts(submission: Submission) -> str:
+    if submission.options.container_mounts:
+        return submission.options.container_mounts
+    data, model = submission.recipe["data"]["init_args"], submission.recipe["model"]["init_args"]
+    listed = [data.get("shards"), data.get("val_shards"), submission.options.encode.shards, model.get("base")]
     named = [name for value in listed for name in (value if isinstance(value, list) else [value]) if name]
     # What is no path, such as a hub id or a URL, does not exist; one with a colon or comma cannot be mounted so.
-    paths = [plan.run.path, *(path.absolute() for name in named if (path := Path(str(name))).exists())]
-    folders = [plan.here, *(path if path.is_dir() or path == plan.run.path else path.parent for path in paths)]
+    paths = [submission.run.path, *(path.absolute() for name in named if (path := Path(str(name))).exists())]
+    folders = [
+        submission.here,
+        *(path if path.is_dir() or path == submission.run.path else path.parent for path in paths),
+    ]
     apart = [folder for folder in dict.fromkeys(folders) if not any(o in folder.parents for o in folders)]
-    apart = [folder for folder in apart if folder == plan.here or not {":", ","} & set(str(folder))]
+    apart = [folder for folder in apart if folder == submission.here or not {":", ","} & set(str(folder))]
     return ",".join(f"{folder}:{folder}" for folder in apart)
 
 
