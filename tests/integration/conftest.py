@@ -14,9 +14,8 @@ from diffusers import AutoencoderKLMochi
 
 from launch.demo.assemble_base import pipeline
 from tests.support.latent_shards import write_latents
+from tests.support.run_rows import EPOCHS
 
-#: 40 samples, 8 held out, batches of 4: 8 steps an epoch.
-STEPS, EPOCHS = 8, 3
 BUCKET, TEXT_WIDTH = "7x32x32", 16
 VAE = {
     "latent_channels": 4, "encoder_block_out_channels": [32] * 4, "decoder_block_out_channels": [32] * 4,

@@ -1,6 +1,5 @@
 """`reblock fit` as a process: killed at any step and started again, it takes the steps it would have taken."""
 
-import csv
 import json
 import os
 import random
@@ -14,26 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import main as command
-
-STEPS, EPOCHS = 8, 3
-#: What differs from run to run though nothing is wrong.
-CLOCK = {"train/samples_per_s", "train/tokens_per_s"}
-
-
-def rows_of(run: Path) -> list[dict[str, str]]:
-    path = run / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if v and k not in CLOCK} for row in csv.DictReader(file)]
-
-
-def trained(run: Path) -> dict[str, dict[str, str]]:
-    """Step -> its row; every step once."""
-    rows = [row for row in rows_of(run) if "train/loss" in row]
-    found = {row["step"]: row for row in rows}
-    assert len(found) == len(rows), f"doubled: {[row['step'] for row in rows]}"
-    return found
+from tests.support.run_rows import EPOCHS, STEPS, assert_same_run, rows_of, trained
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
@@ -79,7 +59,7 @@ def test_killed_at_random_steps_it_takes_the_same_steps(tmp_path, write_recipe, 
         kill_past(reblock(log, "fit", "--config", recipe, "--run.resume", "true"), run, step, log)
     finish(reblock(log, "fit", "--config", recipe, "--run.resume", "true"), log)
     assert "resuming" in log.read_text()
-    same(run, uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.fixture
@@ -154,19 +134,4 @@ def test_a_truncated_last_checkpoint_costs_only_the_steps_since_the_one_before(
     assert f"{last} cannot be read" in said and f"going on from the one before it, {last.parent}/previous.ckpt" in said
     assert (last.parent / "last.ckpt.damaged").read_bytes() == cut
     assert "after step" in said
-    same(stopped, uninterrupted)
-
-
-def same(run: Path, uninterrupted: Path) -> None:
-    expected, got = trained(uninterrupted), trained(run)
-    assert list(got) == list(expected)
-    assert [row["train/loss"] for row in got.values()] == [row["train/loss"] for row in expected.values()]
-
-    def others(folder: Path) -> list[list[tuple[str, str]]]:
-        """Validation and measurements: each once, with the same figures, in whatever order of rows."""
-        rows = [row for row in rows_of(folder) if "train/loss" not in row]
-        return sorted(sorted(row.items()) for row in rows)
-
-    assert others(run) == others(uninterrupted)
-    proof = json.loads((run / "fingerprint.json").read_text())
-    assert proof == json.loads((uninterrupted / "fingerprint.json").read_text())
+    assert_same_run(stopped, uninterrupted)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from tests.integration.test_fit_resume import EPOCHS, STEPS, rows_of, same
 from tests.support.ranks import Ranks, reblock
+from tests.support.run_rows import EPOCHS, STEPS, assert_same_run, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORLD = 2
@@ -68,7 +68,7 @@ def test_a_signal_to_all_processes_of_one_rank(tmp_path, write_recipe, undisturb
     # What only a finished fit leaves:
     assert not (run / "graft.safetensors").exists() and not (run / "fingerprint.json").exists()
     finish(tmp_path, write_recipe)
-    same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_signals_at_every_inconvenient_place(tmp_path, write_recipe, undisturbed):
@@ -89,7 +89,7 @@ def test_signals_at_every_inconvenient_place(tmp_path, write_recipe, undisturbed
         assert saved_step(run) == step
     assert not (run / "measurements" / "sinks-epoch-002.npz").exists()
     finish(tmp_path, write_recipe)
-    same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_a_signal_in_the_last_measurement_leaves_the_fit_to_be_finished(tmp_path, write_recipe, undisturbed):
@@ -99,7 +99,7 @@ def test_a_signal_in_the_last_measurement_leaves_the_fit_to_be_finished(tmp_path
         assert ranks.statuses() == [75] * WORLD, ranks.said()
     assert not (run / "graft.safetensors").exists()
     finish(tmp_path, write_recipe)
-    same(run, undisturbed)
+    assert_same_run(run, undisturbed)
     assert (run / "graft.safetensors").is_file()
 
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
+from trainer.callbacks.random_state import RandomStateCheckpoint
 from trainer.module import OptimConfig, SurgeryConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:In CPU autocast")
@@ -232,9 +233,14 @@ def test_base_weights_are_those_of_the_files(make_module, make_transformer, make
 def test_checkpoint_holds_the_retrained_blocks_only(make_module, make_batch, fit, tmp_path):
     module = make_module()
     path = tmp_path / "last.ckpt"
-    fit(module, [make_batch()] * 2).save_checkpoint(path)
+    fit(module, [make_batch()] * 2, callbacks=[RandomStateCheckpoint()]).save_checkpoint(path)
     content = torch.load(path, weights_only=True)
     retrained = module.retrained_parameters()
+    # Names in the file stay as they are, whatever classes and attributes are called: older files must resume.
+    assert content.keys() >= {"state_dict", "optimizer_states", "lr_schedulers", "loops", "reblock", "random_states"}
+    assert content["reblock"].keys() == {"blocks", "base_fingerprint", "ema", "skipped"}
+    assert content["random_states"].keys() == {"torch", "cuda", "python", "numpy"}
+    assert content["callbacks"] == {}
     assert content["state_dict"].keys() == {f"room.model.{name}" for name in retrained}
     assert content["reblock"]["ema"]["average"].keys() == retrained.keys()
     assert len(content["optimizer_states"][0]["state"]) == len(retrained)
