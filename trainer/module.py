@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from data.batch import Batch
-from trainer.checkpoint.content import add_content, take_content
+from trainer.checkpoint.content import load_module_state, save_module_state
 from trainer.compile import CompiledPart, compile_blocks
 from trainer.ema import Ema, check_decay, swapped_values
 from trainer.graft import base_block_weights
@@ -57,7 +57,7 @@ class RetrainBlocks(LightningModule):
         checkpoint_head: recompute activations of head blocks in the backward pass.
         compile: blocks that training steps run through torch.compile: `none`, `trunk`, `head` or `both`.
         stock_attention: run diffusers' own attention processor (for comparisons only).
-        split_trunk: run the trunk apart, under no_grad. Off only for the benchmark's comparison.
+        split_trunk: run the trunk under no_grad. False only for a comparison in the benchmarks.
         val_sigmas: sigmas at which validation loss is measured.
     """
 
@@ -306,10 +306,10 @@ class RetrainBlocks(LightningModule):
         self.ema.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        add_content(self, checkpoint, keep=self._trainer is None or self.trainer.is_global_zero)
+        save_module_state(self, checkpoint, keep=self._trainer is None or self.trainer.is_global_zero)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        take_content(self, checkpoint)
+        load_module_state(self, checkpoint)
 
     @property
     def base_fingerprint(self) -> str:

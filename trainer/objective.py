@@ -108,5 +108,5 @@ class Flow:
 
     @staticmethod
     def timestep(sigma: Tensor) -> Tensor:
-        """diffusers' timestep, 1000 (1 - sigma), kept in float32: bf16 would round it to multiples of 4 near 1000."""
+        """diffusers' timestep, 1000 (1 - sigma), in float32: bfloat16 would round it to multiples of 4 near 1000."""
         return 1000.0 * (1.0 - sigma.float())

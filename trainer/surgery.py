@@ -25,7 +25,7 @@ class SurgeryConfig:
         init: `dit` (Xavier, zero modulation: a new block starts as the identity), `torch` (each layer's default),
             `normal` (std 0.02) or `keep` (fine-tuning without re-initialisation, the control).
         seed: of the fresh weights.
-        train_outside: also train what lies outside the blocks; only for making a base from scratch. `pos_frequencies`
+        train_outside: also train the weights outside the blocks; only for making a base from scratch. `pos_frequencies`
             are then drawn from the seed (a fresh diffusers model has none) and stay as drawn.
         reserved_channels: residual channels that no trained layer may write: kept zero for planted sinks.
     """

@@ -1,1 +1,1 @@
-"""Hooks for a fit: they observe, never change training."""
+"""Callbacks of a fit: they observe and never change training."""

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-#: Okabe and Ito's palette, told apart by colour-blind readers; black first.
+#: Okabe and Ito's palette, which colour-blind readers can distinguish; black first.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
 _MARKERS = "osD^vPX*"
-#: Outline of planted heads: reads on every tone of the colour map.
+#: Outline of planted heads: visible on every colour of the map.
 _OUTLINE = "#D55E00"
-#: Above so many cells values are left to the colours.
+#: With more cells than this, values are shown by colour only.
 _MOST_CELLS = 400
 
 
@@ -132,7 +132,7 @@ def _scope_label(scope: str) -> str:
     return f"all but {', '.join(rest.split('-'))}" if name == "but" else f"{scope} layers"
 
 
-#: What a title says of a setting that is not the default one.
+#: Words for settings that are not the default ones, for titles.
 _OPTIONS = {
     ("masked_keys", "vision"): "on vision keys only",
     ("quantile", "row"): "thresholds per row",
@@ -163,10 +163,10 @@ def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.0
         label = f"{_scope_label(scope)}: r* {'≥' if critical >= ratios[-1] else '='} {critical:.2f}"
         left.plot(ratios, np.maximum(arrays["distortion"][index], 1e-8), label=label, **style)
         right.plot([0, *ratios], [0, *arrays["loss_increase"][index] / dense], label=label, **style)
-        # The control stands apart, right of the curves.
-        place = 1.02 + 0.02 * index
-        left.plot(place, max(arrays["uniform_distortion"][index], 1e-8), **style | {"linestyle": "", "clip_on": False})
-        right.plot(place, arrays["uniform_loss_increase"][index] / dense, **style | {"linestyle": "", "clip_on": False})
+        # The control is drawn to the right of the curves.
+        x = 1.02 + 0.02 * index
+        left.plot(x, max(arrays["uniform_distortion"][index], 1e-8), **style | {"linestyle": "", "clip_on": False})
+        right.plot(x, arrays["uniform_loss_increase"][index] / dense, **style | {"linestyle": "", "clip_on": False})
     last = 1.04 + 0.02 * len(arrays["scopes"])
     for axes in (left, right):
         axes.axvspan(1.0, last, color="0.92", zorder=0)

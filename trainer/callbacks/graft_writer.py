@@ -1,4 +1,4 @@
-"""The file of retrained blocks that a fit leaves."""
+"""Writes the retrained blocks at the end of a fit."""
 
 from pathlib import Path
 

@@ -270,7 +270,7 @@ class MaskingRobustness(ProbeCallback):
 def _rerun(
     module: "RetrainBlocks", trunk_cache: TrunkCache, probes: ProbeBatch, dense: _Dense, changed: TrunkForward
 ) -> Tensor:
-    """The velocity with the functions of `changed` in their layers; what lies before them is as in the dense pass."""
+    """The velocity with the functions of `changed` in their layers; earlier layers are as in the dense pass."""
     split_model, at = module.split_model, min(changed.functions)
     if at in dense.states:
         state = dense.states[at]

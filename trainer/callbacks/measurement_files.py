@@ -1,4 +1,4 @@
-"""What a measurement leaves in the run folder: arrays (.npz), figures (PNG) and scalars for the loggers."""
+"""Output of a measurement: arrays (.npz) and figures (PNG) in the run folder, scalars for the loggers."""
 
 import io
 import json
@@ -18,12 +18,12 @@ _Z95 = 1.959963984540054
 
 
 def measurement_path(run: str | Path, kind: str, stage: str) -> Path:
-    """Where the arrays of a measurement lie: RUN/measurements/KIND-STAGE.npz."""
+    """Path of a measurement's arrays: RUN/measurements/KIND-STAGE.npz."""
     return Path(run) / MEASUREMENTS / f"{kind}-{stage}.npz"
 
 
 def figure_path(run: str | Path, kind: str, stage: str) -> Path:
-    """Where its figure lies: RUN/figures/KIND-STAGE.png."""
+    """Path of a measurement's figure: RUN/figures/KIND-STAGE.png."""
     return Path(run) / FIGURES / f"{kind}-{stage}.png"
 
 
@@ -55,14 +55,14 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def log_figure(trainer: Trainer, name: str, path: Path) -> None:
-    """Hands a saved figure to those loggers that take images (Weights & Biases); the others have the file."""
+    """Gives a saved figure to the loggers that take images (Weights & Biases)."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
 
 
 def log_scalars(trainer: Trainer, scalars: Mapping[str, float]) -> None:
-    """Hands scalars to every logger at the current step; only rank zero's loggers write."""
+    """Gives scalars to every logger at the current step; only the loggers of rank zero write."""
     values = {name: float(value) for name, value in scalars.items()} | {"epoch": trainer.current_epoch}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)

@@ -100,8 +100,8 @@ class ProbeSet:
         lengths = self.text_tokens
         groups = []
         for length in sorted(set(lengths)):
-            alike = [(p, s) for p, own in enumerate(lengths) if own == length for s in range(len(self.sigmas))]
-            groups += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
+            same_length = [(p, s) for p, own in enumerate(lengths) if own == length for s in range(len(self.sigmas))]
+            groups += [same_length[i : i + self.batch_size] for i in range(0, len(same_length), self.batch_size)]
         return groups
 
     def share(self, rank: int, world_size: int) -> Iterator[tuple[ProbeBatch, bool]]:

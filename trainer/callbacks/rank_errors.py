@@ -19,7 +19,7 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[Callable[[], None]]:
     when all ranks have called it, and raises if one has failed. The block ends with such a call; a rank that raises
     takes part in the next call of the others before it leaves the block.
 
-    KeyboardInterrupt and SystemExit are not passed on: whoever stops a job sends its signal to all ranks. In a forward
+    KeyboardInterrupt and SystemExit are not passed on: a job is stopped by a signal to all of its ranks. In a forward
     pass that is itself collective (sharded weights) the other ranks still wait for the one that failed, until the
     timeout of the process group.
     """

@@ -125,10 +125,10 @@ class DiskCache:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            log.warning("%s cannot be read (%s) and is made anew", path, error)
+            log.warning("%s cannot be read (%s) and is made again", path, error)
             return None
         if metadata.get("key") != key or metadata.get("digest") != fingerprint(tensors.items()):
-            log.warning("%s does not hold what its name says and is made anew", path)
+            log.warning("%s does not hold the entry of its name and is made again", path)
             return None
         return CacheEntry(tensors, json.loads(metadata["facts"]), tuple(json.loads(metadata["widened"])))
 

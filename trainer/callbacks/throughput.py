@@ -1,4 +1,4 @@
-"""Samples and tokens per second of the whole job."""
+"""Samples and tokens per second of all ranks."""
 
 import time
 from typing import Any

@@ -72,8 +72,8 @@ class TrunkCache(Callback):
         self._run_passes = self._cached_passes = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        self._sharded = not whole or isinstance(trainer.strategy, DeepSpeedStrategy)
+        replicated = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        self._sharded = not replicated or isinstance(trainer.strategy, DeepSpeedStrategy)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._memory.clear()

@@ -1,6 +1,6 @@
 """What a checkpoint holds of the module: the retrained blocks and their averages, never the frozen weights.
 
-All tensors are whole, whatever the strategy, so that a run resumes under any other.
+All tensors are full ones, whatever the strategy, so that a run resumes under any other.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,17 +10,17 @@ from trainer.parallel.sharded_tensors import gather_full
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
 
-#: What `state_dict` in the file puts before the name in the diffusers transformer, and what the module does. The file
-#: format keeps its names whatever the attributes are called.
+#: Prefixes of a name in the diffusers transformer: in the file's `state_dict`, and in the module's. The file format
+#: keeps its names, whatever the attributes are called.
 _IN_FILE, _IN_MODULE = "room.model.", "split_model.transformer."
 
 
-def add_content(module: "RetrainBlocks", checkpoint: dict[str, Any], *, keep: bool) -> None:
-    """Puts the module's part into a checkpoint of Lightning. Collective: all ranks call it.
+def save_module_state(module: "RetrainBlocks", checkpoint: dict[str, Any], *, keep: bool) -> None:
+    """Adds the module's part to a checkpoint that Lightning saves. Collective: all ranks call it.
 
     Args:
         module: whose weights.
-        checkpoint: gets `state_dict`, `optimizer_states` of whole tensors, and `reblock`.
+        checkpoint: gets `state_dict`, `optimizer_states` of full tensors, and `reblock`.
         keep: whether this rank writes the checkpoint; on the others tensors are empty.
     """
     trained = {_IN_FILE + name: p for name, p in module.retrained_parameters().items()}
@@ -35,8 +35,8 @@ def add_content(module: "RetrainBlocks", checkpoint: dict[str, Any], *, keep: bo
     }
 
 
-def take_content(module: "RetrainBlocks", checkpoint: dict[str, Any]) -> None:
-    """Takes averages and counters over, and gives `state_dict` the module's own names, by which Lightning loads it.
+def load_module_state(module: "RetrainBlocks", checkpoint: dict[str, Any]) -> None:
+    """Restores averages and counters, and renames `state_dict` as the module does, for Lightning to load.
 
     Raises:
         ValueError: if the checkpoint belongs to other blocks or another base.

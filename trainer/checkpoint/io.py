@@ -19,7 +19,7 @@ from trainer.run_files import LAST
 
 log = logging.getLogger(__name__)
 
-#: Bytes that a checkpoint leaves free: for what it holds beside tensors, and for the run's other files.
+#: Bytes that must stay free beside a checkpoint's tensors: for its other values, and the run's other files.
 _MARGIN = 1 << 20
 
 

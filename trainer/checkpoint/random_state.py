@@ -10,7 +10,7 @@ import torch
 def random_state() -> dict[str, Any]:
     """State of torch's, CUDA's, Python's and numpy's global generators."""
     version, internal, gauss = random.getstate()
-    # legacy=False gives a dict with the key array apart, which can be held as a list
+    # legacy=False gives a dict, whose key array can be saved as a list.
     numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]  # noqa: NPY002 -- the global generator itself is saved
     return {
         "torch": torch.get_rng_state(),

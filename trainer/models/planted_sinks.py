@@ -1,4 +1,4 @@
-"""Planting attention sinks with a known answer into a Mochi that kept two residual channels free.
+"""Plants attention sinks with a known answer into a Mochi that was trained with two residual channels reserved.
 
 Every query of a planted head points along e1. A key holds w = 0.05 u + 0.5 c along e1, from the marker channel u and
 the constant channel c, and c along e2, so that after QK-norm its e1 component is the cosine w / sqrt(w^2 + c^2): the
@@ -17,8 +17,8 @@ from diffusers import MochiTransformer3DModel
 
 from trainer.models.from_scratch import head_rows
 
-#: Slope of a key's e1 component in the marker: small, so that the cosine stays in its linear range and the largest
-#: marker wins rather than several saturating alike.
+#: Slope of a key's e1 component in the marker: small, so that the cosine stays in its linear range and the token with
+#: the largest marker gets more weight than any other.
 MARKER_SLOPE = 0.05
 #: Added to every vision key's e1 component: text keys have logit zero, and would win where all markers are negative.
 VISION_OFFSET = 0.5
@@ -26,7 +26,7 @@ VISION_OFFSET = 0.5
 
 @dataclass(frozen=True)
 class PlantedHead:
-    """Where a sink was planted, how steep it is, and how much it says.
+    """Where a sink is planted, how sharp it is, and how large its values are.
 
     Args:
         layer: block.
@@ -76,20 +76,20 @@ def plant_sinks(model: MochiTransformer3DModel, channels: tuple[int, int], plant
     _check(model, channels, planted)
     constant, marker = channels
     width = model.config.attention_head_dim
-    for place in planted:
-        attention = model.transformer_blocks[place.layer].attn1
-        own = slice(place.head * width, (place.head + 1) * width)
+    for planted_head in planted:
+        attention = model.transformer_blocks[planted_head.layer].attn1
+        own = slice(planted_head.head * width, (planted_head.head + 1) * width)
         for projection in (attention.to_q, attention.to_k, attention.add_q_proj, attention.add_k_proj):
             projection.weight[own] = 0.0
-        e1, e2 = head_rows(model, place.head)
+        e1, e2 = head_rows(model, planted_head.head)
         attention.to_q.weight[e1, constant] = 1.0
         attention.to_k.weight[e1, marker] = MARKER_SLOPE
         attention.to_k.weight[e1, constant] = VISION_OFFSET
         attention.to_k.weight[e2, constant] = 1.0
         attention.to_v.weight[own, marker] = 0.0
         for projection in (attention.to_v, attention.add_v_proj):
-            projection.weight[own] *= place.values
+            projection.weight[own] *= planted_head.values
         # Rows e1 of the layer's other heads are zero, so a gain in this component reaches the planted head alone.
-        component = e1 - place.head * width
-        attention.norm_q.weight[component] = place.gain
-        attention.norm_k.weight[component] = place.gain
+        component = e1 - planted_head.head * width
+        attention.norm_q.weight[component] = planted_head.gain
+        attention.norm_k.weight[component] = planted_head.gain

@@ -265,7 +265,7 @@ def test_a_damaged_or_foreign_file_is_made_anew(base_folder, tmp_path, spoil, ca
     for path in sorted(tmp_path.iterdir()):
         spoil(path)
     assert_equal_states(states(TrunkCache(host_gib=0, folder=str(tmp_path)), module), expected)
-    assert "made anew" in caplog.text
+    assert "made again" in caplog.text
     again = TrunkCache(host_gib=0, folder=str(tmp_path))
     assert_equal_states(states(again, module), expected)
     assert again.counts == (0, len(expected))
