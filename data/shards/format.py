@@ -112,26 +112,6 @@ def read_member(shard: str, member: Member, store: Store) -> bytes:
     return store.read(shard, member.offset, member.size, version=member.version)
 
 
-def read_members(shard: str, members: Members, store: Store, gap: int = 1 << 14) -> dict[str, bytes]:
-    """The bytes of several files of an archive by extension; files that lie close together are read at once.
-
-    Args:
-        shard: path or URL of the archive.
-        members: extension -> member.
-        store: that reads them.
-        gap: bytes between the files that may be read in vain, in all.
-
-    Raises:
-        ValueError: if the archive ends before.
-        OSError: if it cannot be read.
-    """
-    start, end = min(m.offset for m in members.values()), max(m.offset + m.size for m in members.values())
-    if end - start > sum(m.size for m in members.values()) + gap:
-        return {name: read_member(shard, m, store) for name, m in members.items()}
-    content = store.read(shard, start, end - start, version=next(iter(members.values())).version)
-    return {name: content[m.offset - start : m.offset - start + m.size] for name, m in members.items()}
-
-
 def clip_extension(members: Iterable[str]) -> str:
     """The extension of a sample's video: the member that is neither caption nor facts.
 

@@ -10,7 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from safetensors import SafetensorError
 
 from data.bucket import Bucket
-from data.shards.format import Fault, Members, read_members
+from data.shards.archive import Members
+from data.shards.format import Fault
 from data.shards.sample_table import TableCache
 from data.storage.store import Store, StoreError, is_remote, join
 from data.stream.fault_log import FaultLog
@@ -171,3 +172,23 @@ class ShardReader(ABC, Generic[T]):
         Raises:
             ValueError, KeyError, OSError, SafetensorError: if it is damaged.
         """
+
+
+def read_members(shard: str, members: Members, store: Store, gap: int = 1 << 14) -> dict[str, bytes]:
+    """The bytes of several files of an archive by extension; files that lie close together are read at once.
+
+    Args:
+        shard: path or URL of the archive.
+        members: extension -> member.
+        store: that reads them.
+        gap: bytes between the files that may be read in vain, in all.
+
+    Raises:
+        ValueError: if the archive ends before.
+        OSError: if it cannot be read.
+    """
+    start, end = min(m.offset for m in members.values()), max(m.offset + m.size for m in members.values())
+    if end - start > sum(m.size for m in members.values()) + gap:
+        return {name: store.read(shard, m.offset, m.size, version=m.version) for name, m in members.items()}
+    content = store.read(shard, start, end - start, version=next(iter(members.values())).version)
+    return {name: content[m.offset - start : m.offset - start + m.size] for name, m in members.items()}

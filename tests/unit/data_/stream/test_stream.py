@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from data.shards import format, sample_table
+from data.shards import sample_table
 from data.shards.format import record_name
 from data.storage.store import Store
+from data.stream import reader
 from data.stream.clips import ClipReader, VideoReader
 from data.stream.hold_out import everything, hold_out, shares
 from data.stream.latents import LatentReader
@@ -308,7 +309,7 @@ def test_a_caption_far_from_its_latent_is_read_apart(tmp_path, monkeypatch):
     samples = split([make(tmp_path, text=lambda i: torch.ones(3, 8))], store=store)
     expected = samples[1]
     sizes = store.reads[-1][1]
-    original = format.read_members
+    original = reader.read_members
     monkeypatch.setattr(
         "data.stream.reader.read_members", lambda shard, members, store: original(shard, members, store, gap=0)
     )
