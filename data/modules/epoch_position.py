@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 
 class ResumableLoader(DataLoader):
-    """A loader that Lightning recognises as resumable; its position is kept by the data module, in one place."""
+    """A loader that Lightning recognises as resumable; the data module alone saves its position."""
 
     def state_dict(self) -> dict[str, Any]:
         """An empty state."""

@@ -1,6 +1,6 @@
 """The Lightning data module over shards, resumable at the exact next batch.
 
-A run that is stopped in the middle of an epoch goes on with the batch after the last one that was trained on; those
+A run that is stopped in the middle of an epoch continues with the batch after the last one that was trained on; those
 before it are never loaded. For that, `state_dict` holds how many global batches of the current epoch are done, and
 `train_dataloader` starts there. The Trainer must be built with `use_distributed_sampler=False,
 reload_dataloaders_every_n_epochs=1`: the loader of each epoch has that epoch's order.

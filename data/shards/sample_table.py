@@ -1,4 +1,4 @@
-"""Where the files of a shard's samples lie, kept in memory for the shards that were read last."""
+"""Tables of the byte ranges of a shard's samples, cached for the shards that were read last."""
 
 import contextlib
 import gc

@@ -13,9 +13,9 @@ def everything(reader: ShardReader) -> Split:
 
 def hold_out(reader: ShardReader, samples: int) -> tuple[Split, Split]:
     """Training samples, and the last ones of each group, as many as its share of the data set."""
-    kept, held = _counts(reader, samples, last=True)
-    train = Split(reader, [0] * len(kept), kept)
-    return train, Split(reader, kept, held, first_uid=len(train), once=True)
+    trained, held_out = _counts(reader, samples, last=True)
+    train = Split(reader, [0] * len(trained), trained)
+    return train, Split(reader, trained, held_out, first_uid=len(train), once=True)
 
 
 def first_of(reader: ShardReader, samples: int) -> Split:

@@ -1,4 +1,4 @@
-"""Samples out of shards by shard and row: records say where each file of a sample lies, so no archive is scanned."""
+"""Reads samples by shard and row: records hold the byte range of each file of a sample, so no archive is scanned."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Which shards are meant: folders found by path, URL, wildcard or braces, and their index."""
+"""Finds folders of shards by path, URL, wildcard or braces, and reads their index."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ def find_shards(locations: str | Sequence[str], format: str, store: Store) -> li
 
 
 def _chosen(locations: Sequence[str]) -> dict[str, list[str] | None]:
-    """Folder -> names of its shards that are meant, None for all."""
+    """Folder -> names of its shards that the locations name, None for all."""
     chosen: dict[str, list[str] | None] = {}
     spelled: dict[str, str] = {}  # real path of a folder -> the name that it was given first
     for location in locations:

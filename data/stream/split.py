@@ -15,7 +15,7 @@ from data.stream.reader import ShardReader
 
 #: Separates draws of replacements from others that are keyed by a uid.
 _REPLACEMENT = 0x7265706C616365
-#: Replacements that are drawn for a visit before all that are left are tried in turn.
+#: Replacements that are drawn for a visit before the remaining samples are tried one after another.
 _MAX_DRAWS = 64
 #: Threads of each loader process that read a remote store.
 _THREADS = 16
@@ -122,14 +122,14 @@ def _threads(process: int) -> ThreadPoolExecutor:
 
 
 def candidates(runs: Sequence[Run], number: int, offset: int, uid: int) -> Iterator[tuple[int, int]]:
-    """(shard, row) of the samples of some runs, each once: the one that is meant, then its replacements in turn.
+    """(shard, row) of the samples of some runs, each once: the sample of a visit, then its replacements.
 
     Replacements are drawn, keyed by uid and attempt alone: the visits of a lost shard spread over all that is left, and
     every rank and process draws the same. After `_MAX_DRAWS` of them come all others, from the last one drawn on.
 
     Args:
         runs: of one group.
-        number: of the run of the sample that is meant.
+        number: of the run of the visit's sample.
         offset: of the sample in that run.
         uid: of the visit.
     """

@@ -85,7 +85,7 @@ def test_windows_are_decoded_in_the_size_of_their_bucket(shards):
 
 
 @pytest.mark.slow
-def test_batches_are_those_of_the_encode_road(shards, base, latents):
+def test_batches_are_those_of_clips_that_were_encoded_beforehand(shards, base, latents):
     one, other = online(shards, base), LatentDataModule(shards=str(latents), **OPTIONS)
     for step in ("train_dataloader", "val_dataloader"):
         found = [one.on_after_batch_transfer(batch, 0) for batch in getattr(one, step)()]

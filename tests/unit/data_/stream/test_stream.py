@@ -271,7 +271,7 @@ def test_folders_of_other_buckets_go_together(tmp_path):
     assert [tuple(samples[i].latent.shape) for i in (0, 5)] == [SHAPE, (3, 1, 2, 4)]
 
 
-def test_video_shards_are_told_apart(tmp_path):
+def test_shards_of_another_format_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has format 'reblock-latents-2', expected 'reblock-videos-2'"):
         ClipReader([make(tmp_path)])
     with pytest.raises(ValueError, match="expected 'reblock-videos-2'"):
