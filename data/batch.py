@@ -1,4 +1,4 @@
-"""The one type that crosses from data to trainer.
+"""Samples and batches of latents with their captions: what `data` hands to `trainer`.
 
 Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D text width.
 """
@@ -19,8 +19,8 @@ class Sample:
         text: (length, D) caption embeddings without padding; length 0 for an empty caption.
         key: name of the sample inside its shard.
         uid: stable index of the sample in its data set; noise is keyed by it.
-        faults: damaged samples that it stands for.
-        counts: false for one that comes again, only so that all ranks evaluate equally many.
+        faults: damaged samples that were skipped before this one took their place.
+        counts: whether it counts in an evaluation; false for a repetition that gives all ranks equally many samples.
     """
 
     latent: Tensor
@@ -35,8 +35,8 @@ class Sample:
 class Batch:
     """A collated batch.
 
-    Text is padded only to the longest caption of the batch: padded tokens take part in nothing (Mochi drops them
-    per sample), and the lengths stay on the host so that no step has to ask the device for them.
+    Text is padded only to the longest caption of the batch: Mochi drops padded tokens per sample. The lengths stay on
+    the host, so that no step has to wait for the device to read them.
 
     Args:
         latents: (B, C, F, H, W) float32, normalised.
@@ -46,7 +46,7 @@ class Batch:
         keys: sample names.
         uids: stable sample indices.
         counts: per sample, whether it counts in an evaluation.
-        faults: damaged samples that were passed over for this batch.
+        faults: damaged samples that were skipped for this batch.
     """
 
     latents: Tensor
@@ -99,12 +99,12 @@ class Batch:
         """The batch with the captions of `dropped` samples removed: zero embedding, zero mask, length 0."""
         if not any(dropped):
             return self
-        keep = torch.tensor([not gone for gone in dropped]).to(self.text.device, non_blocking=True)
+        kept = torch.tensor([not drop for drop in dropped]).to(self.text.device, non_blocking=True)
         return replace(
             self,
-            text=self.text.masked_fill(~keep[:, None, None], 0.0),
-            text_mask=self.text_mask & keep[:, None],
-            text_lengths=tuple(0 if gone else n for gone, n in zip(dropped, self.text_lengths, strict=True)),
+            text=self.text.masked_fill(~kept[:, None, None], 0.0),
+            text_mask=self.text_mask & kept[:, None],
+            text_lengths=tuple(0 if drop else n for drop, n in zip(dropped, self.text_lengths, strict=True)),
         )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":

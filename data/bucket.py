@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 
 def check_size(frames: int, height: int, width: int) -> None:
-    """A size that Mochi's VAE and patches divide.
+    """Checks that Mochi's VAE and patches divide a size.
 
     Raises:
         ValueError: if frames are not 6 k + 1, or a side is no multiple of 16.
     """
     faults = []
     if frames < 1 or frames % 6 != 1:
-        near = max(1, frames - (frames - 1) % 6)
-        faults.append(f"got frames {frames}, expected 6 k + 1, for example {near} or {near + 6}")
+        below = max(1, frames - (frames - 1) % 6)
+        faults.append(f"got frames {frames}, expected 6 k + 1, for example {below} or {below + 6}")
     for name, side in (("height", height), ("width", width)):
         if side < 16 or side % 16:
-            near = max(16, side - side % 16)
-            faults.append(f"got {name} {side}, expected a multiple of 16, for example {near} or {near + 16}")
+            below = max(16, side - side % 16)
+            faults.append(f"got {name} {side}, expected a multiple of 16, for example {below} or {below + 16}")
     if faults:
         raise ValueError("; ".join(faults) + ".")
 
@@ -30,7 +30,7 @@ class Bucket:
     Args:
         frames: 6 k + 1.
         height: pixels, a multiple of 16.
-        width: likewise.
+        width: pixels, a multiple of 16.
 
     Raises:
         ValueError: for sizes that Mochi's VAE and patches do not divide.
@@ -88,13 +88,13 @@ def choose_bucket(
 
     Args:
         height: of the clip, pixels.
-        width: likewise.
+        width: of the clip, pixels.
         frames: that the clip has at the rate it is read at.
         buckets: to choose from.
         upscale: take clips that have to be enlarged.
     """
 
-    def kept(bucket: Bucket) -> float:
+    def share_kept(bucket: Bucket) -> float:
         """Share of the picture that is left when it is scaled to cover the bucket and cropped."""
         ratio = (width / height) / (bucket.width / bucket.height)
         return min(ratio, 1 / ratio)
@@ -103,5 +103,5 @@ def choose_bucket(
         b for b in buckets if b.frames <= frames and (upscale or (b.height <= height and b.width <= width))
     ]  # fmt: skip
     return max(
-        fits, key=lambda b: (round(20 * kept(b)), b.frames * b.height * b.width, -b.height), default=None
+        fits, key=lambda b: (round(20 * share_kept(b)), b.frames * b.height * b.width, -b.height), default=None
     )  # fmt: skip

@@ -10,7 +10,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from data.encode.clip_batches import DecodedClip, ShardTask
-from data.shards.folder import TEXT, Sample, ShardFolder
+from data.shards.folder import TEXT, ShardFolder, TarSample
 from data.shards.format import Fault, caption_key, text_digest
 
 #: Most batches in the queue; `put` waits while it is full.
@@ -135,7 +135,7 @@ class LatentShardWriter:
         else:
             self._end_task(shard, record)
 
-    def _samples(self, batch: EncodedBatch, faults: list[Fault]) -> Iterator[Sample]:
+    def _samples(self, batch: EncodedBatch, faults: list[Fault]) -> Iterator[TarSample]:
         """Samples of the shard that begins with `batch`; its faults are added to `faults`."""
         while True:
             faults += batch.faults
@@ -152,7 +152,7 @@ class LatentShardWriter:
             raise _ShardDropped
 
 
-def _sample(entry: EncodedClip | EncodedCaption, shard: ShardTask) -> Sample:
+def _sample(entry: EncodedClip | EncodedCaption, shard: ShardTask) -> TarSample:
     if isinstance(entry, EncodedCaption):
         return {
             "__key__": caption_key(entry.digest),

@@ -9,13 +9,13 @@ from data.encode.leases import Leases
 from data.shards.folder import ShardFolder, changes
 from data.shards.format import LATENT_FORMAT
 from data.storage.store import is_remote, local_path
-from data.stream.shard_index import Source
+from data.stream.shard_index import IndexedShards
 
 #: File in the folder of the leases: the settings of the process that came first.
 SETTINGS = "settings.json"
 
 
-def check_output_folder(folder: ShardFolder, sources: Sequence[Source]) -> None:
+def check_output_folder(folder: ShardFolder, sources: Sequence[IndexedShards]) -> None:
     """Checks that a folder is empty or holds latent shards of the same settings; writes nothing.
 
     Args:

@@ -11,7 +11,7 @@ from data.files import temporaries
 from data.shards.folder import ShardFolder
 from data.shards.format import Fault, check_fault_share, record_name
 from data.storage.store import Store
-from data.stream.shard_index import Source, sample_count
+from data.stream.shard_index import IndexedShards, sample_count
 
 _GOLDEN_RATIO = 0.6180339887498949
 
@@ -54,7 +54,7 @@ class ShardQueue:
     def __init__(
         self,
         folder: ShardFolder,
-        sources: Sequence[Source],
+        sources: Sequence[IndexedShards],
         store: Store,
         leases: Leases,
         max_fault_share: float,

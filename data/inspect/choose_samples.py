@@ -8,7 +8,7 @@ import numpy as np
 from data.shards.archive import Members
 from data.shards.format import read_samples
 from data.storage.store import Store, join
-from data.stream.shard_index import Source
+from data.stream.shard_index import IndexedShards
 
 
 class SampleLocation(NamedTuple):
@@ -25,7 +25,7 @@ class SampleLocation(NamedTuple):
     members: Members
 
 
-def choose_samples(sources: Sequence[Source], store: Store, count: int) -> list[SampleLocation]:
+def choose_samples(sources: Sequence[IndexedShards], store: Store, count: int) -> list[SampleLocation]:
     """About `count` samples at even distances; only the records of their shards are read."""
     entries = [(source.folder, entry) for source in sources for entry in source.index["shards"]]
     ends = np.cumsum([entry["samples"] for _, entry in entries])

@@ -14,7 +14,7 @@ from data.inspect.statistics import latent_table, two_columns, video_table
 from data.inspect.verify import verify_shards
 from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT, read_index
 from data.storage.store import Store, expand, join
-from data.stream.shard_index import Source, find_shards, sample_count
+from data.stream.shard_index import IndexedShards, find_shards, sample_count
 from data.video.worker_pool import WorkerPool
 
 #: Statistics of a large folder are of so many samples; `verify` reads all.
@@ -82,14 +82,14 @@ def inspect(
         console.print(f"verified: {checksums} checksums, {sample_count(sources)} samples")
 
 
-def _find_sources(location: str, store: Store) -> list[Source]:
+def _find_sources(location: str, store: Store) -> list[IndexedShards]:
     """Shards of the format that the first one has; errors as `find_shards`."""
     first = expand(location)[0].rstrip("/")
     folder = (first.rpartition("/")[0] or ".") if first.endswith(".tar") else first
     return find_shards([location], read_index(folder, store)["format"], store)
 
 
-def _summary(shards: str, sources: Sequence[Source]) -> Table:
+def _summary(shards: str, sources: Sequence[IndexedShards]) -> Table:
     index, total = sources[0].index, sample_count(sources)
     entries = [entry for source in sources for entry in source.index["shards"]]
     # Faults of clips that came into no shard belong to the folder, also if only some of its shards are inspected.

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from data.bucket import Bucket
 from data.shards.archive import Members
-from data.shards.format import read_clip, read_member
+from data.shards.format import read_clip, read_json, read_member
 from data.storage.store import Store
-from data.stream.clips import read_window
+from data.stream.clips import clip_window
 from data.video.decode import decode_video
 
 
@@ -25,7 +25,7 @@ def check_clip(task: tuple[str, Bucket, Members, Store]) -> None:
         OSError: if the shard cannot be read.
     """
     shard, bucket, members, store = task
-    window = read_window(shard, members, store, bucket.frames)
+    window = clip_window(read_json(shard, members, store), bucket.frames)
     _caption(shard, members, store)
     decode_video(read_clip(shard, members, store), window)
 
@@ -42,7 +42,7 @@ def decode_some_frames(task: tuple[str, Members, Store], count: int) -> tuple[st
         OSError: if the shard cannot be read.
     """
     shard, members, store = task
-    window = read_window(shard, members, store)
+    window = clip_window(read_json(shard, members, store))
     indices = [window[i] for i in even_indices(len(window), count)]
     return _caption(shard, members, store), decode_video(read_clip(shard, members, store), indices)
 

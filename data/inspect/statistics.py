@@ -18,8 +18,8 @@ from data.inspect.choose_samples import SampleLocation
 from data.inspect.normalisation import is_off, normalisation_doubts
 from data.shards.format import FACTS, read_json, read_member
 from data.storage.store import Store
-from data.stream.latents import LatentDataset
-from data.stream.shard_index import Source
+from data.stream.latents import LatentReader
+from data.stream.shard_index import IndexedShards
 
 
 def two_columns(title: str, rows: Mapping[str, Any]) -> Table:
@@ -57,12 +57,15 @@ def video_table(chosen: Sequence[SampleLocation], store: Store) -> Table:
     return two_columns("clips", rows)
 
 
-def latent_table(sources: Sequence[Source], chosen: Sequence[SampleLocation], store: Store) -> tuple[Table, list[str]]:
+def latent_table(
+    sources: Sequence[IndexedShards], chosen: Sequence[SampleLocation], store: Store
+) -> tuple[Table, list[str]]:
     """Statistics per channel of normalised latents, and doubts about their normalisation."""
-    dataset, index = LatentDataset(sources, store=store), sources[0].index
+    reader, index = LatentReader(sources, store=store), sources[0].index
 
     def read(sample_location: SampleLocation) -> tuple[NDArray[np.float64], int, int]:
-        sample = dataset.load(*sample_location, uid=0)
+        shard, key, members = sample_location
+        sample = reader.decode(key, reader.read_files(shard, members), uid=0)
         values = sample.latent.double().flatten(1).numpy()
         moments = np.stack([values.mean(axis=1), np.square(values).mean(axis=1)])
         return moments, len(sample.text), 6 * (sample.latent.shape[1] - 1) + 1

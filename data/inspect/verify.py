@@ -13,13 +13,13 @@ from data.inspect.sample_clips import check_clip
 from data.shards.archive import Members, Scan, scan_tar
 from data.shards.format import VIDEO_FORMAT, read_samples
 from data.storage.store import Store, join
-from data.stream.latents import LatentDataset
-from data.stream.shard_index import Source, sample_count
+from data.stream.latents import LatentReader
+from data.stream.shard_index import IndexedShards, sample_count
 from data.video.worker_pool import Failure, WorkerPool
 
 
 def verify_shards(
-    sources: Sequence[Source], store: Store, *, processes: int | None = None, deadline: float = 60.0
+    sources: Sequence[IndexedShards], store: Store, *, processes: int | None = None, deadline: float = 60.0
 ) -> Iterator[str]:
     """Yields messages on faults of shards.
 
@@ -32,7 +32,7 @@ def verify_shards(
     with Progress(transient=True) as progress, WorkerPool(processes or os.cpu_count() or 1, deadline) as pool:
         task = progress.add_task("verify", total=sample_count(sources))
         videos = sources[0].index["format"] == VIDEO_FORMAT
-        check = _clip_check(pool) if videos else _latent_check(LatentDataset(sources, store=store))
+        check = _clip_check(pool) if videos else _latent_check(LatentReader(sources, store=store))
         for source in sources:
             for entry in source.index["shards"]:
                 yield from _verify_shard(source.folder, entry, store, check)
@@ -89,11 +89,11 @@ def _clip_check(pool: WorkerPool) -> _Check:
     return check
 
 
-def _latent_check(dataset: LatentDataset) -> _Check:
+def _latent_check(reader: LatentReader) -> _Check:
     def check(path: str, bucket: Bucket, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
         for key, members in samples:
             try:
-                dataset.load(path, key, members, uid=0, bucket=bucket)
+                reader.decode(key, reader.read_files(path, members), uid=0, bucket=bucket)
             except KeyError as error:
                 yield f"{key}: lacks {error}"
             except (ValueError, OSError, SafetensorError) as error:

@@ -1,4 +1,9 @@
-"""Where in an epoch a checkpoint was saved: by the data module's count, against what Lightning's loops make of it."""
+"""Where in an epoch a checkpoint was saved: the data module's count, compared with what Lightning's loops restore.
+
+The only module of `data` that touches Lightning's private attributes; Lightning has no public way to
+- take back that a loop restarts (`_Loop.restarting`, needed in `finish_epoch`),
+- ask whether it replaces samplers (`Trainer._accelerator_connector.use_distributed_sampler`).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,37 +14,38 @@ from torch.utils.data import DataLoader
 
 
 class ResumableLoader(DataLoader):
-    """A loader that Lightning recognises as resumable; its position is kept by the data module, in one place."""
+    """A loader that Lightning recognises as resumable; the data module alone saves its position."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """An empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes nothing."""
+        """Ignores the state."""
 
 
-def position(trainer: Trainer, epoch: int) -> dict[str, Any]:
-    """How many global batches of an epoch are done, of how many.
+def training_position(trainer: Trainer, epoch: int) -> dict[str, Any]:
+    """The global batches of an epoch that are trained on, and how many the epoch has.
 
     Args:
         trainer: that fits.
-        epoch: that its training loader was made for. Lightning's own number has moved on when a fit has ended, but its
+        epoch: that its training loader was made for. When a fit has ended, Lightning's own number has moved on, but its
             count of batches has not.
     """
-    # Loaders run ahead and `ready` counts a batch that is still being worked on: `processed` alone is done.
+    # Loaders run ahead and `ready` counts a batch that is still being worked on: only `processed` is done.
     progress = trainer.fit_loop.epoch_loop.batch_progress
     done = progress.current.processed  # type: ignore[attr-defined]
-    cut = progress.is_last_batch and progress.current.ready == done  # also where `on_train_batch_start` ended the epoch
-    return {"epoch": epoch, "batches": done, "of": done if cut else trainer.num_training_batches}
+    # Also where `on_train_batch_start` ended the epoch.
+    complete = progress.is_last_batch and progress.current.ready == done
+    return {"epoch": epoch, "batches": done, "of": done if complete else trainer.num_training_batches}
 
 
-def leave_epoch(trainer: Trainer, saved: Mapping[str, Any]) -> bool:
-    """Whether the epoch of a checkpoint that was just loaded is over: only then may Lightning go on with the next.
+def finish_epoch(trainer: Trainer, saved: Mapping[str, Any]) -> bool:
+    """Lets Lightning go on with the next epoch if that of the checkpoint is over; returns whether it is.
 
     Args:
-        trainer: that has loaded it.
-        saved: its `position`.
+        trainer: that has just loaded the checkpoint.
+        saved: the checkpoint's `training_position`.
 
     Raises:
         ValueError: if Lightning counts the epoch as a whole one although part of it was not trained on: the checkpoint
@@ -56,13 +62,14 @@ def leave_epoch(trainer: Trainer, saved: Mapping[str, Any]) -> bool:
             "and its rest would never be trained on; expected one that was saved at a step or after a whole epoch: "
             "the run's last.ckpt is."
         )
-    # With max_steps, Lightning takes such an epoch up again, ends it twice and leaves the next one out.
+    # With max_steps, Lightning would restart such an epoch, end it twice and leave the next one out. The property of
+    # the fit loop itself ignores what it is set to then, so that of its base class is set.
     _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
     return True
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Whether a Trainer makes a loader for each epoch and leaves it as it is.
+    """Checks that a Trainer makes a new loader for each epoch and does not replace its sampler.
 
     Raises:
         ValueError: if it does not.

@@ -1,4 +1,4 @@
-"""What lies where in a tar archive: read by its headers, never extracted, and never trusted."""
+"""The members of a tar archive, found by its headers: nothing is extracted, no name is trusted."""
 
 import re
 import tarfile
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: Members whose usual readers run code: refused by name, wherever they are met.
+#: Extensions of members whose usual readers run code: refused in every archive.
 CODE_SUFFIXES = ("pyd", "pickle", "pkl", "pt", "pth", "ckpt", "joblib", "dill")
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where a file lies inside an archive.
+    """The byte range of a file inside an archive.
 
     Args:
         offset: of its first byte.
         size: in bytes.
-        version: of the archive, so that a cache does not take another one of this name for it; empty if unknown.
+        version: of the archive, which tells a cache from another archive of the same name; empty if unknown.
     """
 
     offset: int
@@ -31,12 +31,12 @@ Members = Mapping[str, Member]
 
 @dataclass
 class Scan:
-    """What the headers of an archive say.
+    """What the headers of an archive list.
 
     Args:
-        samples: (key, extension -> place), in the order of the archive.
-        refused: (name, why) of members that are not touched.
-        damage: what is wrong with the archive itself; the samples are those before it.
+        samples: (key, extension -> member), in the order of the archive.
+        refused: (name, reason) of members that are not read.
+        damage: what is wrong with the archive itself; the samples are those before the damage.
     """
 
     samples: list[tuple[str, dict[str, Member]]] = field(default_factory=list)
@@ -78,7 +78,7 @@ def scan_tar(path: Path) -> Scan:
     try:
         with tarfile.open(path, "r:") as archive:
             while (info := archive.next()) is not None:
-                _take(info, size, found, scan)
+                _add(info, size, found, scan)
             # tarfile takes a damaged header in the middle for the end: a whole archive ends with a block of zeros.
             end = archive.offset
     except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
@@ -86,21 +86,22 @@ def scan_tar(path: Path) -> Scan:
     else:
         with path.open("rb") as file:
             file.seek(end)
-            mark = file.read(_BLOCK)
-        if scan.damage is None and mark != bytes(_BLOCK):
+            last = file.read(_BLOCK)
+        if scan.damage is None and last != bytes(_BLOCK):
             scan.damage = f"is cut or damaged at byte {end} of {size}"
     scan.samples = list(found.items())
     return scan
 
 
-def _take(info: tarfile.TarInfo, size: int, found: dict[str, dict[str, Member]], scan: Scan) -> None:
+def _add(info: tarfile.TarInfo, size: int, found: dict[str, dict[str, Member]], scan: Scan) -> None:
+    """Adds a member to its sample, or to what is refused."""
     if info.isdir():
         return
-    why = refusal(info.name)
+    reason = refusal(info.name)
     if not info.isreg() or info.issparse():
-        why = "it is a link, a device or a sparse file"
-    if why:
-        scan.refused.append((info.name, why))
+        reason = "it is a link, a device or a sparse file"
+    if reason:
+        scan.refused.append((info.name, reason))
         return
     key, extension = split_name(info.name)
     if info.offset_data + info.size > size:

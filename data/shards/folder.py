@@ -1,4 +1,4 @@
-"""Writing shards: the archive, its record, and the index of the folder, each complete or absent."""
+"""Writes shards: the archive, its record, and the index of the folder, each complete or absent."""
 
 import json
 from collections import Counter
@@ -14,13 +14,13 @@ from data.files import atomic_file, settings_hash, sha256, write_json, write_tex
 from data.shards.archive import Member, scan_tar
 from data.shards.format import Fault, caption_key, record_name
 
-#: Of an entry of a latent shard that is drawn by `ShardFolder.write`: the digest of its caption.
+#: Key of a latent's entry for `ShardFolder.write`: the digest of its caption.
 TEXT = "__text__"
 
-Sample = Mapping[str, bytes | str]
+TarSample = Mapping[str, bytes | str]
 
 
-def write_tar(path: Path, samples: Iterable[Sample]) -> dict[str, str]:
+def write_tar(path: Path, samples: Iterable[TarSample]) -> dict[str, str]:
     """Writes samples ({"__key__": name, extension: bytes}) as a webdataset archive; equal samples give equal bytes.
 
     Members of a sample are sorted by extension. The archive is complete or absent.
@@ -42,11 +42,11 @@ def _bytes(value: bytes | str) -> bytes:
 
 
 class ShardFolder:
-    """Shards that are made one by one, in any order, by any number of processes.
+    """A folder of shards that are written one by one, in any order, by any number of processes.
 
     Args:
-        folder: where they go.
-        settings: what they are made with; finished shards of other settings are refused.
+        folder: that they are written to.
+        settings: that they are made with; finished shards of other settings are refused.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ class ShardFolder:
         self.hash = settings_hash(settings)
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """The record of a finished shard, None if it is still to be made.
+        """The record of a finished shard; None if it has yet to be made.
 
         Raises:
             ValueError: if it was made with other settings.
@@ -75,7 +75,7 @@ class ShardFolder:
             )
         return record
 
-    def write(self, name: str, bucket: Bucket, samples: Iterable[Sample], faults: list[Fault]) -> dict[str, Any]:
+    def write(self, name: str, bucket: Bucket, samples: Iterable[TarSample], faults: list[Fault]) -> dict[str, Any]:
         """Writes a shard and its record.
 
         Args:
@@ -83,7 +83,7 @@ class ShardFolder:
             bucket: of all its samples.
             samples: as for `write_tar`. Samples of latents name their caption's digest under `TEXT`; before the first
                 that does comes {"__key__": caption_key(DIGEST), "safetensors": ...}.
-            faults: may grow while `samples` is drawn from.
+            faults: of the shard; may grow while `samples` is iterated over.
 
         Raises:
             ValueError: if the archive does not list every sample under its key.
@@ -91,12 +91,12 @@ class ShardFolder:
         path = self.folder / name
         keys: list[str] = []
 
-        def noted() -> Iterator[Sample]:
+        def with_keys() -> Iterator[TarSample]:
             for sample in samples:
                 keys.append(str(sample["__key__"]))
                 yield sample
 
-        texts = write_tar(path, noted())
+        texts = write_tar(path, with_keys())
         listed = dict(scan_tar(path).samples)
         captions = {digest: caption_key(digest) for digest in texts.values()}
         if lost := list((Counter(keys) - Counter([*listed])).elements()):
@@ -129,7 +129,7 @@ class ShardFolder:
         Args:
             names: of all shards, in the order of the index.
             head: what else the index says; `format` among it.
-            faults: of items that came to no shard; they stand before those of the shards.
+            faults: of items that are in no shard; they come first in `faults.jsonl`.
         """
         entries, named = [], list(faults)
         for name in names:
@@ -159,7 +159,7 @@ class ShardFolder:
 
 
 def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two settings, in a few words."""
+    """A short text on how two settings differ."""
     changed = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
     named = [f"{key} is {there.get(key)!r:.60} there, {now.get(key)!r:.60} now" for key in changed[:5]]
     return "; ".join(named) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")

@@ -1,13 +1,13 @@
-"""What video and latent shards have in common: the archives, the record of each, the index of a folder.
+"""The format that video and latent shards share: archives, the record of each, the index of a folder.
 
 A folder of shards holds `19x64x64-000000.tar`, ... (bucket and number), `records/19x64x64-000000.json` (settings,
-counts, checksum, faults, and where every sample lies), `faults.jsonl` and, when all shards are there, `index.json`.
-docs/data.md has the formats to the byte.
+counts, checksum, faults, and the byte range of every member), `faults.jsonl` and, when all shards are complete,
+`index.json`. docs/data.md has the formats to the byte.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from data.storage.store import Store, is_remote, join
 
 VIDEO_FORMAT = "reblock-videos-2"
 LATENT_FORMAT = "reblock-latents-2"
-#: What the JSON of a clip says of it, besides its source and window.
+#: Fields of a clip's JSON, besides its source and window.
 FACTS = ("codec", "frames", "fps", "height", "width", "duration")
 _MADE_BY = {VIDEO_FORMAT: "`reblock pack`", LATENT_FORMAT: "`reblock encode`"}
 
@@ -33,7 +33,7 @@ class Fault:
     shard: str = ""
 
     def line(self) -> str:
-        """As it stands in `faults.jsonl`."""
+        """The fault as a line of `faults.jsonl`."""
         return json.dumps({"shard": self.shard, "key": self.key, "reason": self.reason}, ensure_ascii=False) + "\n"
 
 
@@ -79,12 +79,12 @@ def read_index(folder: str, store: Store, expected: str | None = None) -> dict[s
 
 
 def record_name(shard: str) -> str:
-    """Where the record of a shard lies in its folder."""
+    """Path of a shard's record in its folder."""
     return f"records/{shard.removesuffix('.tar')}.json"
 
 
 def read_samples(folder: str, shard: str, store: Store) -> list[tuple[str, Members]]:
-    """Samples of a shard in its order, (key, extension -> place), from its record: no archive is touched.
+    """Samples of a shard in its order, (key, extension -> member), from its record; the archive is not read.
 
     Raises:
         ValueError: if the record is damaged.
@@ -95,10 +95,10 @@ def read_samples(folder: str, shard: str, store: Store) -> list[tuple[str, Membe
         record = json.loads(store.read(location))
         version = record["entry"]["sha256"]
         return [
-            (key, {name: Member(place[0], place[1], version) for name, place in members.items()})
+            (key, {name: Member(start, size, version) for name, (start, size) in members.items()})
             for key, members in record["samples"]
         ]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{location} is damaged ({error}); make the shard again.") from error
 
 
@@ -112,7 +112,7 @@ def read_member(shard: str, member: Member, store: Store) -> bytes:
     return store.read(shard, member.offset, member.size, version=member.version)
 
 
-def clip_extension(shard: str, members: Members) -> str:
+def clip_extension(members: Iterable[str]) -> str:
     """The extension of a sample's video: the member that is neither caption nor facts.
 
     Raises:
@@ -120,13 +120,13 @@ def clip_extension(shard: str, members: Members) -> str:
     """
     extensions = [extension for extension in members if extension not in ("txt", "json")]
     if len(extensions) != 1:
-        raise ValueError(f"{shard} has a sample with members {sorted(members)}, expected one video, txt and json")
+        raise ValueError(f"it has members {sorted(members)}, expected one video, txt and json")
     return extensions[0]
 
 
 def read_clip(shard: str, members: Members, store: Store) -> bytes:
     """The video file of a sample; errors as `read_member` and `clip_extension`."""
-    return read_member(shard, members[clip_extension(shard, members)], store)
+    return read_member(shard, members[clip_extension(members)], store)
 
 
 def read_json(shard: str, members: Members, store: Store) -> dict[str, Any]:
@@ -135,19 +135,30 @@ def read_json(shard: str, members: Members, store: Store) -> dict[str, Any]:
     Raises:
         ValueError: if it has none, or they are no JSON object.
     """
+    if "json" not in members:
+        raise ValueError("its json is missing")
+    return parse_facts(read_member(shard, members["json"], store))
+
+
+def parse_facts(content: bytes) -> dict[str, Any]:
+    """The facts of a sample, of the content of its json.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
     try:
-        facts = json.loads(read_member(shard, members["json"], store))
-    except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shard} has a sample whose json is missing or damaged ({error})") from error
+        facts = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"its json is damaged ({error})") from error
     if not isinstance(facts, dict):
-        raise ValueError(f"{shard} has a sample whose json is a {type(facts).__name__}, expected an object")
+        raise ValueError(f"its json is a {type(facts).__name__}, expected an object")
     return facts
 
 
-def cut_samples(folder: str, index: Mapping[str, Any], store: Store) -> list[Fault]:
-    """Samples of a local folder that lie behind the end of a shard that is cut short or absent; sizes are compared.
+def truncated_samples(folder: str, index: Mapping[str, Any], store: Store) -> list[Fault]:
+    """Samples of a local folder that lie beyond the end of a truncated or absent shard; sizes are compared.
 
-    Nothing is asked of a remote store: a request for every shard would take minutes. Its faults show as they are read.
+    A remote store is not asked: a request for every shard would take minutes. Its faults show when samples are read.
     """
     faults: list[Fault] = []
     if is_remote(folder):
@@ -170,7 +181,7 @@ def cut_samples(folder: str, index: Mapping[str, Any], store: Store) -> list[Fau
 
 
 def text_digest(caption: str) -> str:
-    """What a caption is called inside a shard."""
+    """Digest that names a caption inside a shard."""
     return hashlib.sha256(caption.encode()).hexdigest()[:16]
 
 
@@ -183,7 +194,7 @@ def caption_key(digest: str) -> str:
 
 
 def shard_name(bucket: Bucket, number: int) -> str:
-    """File name of a bucket's shard: brace notation works, `19x64x64-{000000..000041}.tar`."""
+    """File name of a bucket's shard; brace notation finds a range of them, `19x64x64-{000000..000041}.tar`."""
     return f"{bucket.name}-{number:06d}.tar"
 
 
@@ -195,7 +206,7 @@ def check_fault_share(
     mend: str = "Mend or remove them, or raise max_fault_share.",
     listing: Path | None = None,
 ) -> None:
-    """Stops a run that leaves out too much, and says how to `mend` that.
+    """Stops a run that leaves out too many items.
 
     Raises:
         ValueError: if faults are more than `limit` of `total`; names the first few, and all that are known in the file

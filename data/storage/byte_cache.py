@@ -13,13 +13,13 @@ from data.files import atomic_file
 
 @dataclass
 class ByteCache:
-    """Ranges of remote files, each a file of its own; the longest unused go first.
+    """Ranges of remote files, one file each; evicts the least recently used.
 
-    The bound holds to within a sixteenth of it for every process that writes: each looks at the whole folder only
-    after it has added that much.
+    Every process that writes may exceed the limit by a sixteenth of it: it measures the folder only after it has added
+    that much.
 
     Args:
-        folder: made when something is put.
+        folder: of the cache; made at the first `put`.
         limit: bytes.
     """
 
@@ -32,19 +32,19 @@ class ByteCache:
         return self.folder / digest[:2] / digest
 
     def get(self, name: str, size: int) -> bytes | None:
-        """What was put under `name`, if it is there and has `size` bytes."""
+        """The content that is cached under `name`; None if there is none of `size` bytes."""
         path = self._path(name)
         try:
             content = path.read_bytes()
-            os.utime(path)  # its age is that of its last use
+            os.utime(path)  # eviction goes by the time of the last use
         except OSError:
             return None
         return content if len(content) == size else None
 
     def put(self, name: str, content: bytes) -> None:
-        """Keeps `content`; a full disk only means that it is not kept."""
+        """Caches `content`, unless it cannot be written: a full disk is no error."""
         if len(content) > self.limit // 4:
-            return  # it would push out too much else
+            return  # it would evict too much else
         try:
             with atomic_file(self._path(name), durable=False) as temporary:
                 temporary.write_bytes(content)
@@ -53,16 +53,16 @@ class ByteCache:
         self._added += len(content)
         if self._added >= self.limit // 16:
             self._added = 0
-            self._shrink()
+            self._evict()
 
-    def _shrink(self) -> None:
+    def _evict(self) -> None:
         try:
             with FileLock(self.folder / "lock", timeout=0):
-                self._drop_oldest()
+                self._remove_oldest()
         except Timeout:
-            pass  # another process is at it
+            pass  # another process evicts
 
-    def _drop_oldest(self) -> None:
+    def _remove_oldest(self) -> None:
         found = []
         for path in self.folder.glob("??/*"):
             with contextlib.suppress(OSError):

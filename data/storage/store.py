@@ -1,7 +1,7 @@
-"""Bytes from anywhere: local files and, through fsspec, `s3://`, `gs://`, `http(s)://` and their like.
+"""Reads local files and, through fsspec, `s3://`, `gs://`, `http(s)://` and other URLs.
 
-A location is a string, a path or a URL. What is remote is read by ranges, tried again with growing pauses when it
-fails, and kept in a bounded local cache if one is given.
+A location is a string, a path or a URL. Remote files are read by byte ranges, with retries and exponential backoff, and
+cached in a bounded local folder if one is given.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ from data.storage.byte_cache import ByteCache
 
 T = TypeVar("T")
 
-#: Schemes that are read; anything else is refused by name.
+#: Schemes of the URLs that are read; others are refused.
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
-#: Answers that asking again may change: time-out, too many requests, the server's own failures.
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
+#: HTTP statuses after which a request is retried: time-out, too many requests, failures of the server.
+_RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 
 
 class StoreError(OSError):
-    """What could not be read after every attempt, or will never be."""
+    """A remote file cannot be read: every attempt failed, or retrying is pointless."""
 
 
 def _scheme(location: str) -> str | None:
@@ -46,16 +46,16 @@ def is_remote(location: str) -> bool:
 
 
 def is_pipe(location: str) -> bool:
-    """Whether a location is a command whose output is meant."""
+    """Whether a location is a command whose output is to be read."""
     return location.startswith(("pipe:", "|")) or location.rstrip().endswith("|")
 
 
 def check_location(location: str, *, allow_pipe: bool | None = None) -> None:
-    """Refuses what is code, and schemes that nothing here reads.
+    """Refuses commands, chains of file systems, and unknown schemes.
 
     Args:
         location: path, URL or command.
-        allow_pipe: whether a command is let pass; None where none ever is.
+        allow_pipe: whether a command is accepted; None where no flag can allow it.
 
     Raises:
         ValueError: for a command that was not allowed, a chain of file systems, or an unknown scheme.
@@ -100,7 +100,7 @@ def expand(location: str) -> list[str]:
             found.append(name)
             continue
         if is_remote(name):
-            system, path = _system(name)
+            system, path = _file_system(name)
             matches = sorted(str(system.unstrip_protocol(str(m))) for m in system.glob(path))
         else:
             matches = sorted(glob.glob(str(local_path(name)), recursive=True))
@@ -110,7 +110,7 @@ def expand(location: str) -> list[str]:
     return found
 
 
-def _system(location: str) -> tuple[Any, str]:
+def _file_system(location: str) -> tuple[Any, str]:
     """The file system of a location (one per process: none survives a fork) and the path in it."""
     try:
         return fsspec.core.url_to_fs(location)
@@ -120,32 +120,32 @@ def _system(location: str) -> tuple[Any, str]:
         ) from error
 
 
-def _absent(error: BaseException | None) -> bool:
-    """Whether an error says that there is no such file: fsspec says so of every failed question about an http URL."""
-    refused = error.__cause__ if error else None
-    unsure = isinstance(refused, (ClientError, asyncio.TimeoutError))
-    found_none = isinstance(refused, ClientResponseError) and refused.status in (404, 410)
-    return isinstance(error, FileNotFoundError) and (not unsure or found_none)
+def _is_absent(error: BaseException | None) -> bool:
+    """Whether an error means that there is no such file: fsspec raises FileNotFoundError for any failed request."""
+    cause = error.__cause__ if error else None
+    failed_request = isinstance(cause, (ClientError, asyncio.TimeoutError))
+    not_found = isinstance(cause, ClientResponseError) and cause.status in (404, 410)
+    return isinstance(error, FileNotFoundError) and (not failed_request or not_found)
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether a failure of a store may go away by itself."""
-    if isinstance(error, FileNotFoundError) and not _absent(error):
-        return error.__cause__ is not None and _may_pass(error.__cause__)
+def _is_transient(error: BaseException) -> bool:
+    """Whether a request that failed so is worth a retry."""
+    if isinstance(error, FileNotFoundError) and not _is_absent(error):
+        return error.__cause__ is not None and _is_transient(error.__cause__)
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return False
     if isinstance(error, ClientResponseError):
-        return error.status in _PASSING
+        return error.status in _RETRIED_STATUSES
     return isinstance(error, (OSError, ClientError, asyncio.TimeoutError, EOFError))
 
 
 class Store:
-    """Reads bytes from locations. Cheap to make and to send to other processes.
+    """Reads bytes from locations; can be pickled for other processes.
 
     Args:
-        cache: folder for what is remote; None keeps nothing.
-        cache_bytes: its bound.
-        attempts: how often a remote read is tried.
+        cache: folder that caches remote files; None caches nothing.
+        cache_bytes: upper bound of the cache.
+        attempts: of a remote read, the first included.
         backoff: seconds before the second attempt; the pause doubles, up to a minute, with jitter.
 
     Raises:
@@ -162,14 +162,14 @@ class Store:
         self._backoff = backoff
 
     def read(self, location: str, offset: int = 0, size: int | None = None, *, version: str = "") -> bytes:
-        """Bytes of a file; from the cache if they are there and of this version.
+        """Bytes of a file, from the cache if it holds them in this version.
 
         Args:
             location: of the file.
             offset: first byte.
-            size: how many; None reads to the end, never from the cache.
+            size: number of bytes; None reads to the end, never from the cache.
             version: of the file, for example its checksum; without one the cache is not used, since another file may
-                have taken the name.
+                have this name by now.
 
         Raises:
             ValueError: if the file ends before.
@@ -178,18 +178,18 @@ class Store:
         if not is_remote(location):
             with local_path(location).open("rb") as file:
                 file.seek(offset)
-                return _whole(file.read(-1 if size is None else size), location, offset, size)
+                return _of_length(file.read(-1 if size is None else size), location, offset, size)
         name = f"{location} {version} {offset} {size}"
         cached = self._cache if version and size is not None else None
-        if cached and size is not None and (kept := cached.get(name, size)) is not None:
-            return kept
+        if cached and size is not None and (content := cached.get(name, size)) is not None:
+            return content
 
-        def ask() -> bytes:
-            system, path = _system(location)
+        def request() -> bytes:
+            system, path = _file_system(location)
             end = None if size is None else offset + size
             return system.cat_file(path, start=offset or None, end=end)
 
-        content = _whole(self._try(location, ask), location, offset, size)
+        content = _of_length(self._retry(location, request), location, offset, size)
         if cached:
             cached.put(name, content)
         return content
@@ -204,9 +204,11 @@ class Store:
             path = local_path(location)
             return path.stat().st_size if path.is_file() else None
         try:
-            return int(self._try(location, lambda: _system(location)[0].info(_system(location)[1])["size"] or 0))
+            return int(
+                self._retry(location, lambda: _file_system(location)[0].info(_file_system(location)[1])["size"] or 0)
+            )
         except StoreError as error:
-            if _absent(error.__cause__):
+            if _is_absent(error.__cause__):
                 return None
             raise
 
@@ -233,16 +235,16 @@ class Store:
         with tempfile.TemporaryDirectory(prefix="reblock-") as folder:
             copy = Path(folder) / "copy"
             if is_pipe(location):
-                _run(location, copy)
+                _run_command(location, copy)
             else:
-                self._try(location, lambda: _system(location)[0].get_file(_system(location)[1], str(copy)))
+                self._retry(location, lambda: _file_system(location)[0].get_file(_file_system(location)[1], str(copy)))
             yield copy
 
-    def _try(self, location: str, act: Callable[[], T]) -> T:
+    def _retry(self, location: str, act: Callable[[], T]) -> T:
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self._attempts),
             wait=tenacity.wait_random_exponential(multiplier=self._backoff, max=60),
-            retry=tenacity.retry_if_exception(_may_pass),
+            retry=tenacity.retry_if_exception(_is_transient),
             reraise=True,
         )
         try:
@@ -255,7 +257,7 @@ class Store:
             raise StoreError(f"{location} cannot be read after {tries} attempt(s): {said}") from error
 
 
-def _whole(content: bytes, location: str, offset: int, size: int | None) -> bytes:
+def _of_length(content: bytes, location: str, offset: int, size: int | None) -> bytes:
     if size is not None and len(content) < size:
         raise ValueError(f"{location} ends at byte {offset + len(content)}, expected {offset + size}: it is cut short")
     if size is not None and len(content) > size:
@@ -263,7 +265,7 @@ def _whole(content: bytes, location: str, offset: int, size: int | None) -> byte
     return content
 
 
-def _run(location: str, copy: Path) -> None:
+def _run_command(location: str, copy: Path) -> None:
     """The output of a command, started without a shell."""
     words = shlex.split(location.removeprefix("pipe:").strip().strip("|"))
     with copy.open("wb") as file:

@@ -3,7 +3,7 @@
 Legend: B batch, T video frames, H W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.bucket import Bucket
-from data.shards.format import VIDEO_FORMAT, Members, read_clip, read_json, read_member
+from data.shards.format import VIDEO_FORMAT, clip_extension, parse_facts
 from data.storage.store import Store
-from data.stream.reader import ShardDataset
+from data.stream.reader import ShardReader
 from data.video.decode import decode_video
 from data.video.isolated_call import IsolatedCall
 
 
 @dataclass
-class Clip:
+class DecodedClip:
     """A decoded clip with its caption.
 
     Args:
-        video: (T, H, W, 3) uint8.
+        video: (T, H, W, 3) uint8; of a `VideoReader`, (3, T, H, W) float32 in [-1, 1].
         caption: of the clip.
         key: name of the sample inside its shard.
         uid: of the visit; what is drawn for it is keyed by this.
-        faults: damaged samples that it stands for.
+        faults: damaged samples that were skipped before this one took their place.
         counts: whether it counts in an evaluation.
     """
 
@@ -46,10 +46,10 @@ class ClipBatch:
     """Clips of one size; `videos` (B, T, H, W, 3) uint8."""
 
     videos: Tensor
-    clips: tuple[Clip, ...]
+    clips: tuple[DecodedClip, ...]
 
     @classmethod
-    def collate(cls, clips: Sequence[Clip]) -> "ClipBatch":
+    def collate(cls, clips: Sequence[DecodedClip]) -> "ClipBatch":
         """Stacks clips of one bucket."""
         videos = torch.stack([clip.video for clip in clips])
         return cls(videos, tuple(replace(clip, video=videos[0, :0]) for clip in clips))
@@ -63,13 +63,17 @@ class ClipBatch:
         return replace(self, videos=self.videos.pin_memory())
 
 
-def read_window(shard: str, members: Members, store: Store, frames: int | None = None) -> list[int]:
+def clip_window(facts: Mapping[str, Any], frames: int | None = None) -> list[int]:
     """The first `frames` frame indices of a clip's window; all of them without.
 
+    Args:
+        facts: what the clip's json says of it.
+        frames: how many; None takes all.
+
     Raises:
-        ValueError: if its facts hold no such window.
+        ValueError: if the facts hold no such window.
     """
-    indices = read_json(shard, members, store).get("indices")
+    indices = facts.get("indices")
     least = frames or 1
     if not isinstance(indices, list) or len(indices) < least or not all(type(i) is int and i >= 0 for i in indices):
         held = f"of {len(indices)}" if isinstance(indices, list) else "without"
@@ -83,11 +87,11 @@ def _decode(task: tuple[bytes, list[int], int, int]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(decode_video(content, indices, height, width))
 
 
-class ClipDataset(ShardDataset[Clip]):
-    """Clips as `reblock encode` sees them: the window that packing chose, in the size of their bucket.
+class ClipReader(ShardReader[DecodedClip]):
+    """Clips as `reblock encode` reads them: the window that packing chose, in the size of their bucket.
 
     Args:
-        locations: of video shards.
+        locations: of video shards, or shards that were found.
         store: that reads them.
         max_fault_share: share of clips that may be damaged.
         deadline: seconds that decoding a clip may take.
@@ -104,36 +108,31 @@ class ClipDataset(ShardDataset[Clip]):
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
         self._isolated_call = IsolatedCall(deadline)
 
-    def load(self, shard: str, key: str, members: Members, uid: int, bucket: Bucket | None = None) -> Clip:
-        """One clip.
+    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> DecodedClip:
+        bucket = bucket or Bucket.parse(str(parse_facts(files["json"]).get("bucket")))
+        video = self._decode(files, bucket.frames, bucket.height, bucket.width)
+        return DecodedClip(torch.from_numpy(video), files["txt"].decode(), key, uid)
 
-        Raises:
-            ValueError, KeyError, OSError: if it cannot be read or decoded.
-        """
-        bucket = bucket or Bucket.parse(str(read_json(shard, members, self.store).get("bucket")))
-        window = read_window(shard, members, self.store, bucket.frames)
-        clip = read_clip(shard, members, self.store)
-        video = self._isolated_call(_decode, (clip, window, bucket.height, bucket.width))
-        caption = read_member(shard, members["txt"], self.store).decode()
-        return Clip(torch.from_numpy(video), caption, key, uid)
-
-    def mark(self, sample: Clip, faults: int, counts: bool) -> None:
-        sample.faults, sample.counts = faults, counts
+    def _decode(self, files: Mapping[str, bytes], frames: int, height: int, width: int) -> NDArray[np.uint8]:
+        """The first frames of a clip's window, (T, H, W, 3)."""
+        window = clip_window(parse_facts(files["json"]), frames)
+        return self._isolated_call(_decode, (files[clip_extension(files)], window, height, width))
 
 
-class VideoDataset(ShardDataset[dict[str, Any]]):
-    """Clips for training a VAE: {"video": (3, T, H, W) float32 in [-1, 1], "uid", "key", "caption"}.
-
-    All buckets are brought to one size.
+class VideoReader(ClipReader):
+    """Clips for training a VAE: all buckets are brought to one size, and pixels to [-1, 1].
 
     Args:
-        locations: of video shards.
-        frames: first frames of each clip's window.
-        height: clips of another size are scaled and cropped about the centre.
-        width: likewise.
+        locations: of video shards, or shards that were found.
+        frames: T, the first frames of each clip's window.
+        height: H; clips of another size are scaled and cropped about the centre.
+        width: W; clips of another size are scaled and cropped about the centre.
         store: that reads them.
         max_fault_share: share of clips that may be damaged.
         deadline: seconds that decoding a clip may take.
+
+    Raises:
+        ValueError: if a bucket has fewer frames.
     """
 
     grouped = False
@@ -149,25 +148,14 @@ class VideoDataset(ShardDataset[dict[str, Any]]):
         max_fault_share: float = 0.01,
         deadline: float = 60.0,
     ) -> None:
-        super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
-        self._isolated_call = IsolatedCall(deadline)
+        super().__init__(locations, store=store, max_fault_share=max_fault_share, deadline=deadline)
         self.frames, self.height, self.width = frames, height, width
         short = sorted({b.name for b in self.buckets if b.frames < frames})
         if short:
             raise ValueError(f"got frames {frames}, the shards' buckets {short} have fewer; lower data.frames.")
 
-    def load(self, shard: str, key: str, members: Members, uid: int, bucket: Bucket | None = None) -> dict[str, Any]:
-        """One clip.
-
-        Raises:
-            ValueError, KeyError, OSError: if it cannot be read or decoded.
-        """
-        window = read_window(shard, members, self.store, self.frames)
-        video = self._isolated_call(_decode, (read_clip(shard, members, self.store), window, self.height, self.width))
-        # In numpy: torch would use all cores for a small array, and several loaders then fight over them.
+    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> DecodedClip:
+        video = self._decode(files, self.frames, self.height, self.width)
+        # In numpy: torch would use all cores for a small array, and several loaders then compete for them.
         pixels = np.ascontiguousarray(video.transpose(3, 0, 1, 2), dtype=np.float32) / np.float32(127.5) - np.float32(1)
-        caption = read_member(shard, members["txt"], self.store).decode()
-        return {"video": torch.from_numpy(pixels), "uid": uid, "key": key, "caption": caption}
-
-    def mark(self, sample: dict[str, Any], faults: int, counts: bool) -> None:
-        sample["faults"] = faults
+        return DecodedClip(torch.from_numpy(pixels), files["txt"].decode(), key, uid)

@@ -1,4 +1,4 @@
-"""Damaged samples of a run: each named once in `faults.jsonl`, counted over all processes, too many stop the run."""
+"""Damaged samples of a run: each is named once in `faults.jsonl`; too many, over all processes, stop the run."""
 
 import json
 import logging
@@ -9,22 +9,23 @@ from pathlib import Path
 from filelock import FileLock
 
 from data.files import append_line
-from data.shards.format import Fault, cut_samples
+from data.shards.format import Fault, truncated_samples
 from data.storage.store import Store
-from data.stream.shard_index import Source
+from data.stream.shard_index import IndexedShards
 
 log = logging.getLogger(__name__)
 
 
 class FaultLog:
-    """What a run has met so far.
+    """The damaged samples that a run has found so far.
 
-    With a path, the log is a file that all loader processes of a rank append to, and that a resumed run goes on with;
-    `faults*.jsonl` beside it are those of other ranks and count too. Without one, each process counts for itself.
+    With a path, the log is a file that all loader processes of a rank append to, and that a resumed run continues;
+    `faults*.jsonl` in the same folder are those of other ranks and count too. Without one, each process counts its own.
 
     Args:
         total: samples of the run's data.
-        limit: share of them that may be damaged. One is always let pass: the share of a small set would allow none.
+        limit: share of them that may be damaged, 0 to 1. One sample always may, since the share of a small set would
+            allow none.
         path: of this rank's file; its folder is made when there is something to write.
     """
 
@@ -33,10 +34,10 @@ class FaultLog:
         self.limit = limit
         self.path = path
         self._known: set[tuple[str, str]] = set()
-        self._read: dict[Path, int] = {}  # bytes of each file that are known
+        self._bytes_read: dict[Path, int] = {}  # of each file
 
-    def note(self, fault: Fault) -> None:
-        """Writes a fault down unless it is known.
+    def add(self, fault: Fault) -> None:
+        """Writes a fault to the log unless it is known.
 
         Raises:
             ValueError: above the limit.
@@ -47,9 +48,9 @@ class FaultLog:
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-                self._catch_up()
+                self._read_new_lines()
                 if item not in self._known:
-                    self._append(fault)
+                    append_line(self.path, fault.line().removesuffix("\n"))
                     self._known.add(item)
         if self.exceeded(len(self._known)):
             raise ValueError(
@@ -63,19 +64,15 @@ class FaultLog:
         """Whether so many damaged samples are too many."""
         return count > max(1.0, self.limit * self.total)
 
-    def _append(self, fault: Fault) -> None:
-        assert self.path is not None
-        append_line(self.path, fault.line().removesuffix("\n"))
-
-    def _catch_up(self) -> None:
-        """Reads what other processes, other ranks and earlier starts have written."""
+    def _read_new_lines(self) -> None:
+        """Reads what other processes, other ranks and earlier starts of the run have written."""
         assert self.path is not None
         for path in self.path.parent.glob("faults*.jsonl"):
             with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
+                file.seek(self._bytes_read.get(path, 0))
                 content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
-            self._read[path] = self._read.get(path, 0) + len(whole)
+            self._bytes_read[path] = self._bytes_read.get(path, 0) + len(whole)
             for line in whole.splitlines():
                 try:
                     found = json.loads(line)
@@ -89,13 +86,13 @@ def fault_file(folder: Path, rank: int) -> Path:
     return folder / (f"faults-rank{rank}.jsonl" if rank else "faults.jsonl")
 
 
-def check_cut(sources: Sequence[Source], store: Store, faults: FaultLog) -> None:
-    """Warns of samples behind the end of a shard that is cut short.
+def check_truncation(folders: Sequence[IndexedShards], store: Store, faults: FaultLog) -> None:
+    """Warns of samples beyond the end of a truncated shard.
 
     Raises:
         ValueError: if they are too many.
     """
-    lost: list[Fault] = [fault for s in sources for fault in cut_samples(s.folder, s.index, store)]
+    lost: list[Fault] = [fault for f in folders for fault in truncated_samples(f.folder, f.index, store)]
     if not lost:
         return
     shards = Counter(f"{fault.shard} ({fault.reason})" for fault in lost)

@@ -4,7 +4,7 @@ Legend: C channels, F latent frames, H W latent grid, L text tokens, D text widt
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from data.batch import Sample
 from data.bucket import Bucket
-from data.shards.format import LATENT_FORMAT, Members
+from data.shards.format import LATENT_FORMAT
 from data.storage.store import Store
-from data.stream.reader import ShardDataset
-from data.stream.shard_index import Source, read_near
+from data.stream.reader import ShardReader
+from data.stream.shard_index import IndexedShards
 
-#: What latent folders that are trained on together must agree in.
-_HEAD = ("channels", "text_width", "latents_mean", "latents_std")
+#: Fields of the index that must be equal in latent folders that are trained on together.
+_COMMON_FIELDS = ("channels", "text_width", "latents_mean", "latents_std")
 
 
-class Normalise:
-    """Raw latents to those of mean 0 and deviation 1 per channel, as the transformer takes them.
+class Normaliser:
+    """Raw latents to those of mean 0 and standard deviation 1 per channel, as the transformer takes them.
 
     Args:
-        mean: per channel, of raw latents.
-        std: per channel, of raw latents.
+        mean: (C,) of raw latents.
+        std: (C,) standard deviation of raw latents.
         sample: draw from the posterior, keyed by uid, instead of taking its mean.
     """
 
@@ -47,7 +47,7 @@ class Normalise:
 
 
 def _keyed_normal(uid: int, shape: Sequence[int]) -> Tensor:
-    rng = np.random.default_rng([uid, 0x6C6174])  # apart from other draws keyed by uid
+    rng = np.random.default_rng([uid, 0x6C6174])  # the second number separates this from other draws keyed by uid
     return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
 
@@ -56,11 +56,11 @@ def _finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
-class LatentDataset(ShardDataset[Sample]):
+class LatentReader(ShardReader[Sample]):
     """Normalised latents and caption embeddings.
 
     Args:
-        locations: of latent shards (folders, `.tar` files, wildcards, braces, URLs), or sources that were found.
+        locations: of latent shards (folders, `.tar` files in them, wildcards, braces, URLs), or shards that were found.
         sample_latents: draw from the VAE's posterior, keyed by uid, instead of taking its mean.
         store: that reads them.
         max_fault_share: share of samples that may be damaged.
@@ -68,6 +68,8 @@ class LatentDataset(ShardDataset[Sample]):
     Raises:
         ValueError: if there are no latent shards, or folders differ in channels, width or normalisation.
     """
+
+    extensions = ("safetensors", "text")
 
     def __init__(
         self,
@@ -78,22 +80,14 @@ class LatentDataset(ShardDataset[Sample]):
         max_fault_share: float = 0.01,
     ) -> None:
         super().__init__(locations, LATENT_FORMAT, store=store, max_fault_share=max_fault_share)
-        head = common_head(self.sources)
-        self.text_width: int = head["text_width"]
-        self.latent_shapes = {bucket.name: bucket.latent_shape(head["channels"]) for bucket in set(self.buckets)}
+        fields = common_fields(self.folders)
+        self.text_width: int = fields["text_width"]
+        self.latent_shapes = {bucket.name: bucket.latent_shape(fields["channels"]) for bucket in set(self.buckets)}
         self._shapes = set(self.latent_shapes.values())
-        self.normalise = Normalise(head["latents_mean"], head["latents_std"], sample=sample_latents)
+        self.normalise = Normaliser(fields["latents_mean"], fields["latents_std"], sample=sample_latents)
 
-    def load(self, shard: str, key: str, members: Members, uid: int, bucket: Bucket | None = None) -> Sample:
-        """One sample.
-
-        Raises:
-            ValueError: if its latent or its text has another shape than its bucket says, or is not finite.
-            KeyError: if a member or a tensor is missing.
-            OSError, SafetensorError: if it cannot be read.
-        """
-        latent, embedding = read_near(shard, [members["safetensors"], members["text"]], self.store)
-        tensors, text = load_safetensors(latent), load_safetensors(embedding)["text"]
+    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> Sample:
+        tensors, text = load_safetensors(files["safetensors"]), load_safetensors(files["text"])["text"]
         mean = tensors["mean"]
         shape = self.latent_shapes[bucket.name] if bucket else tuple(mean.shape)
         if (
@@ -106,37 +100,34 @@ class LatentDataset(ShardDataset[Sample]):
                 f"its latent is {tuple(mean.shape)} and its text {tuple(text.shape)}, expected "
                 f"{shape if bucket else sorted(self._shapes)} and (length, {self.text_width})"
             )
-        drawn = tensors["logvar"] if self.normalise.sample else None
-        if drawn is not None and tuple(drawn.shape) != shape:
-            raise ValueError(f"its logvar is {tuple(drawn.shape)}, expected {shape}")
-        normalised, text = self.normalise(mean, drawn, uid), text.float()
+        logvar = tensors["logvar"] if self.normalise.sample else None
+        if logvar is not None and tuple(logvar.shape) != shape:
+            raise ValueError(f"its logvar is {tuple(logvar.shape)}, expected {shape}")
+        normalised, text = self.normalise(mean, logvar, uid), text.float()
         if not (_finite(normalised) and _finite(text)):
             raise ValueError("it holds numbers that are not finite")
         return Sample(latent=normalised, text=text, key=key, uid=uid)
 
-    def mark(self, sample: Sample, faults: int, counts: bool) -> None:
-        sample.faults, sample.counts = faults, counts
 
-
-def common_head(sources: Sequence[Source]) -> dict[str, Any]:
-    """What latent folders must agree in.
+def common_fields(folders: Sequence[IndexedShards]) -> dict[str, Any]:
+    """The fields of the index that latent folders have in common: channels, text width, mean and deviation.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if folders differ in them.
     """
-    heads: list[dict[str, Any]] = [{field: source.index.get(field) for field in _HEAD} for source in sources]
-    for source, head in zip(sources, heads, strict=True):
-        for field in _HEAD:
-            if head[field] is None:
-                raise ValueError(f"{source.folder}/index.json lacks {field!r}; make it again with `reblock encode`.")
-            if head[field] != heads[0][field]:
+    found: list[dict[str, Any]] = [{field: folder.index.get(field) for field in _COMMON_FIELDS} for folder in folders]
+    for folder, fields in zip(folders, found, strict=True):
+        for field in _COMMON_FIELDS:
+            if fields[field] is None:
+                raise ValueError(f"{folder.folder}/index.json lacks {field!r}; make it again with `reblock encode`.")
+            if fields[field] != found[0][field]:
                 raise ValueError(
-                    f"{source.folder} has {field} {head[field]}, {sources[0].folder} has {heads[0][field]}; latent "
+                    f"{folder.folder} has {field} {fields[field]}, {folders[0].folder} has {found[0][field]}; latent "
                     "shards that are trained on together must agree. Encode the clips with one base."
                 )
-        if len(head["latents_mean"]) != head["channels"] or len(head["latents_std"]) != head["channels"]:
+        if len(fields["latents_mean"]) != fields["channels"] or len(fields["latents_std"]) != fields["channels"]:
             raise ValueError(
-                f"{source.folder}/index.json has {len(head['latents_mean'])} means and {len(head['latents_std'])} "
-                f"deviations for {head['channels']} channels; make it again with `reblock encode`."
+                f"{folder.folder}/index.json has {len(fields['latents_mean'])} means and {len(fields['latents_std'])} "
+                f"deviations for {fields['channels']} channels; make it again with `reblock encode`."
             )
-    return heads[0]
+    return found[0]

@@ -1,4 +1,4 @@
-"""In which order samples are visited, and which of them each rank takes: exact, resumable, the same for any layout.
+"""The order in which samples are visited, and each rank's share of it: resumable, and the same for any layout.
 
 A split is numbered by position; visit p * size + i is position i in pass p. Samples of one shape form a group; every
 global batch comes from one group.
@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-#: Keeps draws of the order of groups apart from those of samples, whose keys are small numbers.
+#: Separates draws of the order of groups from those of samples, whose keys are small numbers.
 _GROUPS = 0x67726F757073
 
 Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Group:
+class BatchGroup:
     """Samples of a split that may share a batch.
 
     Args:
@@ -48,8 +48,8 @@ def epoch_order(
 ) -> Array:
     """The visits of one nominal epoch to some shards, each sample once per pass.
 
-    Shards are shuffled, and samples inside windows of so many shards: archives are read nearly one after another, as
-    shared file systems like it. Each pass is shuffled by itself.
+    Shards are shuffled, and samples inside windows of so many shards: archives are read nearly sequentially, which is
+    fast on shared file systems. Each pass is shuffled by itself.
 
     Args:
         seed: of the shuffle.
@@ -58,8 +58,11 @@ def epoch_order(
         starts: position of each shard's first sample; by default they follow one another.
         stride: what a pass adds to a position; by default the number of samples.
         passes: how often a nominal epoch visits each sample.
-        window: shards that are mixed with each other.
-        group: number of the group, so that groups of equal sizes differ.
+        window: shards whose samples are shuffled together.
+        group: number of the group; groups of equal sizes get different orders.
+
+    Returns:
+        (passes * samples,) visits.
     """
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     firsts = np.asarray(np.cumsum(sizes) - sizes if starts is None else starts, dtype=np.int64)
@@ -78,7 +81,7 @@ def epoch_order(
 
 
 def global_batches(
-    seed: int, epoch: int, groups: Sequence[Group], size: int, *, passes: int = 1, window: int = 16
+    seed: int, epoch: int, groups: Sequence[BatchGroup], size: int, *, passes: int = 1, window: int = 16
 ) -> Array:
     """The global batches of one nominal epoch, (batches, size) visits; a function of its arguments alone.
 
@@ -92,7 +95,7 @@ def global_batches(
         groups: of the split.
         size: samples of a global batch.
         passes: how often a nominal epoch visits each sample.
-        window: shards of a group that are mixed with each other.
+        window: shards of a group whose samples are shuffled together.
 
     Raises:
         ValueError: if no group fills a global batch.
@@ -105,14 +108,16 @@ def global_batches(
     )
     if len(groups) == 1:
         return next(orders)[: counts[0] * size].reshape(-1, size)
-    turns = np.random.default_rng([seed, epoch, _GROUPS]).permutation(np.repeat(np.arange(len(groups)), counts))
-    batches = np.empty((len(turns), size), dtype=np.int64)
+    group_of_batch = np.random.default_rng([seed, epoch, _GROUPS]).permutation(
+        np.repeat(np.arange(len(groups)), counts)
+    )
+    batches = np.empty((len(group_of_batch), size), dtype=np.int64)
     for number, order in enumerate(orders):
-        batches[turns == number] = order[: counts[number] * size].reshape(-1, size)
+        batches[group_of_batch == number] = order[: counts[number] * size].reshape(-1, size)
     return batches
 
 
-def batch_counts(groups: Sequence[Group], size: int, passes: int) -> list[int]:
+def batch_counts(groups: Sequence[BatchGroup], size: int, passes: int) -> list[int]:
     """Global batches of a nominal epoch that each group fills.
 
     Raises:
@@ -120,16 +125,16 @@ def batch_counts(groups: Sequence[Group], size: int, passes: int) -> list[int]:
     """
     counts = [len(group) * passes // size for group in groups]
     if not any(counts):
-        held = ", ".join(f"{group.name}: {len(group)}" for group in groups)
+        found = ", ".join(f"{group.name}: {len(group)}" for group in groups)
         raise ValueError(
-            f"got {held or 'no'} samples (x {passes} passes) for a global batch of {size}, expected at least one full "
+            f"got {found or 'no'} samples (x {passes} passes) for a global batch of {size}, expected at least one full "
             "batch of one bucket; lower the batch size, or raise passes."
         )
     return counts
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
-    """One rank's share of each global batch, from a given batch on: the rank's piece of its row.
+    """One rank's share of each global batch, from a given batch on: consecutive columns of its row.
 
     Args:
         batches: global batches of the epoch, (batches, size).
@@ -167,14 +172,14 @@ def rank_size(global_size: int, world_size: int) -> int:
     """
     if global_size % world_size:
         below = global_size - global_size % world_size
-        near = " or ".join(str(size) for size in (below, below + world_size) if size)
+        nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
         raise ValueError(
-            f"got global_batch_size {global_size} on {world_size} ranks, expected a multiple of the ranks: {near}."
+            f"got global_batch_size {global_size} on {world_size} ranks, expected a multiple of the ranks: {nearest}."
         )
     return global_size // world_size
 
 
-def evaluation_batches(groups: Sequence[Group], size: int, rank: int, world_size: int) -> list[list[int]]:
+def evaluation_batches(groups: Sequence[BatchGroup], size: int, rank: int, world_size: int) -> list[list[int]]:
     """One rank's batches of a split that is seen once: positions, each batch of one group.
 
     Ranks get batches of equal number and size, or collectives would hang. Where the ranks do not divide a group, its
@@ -183,9 +188,10 @@ def evaluation_batches(groups: Sequence[Group], size: int, rank: int, world_size
     total = sum(len(group) for group in groups)
     batches = []
     for group in groups:
-        places = np.arange(len(group)) + np.repeat(group.starts - (np.cumsum(group.sizes) - group.sizes), group.sizes)
-        again = -len(places) % world_size
-        padded = np.concatenate([places, np.resize(places, again) + total])
-        mine = padded[rank::world_size]
-        batches += [mine[first : first + size].tolist() for first in range(0, len(mine), size)]
+        positions = np.arange(len(group)) + np.repeat(
+            group.starts - (np.cumsum(group.sizes) - group.sizes), group.sizes
+        )
+        repeated = np.resize(positions, -len(positions) % world_size)
+        own = np.concatenate([positions, repeated + total])[rank::world_size]
+        batches += [own[first : first + size].tolist() for first in range(0, len(own), size)]
     return batches

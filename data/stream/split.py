@@ -1,146 +1,156 @@
-"""Parts of a data set: which samples are held out, how a visit finds its sample, what replaces a damaged one."""
+"""Parts of a data set: how a visit finds its sample, and what replaces a damaged one."""
 
 import bisect
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from data.stream.order import Group
-from data.stream.reader import ShardDataset, candidates
+from data.stream.order import BatchGroup
+from data.stream.reader import ShardReader
+
+#: Separates draws of replacements from others that are keyed by a uid.
+_REPLACEMENT = 0x7265706C616365
+#: Replacements that are drawn for a visit before the remaining samples are tried one after another.
+_MAX_DRAWS = 64
+#: Threads of each loader process that read a remote store.
+_THREADS = 16
+
+
+class Run(NamedTuple):
+    """Consecutive samples of a shard.
+
+    Args:
+        shard: its number.
+        first: row of the first sample.
+        size: number of samples.
+    """
+
+    shard: int
+    first: int
+    size: int
 
 
 class Split(Dataset):
     """Part of a data set: of each shard, a run of its samples.
 
-    Positions follow the shards. Visit i is the sample at position i % size, and its uid is `start` + i, so that several
-    passes over the data differ in what is keyed by it. A damaged sample is replaced, under the same uid, by one of its
-    group that is drawn by that uid: the visits of a lost shard spread over the group, the same ones on any number of
-    ranks and processes. It is never one of another split.
+    Positions number the samples in the order of the shards. Visit i is the sample at position i % size, and its uid is
+    `first_uid` + i, so that several passes over the data differ in what is keyed by it. A damaged sample is replaced,
+    under the same uid, by one of its group that is drawn by that uid: the visits of a lost shard spread over the group,
+    and are the same on any number of ranks and processes. It is never replaced by a sample of another split.
 
     Args:
-        dataset: the whole.
-        firsts: of each shard, its first sample that belongs to this part.
+        reader: of all shards.
+        firsts: of each shard, the row of its first sample that belongs to this part.
         counts: of each shard, how many do.
-        start: uid of the first visit.
-        once: each sample counts once: visits of a second pass are marked as not counting.
+        first_uid: of the first visit.
+        once: visits of a second pass do not count in an evaluation.
     """
 
     def __init__(
-        self, dataset: ShardDataset, firsts: Sequence[int], counts: Sequence[int], *, start: int = 0, once: bool = False
+        self,
+        reader: ShardReader,
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        first_uid: int = 0,
+        once: bool = False,
     ) -> None:
-        self.dataset = dataset
-        self.start = start
-        self._firsts, self._counts, self._once = list(firsts), list(counts), once
+        self.reader = reader
+        self.first_uid = first_uid
+        self._once = once
+        self._counts = np.array(counts, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64).tolist()
-        members: dict[str, list[int]] = {name: [] for name in dataset.group_names}
-        for shard, count in enumerate(counts):
-            if count:
-                members[dataset.group(shard)].append(shard)
-        self._members = {name: shards for name, shards in members.items() if shards}
-        self._runs = {n: [(s, firsts[s], counts[s]) for s in shards] for n, shards in self._members.items()}
-        self._turn = {shard: turn for shards in self._members.values() for turn, shard in enumerate(shards)}
+        runs: dict[str, list[Run]] = {name: [] for name in reader.group_names}
+        self._number: dict[int, int] = {}  # shard -> number of its run in its group
+        for run in (Run(*run) for run in zip(range(len(counts)), firsts, counts, strict=True) if run[-1]):
+            group = runs[reader.group(run.shard)]
+            self._number[run.shard] = len(group)
+            group.append(run)
+        self._runs = {name: group for name, group in runs.items() if group}
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[BatchGroup]:
         """Samples of one shape, in the order of their buckets."""
-        starts, sizes = np.array(self._starts[:-1], dtype=np.int64), np.array(self._counts, dtype=np.int64)
-        return [Group(name, starts[shards], sizes[shards]) for name, shards in self._members.items()]
+        starts = np.array(self._starts[:-1], dtype=np.int64)
+        shards = {name: [run.shard for run in group] for name, group in self._runs.items()}
+        return [BatchGroup(name, starts[numbers], self._counts[numbers]) for name, numbers in shards.items()]
+
+    def runs(self) -> list[Run]:
+        """The run of each shard that this part has samples of."""
+        return [run for group in self._runs.values() for run in group]
 
     def __getitem__(self, visit: int) -> Any:
+        """The sample of a visit, or its replacement.
+
+        Raises:
+            IndexError: if the split is empty.
+            ValueError: past the share of damaged samples, or if no sample can be read.
+        """
         if not len(self):
             raise IndexError("the split is empty")
         position = visit % len(self)
         shard = bisect.bisect_right(self._starts, position) - 1
-        place = position - self._starts[shard]
-        counts = not self._once or visit < len(self)
-        runs = self._runs[self.dataset.group(shard)]
-        uid = self.start + visit
-        choices = candidates(runs, self._turn[shard], place, uid)
-        return self.dataset.first_readable(choices, uid=uid, counts=counts)
+        runs, uid = self._runs[self.reader.group(shard)], self.first_uid + visit
+        choices = candidates(runs, self._number[shard], position - self._starts[shard], uid)
+        for skipped, choice in enumerate(choices):
+            sample = self.reader.try_load(*choice, uid)
+            if sample is not None:
+                sample.faults, sample.counts = skipped, not self._once or visit < len(self)
+                return sample
+        folders = [folder.folder for folder in self.reader.folders]
+        raise ValueError(f"no sample of {folders} can be read; make the shards again.")
 
     def __getitems__(self, visits: list[int]) -> list[Any]:
-        """A batch; from a remote store, its samples are read at the same time."""
-        return self.dataset.map(self.__getitem__, visits)
-
-    def runs(self) -> list[tuple[int, int, int]]:
-        """(shard, first sample, samples) of each shard that this part has samples of."""
-        return [run for runs in self._runs.values() for run in runs]
+        """The samples of a batch; those of a remote store are read at the same time."""
+        if not self.reader.remote or len(visits) < 2:
+            return [self[visit] for visit in visits]
+        return list(_threads(os.getpid()).map(self.__getitem__, visits))
 
 
-def check_apart(train: Split, held: Split) -> None:
-    """Whether no sample is in both parts, by the content of their shards.
+@lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """The threads of a process: those of its parent do not survive a fork."""
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="reblock-read")
 
-    Raises:
-        ValueError: naming a shard whose samples, or a copy's, are both trained on and held out.
+
+def candidates(runs: Sequence[Run], number: int, offset: int, uid: int) -> Iterator[tuple[int, int]]:
+    """(shard, row) of the samples of some runs, each once: the sample of a visit, then its replacements.
+
+    Replacements are drawn, keyed by uid and attempt alone: the visits of a lost shard spread over all that is left, and
+    every rank and process draws the same. After `_MAX_DRAWS` of them come all others, from the last one drawn on.
+
+    Args:
+        runs: of one group.
+        number: of the run of the visit's sample.
+        offset: of the sample in that run.
+        uid: of the visit.
     """
-    found: dict[str, list[tuple[int, int, str]]] = {}
-    for shard, first, count in train.runs():
-        found.setdefault(train.dataset.identity(shard), []).append((first, count, train.dataset.shards[shard]))
-    for shard, first, count in held.runs():
-        for begin, size, name in found.get(held.dataset.identity(shard), []):
-            if begin < first + count and first < begin + size:
-                mine = held.dataset.shards[shard]
-                copy = "" if mine == name else f", whose copy is the training shard {name}"
-                raise ValueError(
-                    f"{mine} holds samples for validation{copy}: they would be trained on as well. Take it out of "
-                    "data.shards or data.val_shards, and name each copy once."
-                )
+    given = {(runs[number].shard, runs[number].first + offset)}
+    yield from given
+    ends = np.cumsum([run.size for run in runs])
+    for drawn in np.random.default_rng([_REPLACEMENT, uid]).integers(ends[-1], size=_MAX_DRAWS).tolist():
+        number = int(np.searchsorted(ends, drawn, side="right"))
+        offset = drawn - int(ends[number]) + runs[number].size
+        choice = runs[number].shard, runs[number].first + offset
+        if choice not in given:
+            given.add(choice)
+            yield choice
+    yield from (choice for choice in _wrapping(runs, number, offset) if choice not in given)
 
 
-def shares(counts: Sequence[int], total: int) -> list[int]:
-    """`total` divided in proportion to `counts`: the largest remainders round up, and none gets more than it has.
-
-    Where `total` is enough, each gets at least one if that leaves it one.
-    """
-    whole = sum(counts)
-    ideal = [total * count / whole for count in counts]
-    found = [int(share) for share in ideal]
-    by_remainder = sorted(range(len(counts)), key=lambda i: (found[i] - ideal[i], i))
-    for leave in (1, 0):  # a group is emptied only where nothing else is left to take
-        for i in by_remainder:
-            if sum(found) < total and found[i] + leave < counts[i] and found[i] < ideal[i]:
-                found[i] += 1
-    if total >= len(counts):
-        for i, count in enumerate(counts):
-            richest = max(range(len(counts)), key=lambda j: found[j])
-            if found[i] == 0 and count > 1 and found[richest] > 1:
-                found[richest] -= 1
-                found[i] += 1
-    return found
-
-
-def everything(dataset: ShardDataset) -> Split:
-    """A whole data set as one split."""
-    return Split(dataset, [0] * len(dataset.shard_sizes), dataset.shard_sizes)
-
-
-def hold_out(dataset: ShardDataset, samples: int) -> tuple[Split, Split]:
-    """Training samples, and the last ones of each group, as many as its share of the data set."""
-    kept, held = _counts(dataset, samples, last=True)
-    train = Split(dataset, [0] * len(kept), kept)
-    return train, Split(dataset, kept, held, start=len(train), once=True)
-
-
-def first_of(dataset: ShardDataset, samples: int) -> Split:
-    """The first samples of each group, as many as its share of the data set."""
-    _, taken = _counts(dataset, min(samples, sum(dataset.shard_sizes)), last=False)
-    return Split(dataset, [0] * len(taken), taken, once=True)
-
-
-def _counts(dataset: ShardDataset, samples: int, *, last: bool) -> tuple[list[int], list[int]]:
-    """Samples of each shard that are left and that are taken."""
-    sizes = dataset.shard_sizes
-    names = dataset.group_names
-    members = [[s for s in range(len(sizes)) if dataset.group(s) == name] for name in names]
-    quotas = shares([sum(sizes[s] for s in shards) for shards in members], samples)
-    taken = [0] * len(sizes)
-    for shards, quota in zip(members, quotas, strict=True):
-        for shard in reversed(shards) if last else shards:
-            taken[shard] = min(sizes[shard], quota)
-            quota -= taken[shard]
-    return [size - taken_ for size, taken_ in zip(sizes, taken, strict=True)], taken
+def _wrapping(runs: Sequence[Run], number: int, offset: int) -> Iterator[tuple[int, int]]:
+    """(shard, row) of all samples of some runs, from one of them to the last, then from the first on."""
+    for step in range(len(runs) + 1):
+        shard, first, size = runs[(number + step) % len(runs)]
+        begin = offset if step == 0 else 0
+        end = offset if step == len(runs) else size
+        for row in range(begin, end):
+            yield shard, first + row

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from data.modules.loader_processes import fork
+from data.safe_fork import fork
 from data.video.worker_process import Failure, RaisedError, describe_exit, prepare, serve_calls
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from data.base_folder import read_base, resolve_base
 from data.bucket import Bucket
-from data.modules.resumable import ShardDataModule
+from data.modules.shard_module import ShardDataModule
 from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT
 from data.storage.store import Store
 from data.stream.order import rank_size
@@ -66,14 +66,14 @@ def content_faults(
         found += _encode_faults(submission)
     if "fit" in stages:
         # The batch first: `check_fit` comes to it only where the shards are in order, and this is known without them.
-        if isinstance(data, ShardDataModule) and data.global_batch_size is not None:
-            size = data.global_batch_size
+        if isinstance(data, ShardDataModule) and data.config.global_batch_size is not None:
+            size = data.config.global_batch_size
             found += _lines(lambda: rank_size(size, submission.ranks))
         if "encode" in stages:
             found += _lines(getattr(model, "check", lambda: None))
-            apart = getattr(data, "val_shards", None)
-            if apart is not None:
-                found += _lines(lambda: find_shards(apart, LATENT_FORMAT, Store()))
+            validation = data.config.val_shards if isinstance(data, ShardDataModule) else None
+            if validation is not None:
+                found += _lines(lambda: find_shards(validation, LATENT_FORMAT, Store()))
         else:
             found += _lines(lambda: check_fit(model, data, ranks=submission.ranks, callbacks=callbacks))
     return found

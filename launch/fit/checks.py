@@ -7,7 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from data.modules.latents import LatentSource, ShardDataModule
+from data.modules.latents import BatchDataModule
+from data.modules.shard_module import ShardDataModule
 from launch.fit.lightning_private import precision_name
 from launch.fit.parser import class_at
 from trainer.callbacks.probe_callback import ProbeCallback
@@ -81,7 +82,7 @@ def check_fit(
         attempt(getattr(part, "check", lambda: None))
     if not faults and isinstance(data, ShardDataModule) and ranks is not None:
         attempt(lambda: data.check_batches(ranks))
-    if not faults and isinstance(data, LatentSource):
+    if not faults and isinstance(data, BatchDataModule):
         for probes in {callback.prompts for callback in callbacks if isinstance(callback, ProbeCallback)}:
             attempt(partial(data.check_probes, probes))
         if isinstance(model, RetrainBlocks):

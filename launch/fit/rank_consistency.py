@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from data.modules.latents import ShardDataModule
+from data.modules.shard_module import ShardDataModule
 from launch.fit.cpu_group import CpuGroup
 from launch.versions import PACKAGES
 from trainer.versions import package_versions, source_digest

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback
 
 from data.base_folder import resolve_base
 from data.bucket import Bucket
-from data.modules.latents import LatentSource, ShardDataModule
+from data.modules.latents import BatchDataModule
+from data.modules.shard_module import ShardDataModule
 from data.storage.store import StoreError
-from data.stream.order import rank_size
 from launch.fit.checks import check_combination
 from launch.fit.cli import ReadingCLI, recipe_cli
 from launch.plan.hardware import Hardware
@@ -158,7 +158,7 @@ def read_inputs(args: list[str], nodes: int | None = None) -> PlanInputs:
         raise ValueError("\n".join(faults))
     return PlanInputs(
         module=module, base=base, sharding=sharding, gpu=gpu, nodes=nodes, per_node=per_node,
-        node_size=per_node if said else hardware.gpus_per_node, batch=batch, val_batch=data.val_batch_size,
+        node_size=per_node if said else hardware.gpus_per_node, batch=batch, val_batch=data.config.val_batch_size,
         accumulate=int(config.trainer.accumulate_grad_batches or 1), autocast=autocast,
         callbacks=cli.callbacks, hardware=hardware, json=config.json, refused=_refusal(cli.config), **size,
     )  # fmt: skip
@@ -217,9 +217,7 @@ def _batch(data: Any, ranks: int) -> int:
     """Samples per rank."""
     if not isinstance(data, ShardDataModule):
         raise ValueError(f"got data from {type(data).__name__}, expected a data module over shards.")
-    if data.global_batch_size is None:
-        return int(data.batch_size or 0)
-    return rank_size(data.global_batch_size, ranks)
+    return data.rank_batch_size(ranks)
 
 
 def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
@@ -237,7 +235,7 @@ def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
     if any(value is not None for value in given.values()):
         raise ValueError(f"got {given}, expected all three of --frames, --height and --width, or none of them.")
     try:
-        if not isinstance(data, LatentSource):
+        if not isinstance(data, BatchDataModule):
             raise ValueError(f"{type(data).__name__} names no latents.")
         data.check()
     except (ValueError, StoreError) as error:

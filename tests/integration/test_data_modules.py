@@ -10,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from data.modules.latents import LatentDataModule, VideoDataModule
+from data.modules.latents import LatentDataModule
+from data.modules.videos import VideoDataModule
 from data.pack.command import pack
 from data.synth.command import synth
 from tests.support.fits import every_step, fit

@@ -18,7 +18,8 @@ from data.modules.latents import LatentDataModule
 from data.modules.online import EncodingDataModule
 from data.shards.format import read_clip, read_samples
 from data.storage.store import Store
-from data.stream.clips import ClipDataset
+from data.stream.clips import ClipReader
+from data.stream.hold_out import everything
 from data.synth.draw import render
 from data.synth.scenes import choose_scene
 from data.video.decode import decode_video
@@ -72,8 +73,8 @@ def same(found, expected):
 
 
 def test_windows_are_decoded_in_the_size_of_their_bucket(shards):
-    dataset = ClipDataset([str(shards)])
-    by_key = {dataset[i].key: dataset[i] for i in range(12)}
+    clips = everything(ClipReader([str(shards)]))
+    by_key = {clips[i].key: clips[i] for i in range(12)}
     assert tuple(by_key["clip-00"].video.shape) == (1, 32, 32, 3)
     assert tuple(by_key["clip-11"].video.shape) == (7, 32, 48, 3) and by_key["clip-03"].caption == ""
     for name, entry in (("clip-00", "1x32x32-000000.tar"), ("clip-11", "7x32x48-000002.tar")):
@@ -84,7 +85,7 @@ def test_windows_are_decoded_in_the_size_of_their_bucket(shards):
 
 
 @pytest.mark.slow
-def test_batches_are_those_of_the_encode_road(shards, base, latents):
+def test_batches_are_those_of_clips_that_were_encoded_beforehand(shards, base, latents):
     one, other = online(shards, base), LatentDataModule(shards=str(latents), **OPTIONS)
     for step in ("train_dataloader", "val_dataloader"):
         found = [one.on_after_batch_transfer(batch, 0) for batch in getattr(one, step)()]
@@ -183,5 +184,5 @@ def test_what_cannot_be_is_refused_at_once(shards, base, latents, tmp_path):
         online(shards, base, dtype="int8")
     with pytest.raises(ValueError, match="expected 'reblock-videos-2'"):
         online(latents, base).check()
-    with pytest.raises(ValueError, match=r"no folder|lacks"):
+    with pytest.raises(ValueError, match=r"does not exist|lacks"):
         online(shards, tmp_path / "gone").check()

@@ -223,7 +223,7 @@ def test_consumed_samples_cost_no_read(tmp_path):
         data = LatentDataModule(shards=where, val_samples=100, batch_size=10)
         data.check()
         data.load_state_dict({"epoch": 0, "batches": start})
-        store = data.train_split.dataset.store = Counting()
+        store = data.train_split.reader.store = Counting()
         batches = iter(data.train_dataloader())
         first = next(batches)
         counted[start] = (store.calls, store.bytes)

@@ -84,7 +84,7 @@ def test_every_room_was_read():
     [
         ("data.pack.command", "from trainer.objective import Flow"),
         ("data.pack.command", "def f():\n    import launch.main"),
-        ("trainer.module", "from data.stream.latents import LatentDataset"),
+        ("trainer.module", "from data.stream.latents import LatentReader"),
         ("trainer.module", "import data"),
         ("trainer.module", "from launch import main"),
         ("trainer.attention.api", "from trainer.models import mochi"),

@@ -33,7 +33,7 @@ def test_moving_keeps_everything_else():
         assert getattr(moved, name) == getattr(batch, name)
 
 
-def test_faults_are_added_up_and_what_does_not_count_is_told():
+def test_a_batch_sums_faults_and_lists_which_samples_count():
     samples = [replace(sample(1), faults=2), replace(sample(1), faults=1, counts=False), sample(1)]
     batch = Batch.collate(samples)
     assert batch.faults == 3 and batch.counts == (True, False, True)

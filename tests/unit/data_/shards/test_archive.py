@@ -29,7 +29,7 @@ def whole(path):
         return [(m.name, tar.extractfile(m).read()) for m in tar if m.isreg()]
 
 
-def test_places_hold_the_bytes_that_tarfile_reads(tmp_path):
+def test_members_hold_the_bytes_that_tarfile_reads(tmp_path):
     path = tmp_path / "a.tar"
     write_tar(path, SAMPLES)
     scan = scan_tar(path)

@@ -8,17 +8,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.stream.order import Group, ResumableBatchSampler, epoch_order, evaluation_batches, global_batches, rank_size
+from data.stream.order import (
+    BatchGroup,
+    ResumableBatchSampler,
+    epoch_order,
+    evaluation_batches,
+    global_batches,
+    rank_size,
+)
 
 sizes_strategy = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
-def make_groups(layout: list[tuple[int, int]]) -> list[Group]:
+def make_groups(layout: list[tuple[int, int]]) -> list[BatchGroup]:
     """Groups of shards that lie between one another: (group, samples) of each shard in turn."""
     starts = np.cumsum([0, *(size for _, size in layout)])
     names = sorted({group for group, _ in layout})
     return [
-        Group(
+        BatchGroup(
             str(name),
             np.array([start for start, (group, _) in zip(starts, layout, strict=False) if group == name]),
             np.array([size for group, size in layout if group == name]),

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from data.shards import sample_table
 from data.shards.format import record_name
 from data.storage.store import Store
-from data.stream import shard_index
-from data.stream.clips import ClipDataset, VideoDataset
-from data.stream.latents import LatentDataset
-from data.stream.split import everything, hold_out, shares
+from data.stream import reader
+from data.stream.clips import ClipReader, VideoReader
+from data.stream.hold_out import everything, hold_out, shares
+from data.stream.latents import LatentReader
 from tests.support.latent_shards import write_latents
 
 BUCKET, SHAPE = "7x32x32", (3, 2, 4, 4)
@@ -38,22 +39,27 @@ def damaged(entry):
     return entry | {"safetensors": b"damaged"}
 
 
-def keys(dataset):
-    return [dataset[i].key for i in range(len(dataset))]
+def split(locations, **options):
+    """All samples of some latent shards."""
+    return everything(LatentReader(locations, **options))
+
+
+def keys(samples):
+    return [samples[i].key for i in range(len(samples))]
 
 
 def test_latents_are_normalised_per_channel_and_captions_have_their_length(tmp_path):
-    dataset = LatentDataset([make(tmp_path)])
-    assert len(dataset) == 5 and dataset.latent_shapes == {BUCKET: SHAPE} and dataset.text_width == 8
+    samples = split([make(tmp_path)])
+    assert len(samples) == 5 and samples.reader.latent_shapes == {BUCKET: SHAPE} and samples.reader.text_width == 8
     for i in range(5):
-        sample = dataset[i]
+        sample = samples[i]
         raw = raw_latent(i).half().float()
         expected = (raw - torch.tensor(MEAN).view(3, 1, 1, 1)) / torch.tensor(STD).view(3, 1, 1, 1)
         assert torch.equal(sample.latent, expected) and sample.latent.dtype == torch.float32
         assert torch.equal(sample.text, torch.full((i % 4, 8), float(i)))
         assert (sample.key, sample.uid, sample.faults, sample.counts) == (f"clip-{i:02d}", i, 0, True)
-    with pytest.raises(IndexError):
-        dataset[5]
+    again = samples[5]
+    assert (again.key, again.uid, again.counts) == ("clip-00", 5, True)
 
 
 def test_shards_are_found_by_folder_wildcard_braces_and_one_by_one(tmp_path):
@@ -69,7 +75,7 @@ def test_shards_are_found_by_folder_wildcard_braces_and_one_by_one(tmp_path):
         f"b/{BUCKET}-{{000001,000000}}.tar": [3, 1],  # in the order of the index
     }
     for location, expected in sizes.items():
-        assert LatentDataset([f"{tmp_path}/{location}"]).shard_sizes == expected, location
+        assert LatentReader([f"{tmp_path}/{location}"]).shard_sizes == expected, location
     for wrong, message in (
         ([tmp_path / "a", tmp_path / "a"], "comes twice"),
         ([tmp_path / "a", tmp_path / "a" / f"{BUCKET}-000000.tar"], "comes twice"),
@@ -78,12 +84,12 @@ def test_shards_are_found_by_folder_wildcard_braces_and_one_by_one(tmp_path):
         (["pipe:cat a.tar"], "never code"),
     ):
         with pytest.raises(ValueError, match=message):
-            LatentDataset(wrong)
+            LatentReader(wrong)
 
 
 def test_drawing_from_the_posterior_is_keyed_by_uid_and_has_its_width(tmp_path):
     folder = make(tmp_path)
-    drawn, mean = everything(LatentDataset([folder], sample_latents=True)), LatentDataset([folder])
+    drawn, mean = split([folder], sample_latents=True), split([folder])
     assert torch.equal(drawn[2].latent, drawn[2].latent)
     assert not torch.equal(drawn[2].latent, drawn[7].latent)  # the same sample in the second pass
     std = torch.tensor(STD).view(3, 1, 1, 1)
@@ -99,7 +105,7 @@ MIXED = [(BUCKET, 5), (OTHER, 6), (BUCKET, 7), (OTHER, 2)]  # samples 0-4, 5-10,
 
 
 def test_each_bucket_holds_out_its_last_samples_in_proportion(tmp_path):
-    train, held = hold_out(LatentDataset([make(tmp_path, shards=MIXED)]), 5)
+    train, held = hold_out(LatentReader([make(tmp_path, shards=MIXED)]), 5)
     assert [held[i].key for i in range(5)] == ["clip-15", "clip-16", "clip-17", "clip-18", "clip-19"]
     kept = [train[i].key for i in range(15)]
     assert kept == [f"clip-{i:02d}" for i in range(15)]
@@ -121,7 +127,7 @@ def test_shares_follow_the_counts(counts, total, expected):
 
 
 def test_a_second_look_at_a_held_out_sample_does_not_count(tmp_path):
-    train, held = hold_out(LatentDataset([make(tmp_path)]), 2)
+    train, held = hold_out(LatentReader([make(tmp_path)]), 2)
     assert [held[i].counts for i in (0, 1, 2, 3)] == [True, True, False, False]
     assert held[2].key == held[0].key and train[4].counts
 
@@ -132,7 +138,7 @@ def test_a_second_look_at_a_held_out_sample_does_not_count(tmp_path):
 def test_a_damaged_sample_is_replaced_by_another_of_its_bucket_and_split(tmp_path, caplog):
     spoil = dict.fromkeys((2, 4, 14, 17, 19), damaged)
     folder = make(tmp_path, shards=MIXED, spoil=spoil)
-    train, held = hold_out(LatentDataset([folder], max_fault_share=0.5), 5)
+    train, held = hold_out(LatentReader([folder], max_fault_share=0.5), 5)
     with caplog.at_level(logging.WARNING):
         taken = train[2]
     assert taken.uid == 2 and taken.faults >= 1
@@ -150,7 +156,7 @@ def test_the_visits_of_a_lost_shard_spread_and_any_process_finds_the_same(tmp_pa
     lost = range(40, 80)
 
     def fresh():
-        return everything(LatentDataset([str(folder)], max_fault_share=0.5))
+        return split([str(folder)], max_fault_share=0.5)
 
     train = fresh()
     found = {visit: train[visit].key for number in range(3) for visit in (200 * number + i for i in lost)}
@@ -164,10 +170,10 @@ def test_the_visits_of_a_lost_shard_spread_and_any_process_finds_the_same(tmp_pa
 
 def test_one_sample_that_is_left_of_many_is_found(tmp_path):
     spoil = {i: damaged for i in range(300) if i != 207}
-    dataset = LatentDataset([make(tmp_path, shards=[(BUCKET, 150)] * 2, spoil=spoil, key="clip-{:03d}")],
+    samples = split([make(tmp_path, shards=[(BUCKET, 150)] * 2, spoil=spoil, key="clip-{:03d}")],
                             max_fault_share=1.0)  # fmt: skip
-    assert [dataset[i].key for i in (3, 299)] == ["clip-207"] * 2
-    assert 1 <= dataset[3].faults <= 299
+    assert [samples[i].key for i in (3, 299)] == ["clip-207"] * 2
+    assert 1 <= samples[3].faults <= 299
 
 
 @pytest.mark.parametrize(
@@ -183,9 +189,9 @@ def test_one_sample_that_is_left_of_many_is_found(tmp_path):
     ],
 )
 def test_what_counts_as_damage(tmp_path, caplog, spoil, reason):
-    dataset = LatentDataset([make(tmp_path, spoil={1: spoil})])
+    samples = split([make(tmp_path, spoil={1: spoil})])
     with caplog.at_level(logging.WARNING):
-        assert dataset[1].key == "clip-02"
+        assert samples[1].key == "clip-02"
     assert "clip-01" in caplog.text
     assert re.search(reason, caplog.text), caplog.text
 
@@ -196,7 +202,7 @@ def test_a_sample_whose_record_names_no_caption_is_damage(tmp_path, caplog):
     listed = json.loads(record.read_text())
     del listed["samples"][1][1]["text"]
     record.write_text(json.dumps(listed))
-    assert LatentDataset([folder])[1].key == "clip-02"
+    assert split([folder])[1].key == "clip-02"
     assert "clip-01 is damaged" in caplog.text and "lacks 'text'" in caplog.text
 
 
@@ -210,22 +216,22 @@ def test_no_pickle_is_read(tmp_path):
     def trap(entry):
         return entry | {"safetensors": pickle.dumps(Trap())}
 
-    assert LatentDataset([make(tmp_path / "s", spoil={1: trap})])[1].key == "clip-02"
+    assert split([make(tmp_path / "s", spoil={1: trap})])[1].key == "clip-02"
     assert not (tmp_path / "ran").exists()
 
 
 def test_captions_with_numbers_that_are_not_finite_or_of_another_width_are_damage(tmp_path):
     folder = make(tmp_path / "a", text=lambda i: torch.full((2, 8), torch.nan if i == 1 else 1.0))
-    assert LatentDataset([folder])[1].key == "clip-02"
+    assert split([folder])[1].key == "clip-02"
     folder = make(tmp_path / "b", text=lambda i: torch.ones(2, 8 + (i == 1)))
-    assert LatentDataset([folder])[1].key == "clip-02"
+    assert split([folder])[1].key == "clip-02"
 
 
 def test_past_a_share_of_damaged_samples_reading_stops(tmp_path):
-    dataset = LatentDataset([make(tmp_path, spoil=dict.fromkeys((1, 3), damaged))])
-    assert dataset[1].key == "clip-02"  # one is always let pass
+    samples = split([make(tmp_path, spoil=dict.fromkeys((1, 3), damaged))])
+    assert samples[1].key == "clip-02"  # one is always let pass
     with pytest.raises(ValueError, match=r"2 of 5 samples are damaged.*max_fault_share 0.01.*clip-03"):
-        dataset[3]
+        samples[3]
 
 
 def test_a_shard_that_is_cut_absent_or_without_record_costs_its_samples(tmp_path):
@@ -236,7 +242,7 @@ def test_a_shard_that_is_cut_absent_or_without_record_costs_its_samples(tmp_path
     whole_ones = ["clip-00", "clip-01", "clip-02"]
 
     def check(kept=3):
-        found = keys(LatentDataset([folder], max_fault_share=0.5))
+        found = keys(split([folder], max_fault_share=0.5))
         assert found[:kept] == [*whole_ones, "clip-03"][:kept] and set(found) == set(found[:kept])
 
     check()
@@ -257,19 +263,19 @@ def test_a_shard_that_is_cut_absent_or_without_record_costs_its_samples(tmp_path
 )
 def test_folders_that_differ_are_refused(tmp_path, head, field):
     with pytest.raises(ValueError, match=f"has {field} .*must agree|{field}"):
-        LatentDataset([make(tmp_path / "a"), make(tmp_path / "b", **head)])
+        LatentReader([make(tmp_path / "a"), make(tmp_path / "b", **head)])
 
 
 def test_folders_of_other_buckets_go_together(tmp_path):
-    dataset = LatentDataset([make(tmp_path / "a"), make(tmp_path / "b", shards=[(OTHER, 2)])])
-    assert [tuple(dataset[i].latent.shape) for i in (0, 5)] == [SHAPE, (3, 1, 2, 4)]
+    samples = split([make(tmp_path / "a"), make(tmp_path / "b", shards=[(OTHER, 2)])])
+    assert [tuple(samples[i].latent.shape) for i in (0, 5)] == [SHAPE, (3, 1, 2, 4)]
 
 
-def test_video_shards_are_told_apart(tmp_path):
+def test_shards_of_another_format_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has format 'reblock-latents-2', expected 'reblock-videos-2'"):
-        ClipDataset([make(tmp_path)])
+        ClipReader([make(tmp_path)])
     with pytest.raises(ValueError, match="expected 'reblock-videos-2'"):
-        VideoDataset([tmp_path], frames=2, height=32, width=32)
+        VideoReader([tmp_path], frames=2, height=32, width=32)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -290,36 +296,36 @@ class Counting(Store):
 
 def test_a_sample_is_one_read_and_a_record_is_read_once(tmp_path):
     store = Counting()
-    dataset = LatentDataset([make(tmp_path, shards=[(BUCKET, 6)])], store=store)
+    samples = split([make(tmp_path, shards=[(BUCKET, 6)])], store=store)
     store.reads.clear()
     for number in (0, 3, 3, 5):
-        dataset[number]
+        samples[number]
     assert [name for name, _ in store.reads] == [f"{BUCKET}-000000.json"] + [f"{BUCKET}-000000.tar"] * 4
 
 
 def test_a_caption_far_from_its_latent_is_read_apart(tmp_path, monkeypatch):
     """A caption that many samples share lies before the first of them."""
     store = Counting()
-    dataset = LatentDataset([make(tmp_path, text=lambda i: torch.ones(3, 8))], store=store)
-    expected = dataset[1]
+    samples = split([make(tmp_path, text=lambda i: torch.ones(3, 8))], store=store)
+    expected = samples[1]
     sizes = store.reads[-1][1]
-    original = shard_index.read_near
+    original = reader.read_members
     monkeypatch.setattr(
-        "data.stream.latents.read_near", lambda shard, members, kept: original(shard, members, kept, gap=0)
+        "data.stream.reader.read_members", lambda shard, members, store: original(shard, members, store, gap=0)
     )
     store.reads.clear()
-    apart = dataset[1]
+    apart = samples[1]
     assert len(store.reads) == 2 and sum(size for _, size in store.reads) < sizes
     assert torch.equal(apart.latent, expected.latent) and torch.equal(apart.text, expected.text)
 
 
-def test_places_that_a_process_keeps_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_index, "_PLACES", 4)
+def test_the_cache_of_tables_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_table, "_CACHED_ROWS", 4)
     store = Counting()
-    dataset = LatentDataset([make(tmp_path, shards=[(BUCKET, 2)] * 4)], store=store)
+    samples = split([make(tmp_path, shards=[(BUCKET, 2)] * 4)], store=store)
     store.reads.clear()
-    for number in (0, 2, 0, 4, 0, 2):  # shards 0, 1, 0, 2, 0, 1: the third puts the second out, not the first
-        dataset[number]
+    for number in (0, 2, 0, 4, 0, 2):  # shards 0, 1, 0, 2, 0, 1: the third evicts the second, not the first
+        samples[number]
     assert [name for name, _ in store.reads if name.endswith("json")] == [
         f"{BUCKET}-{shard:06d}.json" for shard in (0, 1, 2, 1)
     ]

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[3]
 #: As the fault does: inside the fork, before Python code of the caller runs; it stops the first `stopped` children.
 STOPPED = """
 import os, signal, sys
 from pathlib import Path
-from data.modules import loader_processes as forks
+from data import safe_fork
 
-forks._LIMIT = 0.3
+safe_fork._START_TIMEOUT = 0.3
 folder, stopped = Path(sys.argv[1]), int(sys.argv[2])
 
 def stop():
@@ -38,27 +38,27 @@ def gone(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_loaders_processes_come_to_life(tmp_path):
+def test_the_processes_of_a_loader_start(tmp_path):
     done = run(tmp_path, 2, """
         from data.modules.epoch_position import ResumableLoader
         os.register_at_fork(after_in_child=stop)
-        loader = ResumableLoader(range(6), num_workers=2, multiprocessing_context=forks.loader_context())
+        loader = ResumableLoader(range(6), num_workers=2, multiprocessing_context=safe_fork.fork_context())
         print([int(batch) for batch in loader])
     """)  # fmt: skip
     assert done.returncode == 0 and done.stdout == "[0, 1, 2, 3, 4, 5]\n", done.stderr
     assert len(list(tmp_path.glob("fork-*"))) == 4 and gone(tmp_path)
 
 
-def test_children_that_never_live_are_an_error_and_none_is_left(tmp_path):
+def test_children_that_never_start_are_an_error_and_none_is_left(tmp_path):
     done = run(tmp_path, 10**6, """
-        forks._TRIES = 3
+        safe_fork._ATTEMPTS = 3
         os.register_at_fork(after_in_child=stop)
         try:
-            forks.fork()
+            safe_fork.fork()
         except RuntimeError as error:
             print(error)
     """)  # fmt: skip
-    assert done.stdout == "3 forked processes in a row did not come to life within 0 s each\n", done.stderr
+    assert done.stdout == "3 forked processes in a row did not start within 0 s each\n", done.stderr
     assert len(list(tmp_path.glob("fork-*"))) == 3 and gone(tmp_path)
 
 
@@ -67,7 +67,7 @@ def test_a_child_whose_parent_died_at_the_fork_ends(tmp_path):
     done = run(tmp_path, 0, """
         parent = os.getpid()
         os.register_at_fork(after_in_child=lambda: os.kill(parent, signal.SIGKILL))
-        if forks.fork() == 0:
+        if safe_fork.fork() == 0:
             (folder / "done").touch()
             os._exit(0)
     """)  # fmt: skip
@@ -77,7 +77,7 @@ def test_a_child_whose_parent_died_at_the_fork_ends(tmp_path):
 
 def test_its_exit_code_is_the_childs(tmp_path):
     done = run(tmp_path, 0, """
-        pid = forks.fork()
+        pid = safe_fork.fork()
         if pid == 0:
             os._exit(7)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
