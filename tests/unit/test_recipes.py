@@ -21,6 +21,7 @@ from trainer.parallel.strategies import ShardedStrategy
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+RECIPES += sorted(f"experiments/{path.name}" for path in (ROOT / "recipes" / "experiments").glob("*.yaml"))
 OVERLAYS = sorted(path.stem for path in (ROOT / "recipes" / "cluster").glob("*.yaml"))
 ZERO = [name for name in OVERLAYS if name.startswith("zero")]
 
