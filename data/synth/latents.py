@@ -11,7 +11,7 @@ from safetensors.torch import save
 from data.base_folder import read_base, resolve_base
 from data.bucket import Bucket
 from data.encode.encoders import Encoders
-from data.shards.folder import TEXT, Sample, ShardFolder
+from data.shards.folder import TEXT, ShardFolder, TarSample
 from data.shards.format import LATENT_FORMAT, caption_key, shard_name, text_digest
 from data.synth.layered import choose_layered_scene
 from data.synth.layered_draw import render_layered
@@ -88,7 +88,7 @@ def synth_latents(
 
 def _samples(
     encoders: Encoders, bucket: Bucket, seed: int, indices: Sequence[int], batch_size: int
-) -> Iterator[Sample]:
+) -> Iterator[TarSample]:
     """Entries of one shard, each caption before the first clip that has it."""
     written: set[str] = set()
     for start in range(0, len(indices), batch_size):

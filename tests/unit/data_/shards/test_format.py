@@ -18,7 +18,6 @@ from data.shards.format import (
     caption_key,
     check_fault_share,
     clip_extension,
-    cut_samples,
     read_clip,
     read_index,
     read_json,
@@ -27,6 +26,7 @@ from data.shards.format import (
     record_name,
     shard_name,
     text_digest,
+    truncated_samples,
 )
 from data.storage.store import Store
 from tests.support.http_store import WebStore
@@ -150,9 +150,9 @@ def test_a_failed_write_leaves_the_old_archive_and_nothing_beside_it(tmp_path):
 def test_what_lies_behind_a_cut_is_known_without_reading(tmp_path, keep, lost):
     first, second = folder_of(tmp_path)
     index = read_index(str(tmp_path), STORE)
-    assert cut_samples(str(tmp_path), index, STORE) == []
+    assert truncated_samples(str(tmp_path), index, STORE) == []
     os.truncate(tmp_path / first, keep)
-    faults = cut_samples(str(tmp_path), index, STORE)
+    faults = truncated_samples(str(tmp_path), index, STORE)
     assert [f.key for f in faults] == [f"clip-{i}" for i in range(3 - lost, 3)]
     assert all(f.shard.endswith(first) and str(keep) in f.reason for f in faults)
     listed = dict(read_samples(str(tmp_path), first, STORE))
@@ -164,7 +164,7 @@ def test_what_lies_behind_a_cut_is_known_without_reading(tmp_path, keep, lost):
         else:
             read_clip(str(tmp_path / first), members, STORE)
     (tmp_path / second).unlink()
-    assert {f.reason for f in cut_samples(str(tmp_path), index, STORE)[lost:]} == {"its shard is absent"}
+    assert {f.reason for f in truncated_samples(str(tmp_path), index, STORE)[lost:]} == {"its shard is absent"}
 
 
 def test_finished_shards_are_kept_and_other_settings_refused(tmp_path):
