@@ -1,4 +1,4 @@
-"""The `run` part of a recipe: the run folder, and what is kept in it."""
+"""The `run` part of a recipe: name and place of the run folder, checkpoints, logging, deadlines."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Slurm's own commands, asked in a few words. Where they are not at hand, or do not answer, there is no answer."""
+"""Calls of Slurm's own commands. Where one is not installed, fails or does not answer in time, the result is None."""
 
 import re
 import shutil

@@ -26,7 +26,8 @@ class _CompiledInTraining:
         self._block = block
         self._eager = type(block).forward
         # Sizes as torch has it: the first are compiled as they are, those that change become symbols. All of them
-        # symbols from the start took minutes a graph to trace.
+        # symbols from the start took minutes a graph to trace. So a run that is resumed at another size than it began
+        # with may compile other kernels, which round otherwise; with one size it computes the same bits.
         self._compiled = torch.compile(type(block).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

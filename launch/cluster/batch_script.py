@@ -1,4 +1,4 @@
-"""The text of a batch script: what a job is made of, and how words of the user's are put into it.
+"""The text of a batch script: what it is made of, and how values of the user's are quoted in it.
 
 A script is read twice: by sbatch, which takes the #SBATCH lines with quoting rules of its own, and by bash. Whatever
 comes from the user goes through `directive` for the one and `shlex.quote` for the other.
@@ -47,13 +47,13 @@ class BatchScript:
         ranks: whether its tasks are ranks of one training.
         run: the run folder.
         signal: that announces the end of the time to the tasks.
-        stops: what they do then, in words; empty if they do not hear it.
+        stops: what they do on the signal, for a comment; empty if they ignore it.
         verb: what is run, for a heading.
         job_id: how the shell writes what `scontrol requeue` takes.
         max_requeues: by the script.
         wait_seconds: as `Submission.wait_seconds`.
         srun: srun's options, in the shell's own spelling.
-        command: likewise, what srun runs: a line of words each.
+        command: what srun runs, in the shell's own spelling: one line of the script each.
     """
 
     stage: str

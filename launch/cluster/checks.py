@@ -1,4 +1,4 @@
-"""Whether recipe, options and cluster go together, before anything is written or queued.
+"""Faults of recipe, options and cluster together, found before anything is written or queued.
 
 Each function gives a line for each fault; nothing here raises for what a user can mend.
 """

@@ -1,4 +1,4 @@
-"""What `reblock submit` leaves in the run folder: scripts, the resolved recipe, versions, the code's state, job ids.
+"""What `reblock submit` writes into the run folder: scripts, the resolved recipe, versions, the code's state, job ids.
 
 job.sbatch, encode.sbatch, export.sbatch   the scripts
 job/config.yaml                            the recipe, as the job reads it

@@ -1,4 +1,4 @@
-"""What `reblock submit` can be told beside the recipe, and whether it makes sense in itself."""
+"""The options of `reblock submit` beside the recipe, and their faults."""
 
 import re
 from collections.abc import Sequence
@@ -232,18 +232,18 @@ class JobConfig:
         return control_faults(words)
 
 
-def control_faults(words: dict[str, str]) -> list[str]:
-    """A line for each word with control characters."""
+def control_faults(texts: dict[str, str]) -> list[str]:
+    """A line for each text with control characters."""
     return [
-        f"got {name} {word!r}, expected text without line breaks and other control characters."
-        for name, word in words.items()
-        if has_control(word)
+        f"got {name} {text!r}, expected text without line breaks and other control characters."
+        for name, text in texts.items()
+        if has_control(text)
     ]
 
 
-def has_control(word: str) -> bool:
+def has_control(text: str) -> bool:
     """Whether there are characters that a line of a script cannot hold."""
-    return any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" or "\ud800" <= c <= "\udfff" for c in word)
+    return any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 def raw_options(options: Sequence[str]) -> dict[str, str | None]:

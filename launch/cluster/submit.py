@@ -98,7 +98,7 @@ def run(argv: list[str]) -> None:
 
 
 def _read(argv: Sequence[str]) -> SubmitCLI:
-    """The recipe and the options, in silence: what Lightning says of this machine does not concern the nodes."""
+    """The recipe and the options. Lightning's messages about this machine are not shown: the nodes are other ones."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)

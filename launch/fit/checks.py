@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe's objects together, before anything is loaded."""
+"""Faults of a recipe as a whole, found before anything is loaded."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -144,7 +144,7 @@ class RecipeCLI(LightningCLI):
         check_fit(self.model, self.datamodule, ranks=ranks, callbacks=callbacks)
         self._checkpoint: Path | None = None
         if not self.trainer.is_global_zero:
-            return  # rank zero decides, and tells the others once they can speak to each other
+            return  # rank zero decides; the others get its choice once the process group stands (SharedCheckpoint)
         prepare_folder(self.run_config)
         folder = self.run_config.folder
         clear_leftovers(folder)

@@ -113,7 +113,7 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoints(PreparedModelCheckpoint):
-    """`ModelCheckpoint`, each of whose saves all ranks give up together."""
+    """`ModelCheckpoint` whose saves fail on all ranks or on none."""
 
     def prepare(self, trainer: Trainer) -> None:
         make_ready(trainer)

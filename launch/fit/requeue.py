@@ -36,7 +36,7 @@ def job_id() -> str | None:
 def preempted() -> bool:
     """Whether Slurm makes this job end to give its nodes to another.
 
-    Where the partition leaves it time for that (GraceTime), Slurm does not queue a job again that ends by itself.
+    Where the partition gives it time for that (GraceTime), Slurm does not queue a job again that ends by itself.
     """
     try:
         return re.search(r" PreemptTime=\d", _scontrol("show", "job", "--oneliner")) is not None

@@ -18,7 +18,7 @@ from trainer.callbacks.probe_callback import ProbeCallback
 EXIT_STATUS = 70
 #: The first step compiles, and the base is loaded before it: it may take so many deadlines.
 FIRST_STEP_FACTOR = 4
-#: Seconds in which the other ranks, that wait for this one, come to their own deadline before it leaves.
+#: Seconds that a rank waits before it exits, so that ranks that wait for it reach their own deadline first.
 _GRACE = 5.0
 #: By its number: whatever has been put in place of `sys.stderr`.
 _STDERR = 2
@@ -28,7 +28,7 @@ class Watchdog(Callback):
     """A thread that ends the process when nothing has been finished for so long.
 
     Finished are: a training batch, a validation batch, a measured batch, a checkpoint. Each rank watches itself: ranks
-    that wait for a hung one have finished nothing either, so each leaves its own RUN/stacks/rank-N.txt. The one that
+    that wait for a hung one have finished nothing either, so each writes its own RUN/stacks/rank-N.txt. The one that
     the others wait for is that whose stack is not in a collective.
 
     Args:
