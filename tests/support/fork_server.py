@@ -210,12 +210,15 @@ def become(request: dict[str, Any]) -> None:
     import multiprocessing.process
 
     import numpy as np
+    import torch
 
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
-    np.random.seed()  # noqa: NPY002 - as in a new interpreter: Python's own generator does so by itself
+    # As in a new interpreter; Python's own generator does so by itself.
+    np.random.seed()  # noqa: NPY002
+    torch.default_generator.seed()
     program, *arguments = request["argv"]
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
