@@ -2,7 +2,7 @@
 
 MOVED = {
     "data.datamodule.LatentDataModule": "data.modules.latents.LatentDataModule",
-    "data.datamodule.VideoDataModule": "data.modules.latents.VideoDataModule",
+    "data.datamodule.VideoDataModule": "data.modules.videos.VideoDataModule",
     "data.online.EncodingDataModule": "data.modules.online.EncodingDataModule",
     "trainer.callbacks.trunk.TrunkStore": "trainer.callbacks.trunk_cache.TrunkCache",
     "trainer.callbacks.trunk_cache.TrunkStore": "trainer.callbacks.trunk_cache.TrunkCache",
