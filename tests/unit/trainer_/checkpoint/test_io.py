@@ -217,7 +217,7 @@ def test_once_ready_a_save_neither_waits_nor_raises(tmp_path, disk):
     disk.let(100)
     files.drain()
     with no_room():
-        files._do(files._write, files._buffers.take(content(3)), tmp_path / "best-step=3.ckpt")
+        files._submit(files._write, files._buffers.take(content(3)), tmp_path / "best-step=3.ckpt")
         files.drain()
     files.save_checkpoint(content(4), tmp_path / LAST)
     files.drain()
