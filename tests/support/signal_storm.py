@@ -33,7 +33,7 @@ class Says(Callback):
 
 def fit(shards, folder: Path, *, accumulate: int, steps: int, callbacks=()) -> Trainer:
     trainer, data, together = build(shards, folder, steps=steps, accumulate=accumulate, callbacks=callbacks)
-    last = together.last.path
+    last = together.last_checkpoint.path
     try:
         trainer.fit(Steps(), datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     except signals.Stopped:
