@@ -10,6 +10,7 @@ STAMP := .venv/.installed
 # Tests of functions that start no process, write no video and run no fit; `make test` runs these too.
 PURE := tests/unit/test_imports.py tests/unit/data_/shards tests/unit/data_/stream tests/unit/data_/test_batch.py \
   tests/unit/data_/test_bucket.py tests/unit/trainer_/attention tests/unit/trainer_/test_ema.py \
+  --ignore=tests/unit/trainer_/attention/test_operators.py \
   tests/unit/trainer_/test_objective.py tests/unit/trainer_/test_surgery.py
 
 .DEFAULT_GOAL := help
