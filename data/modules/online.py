@@ -11,7 +11,7 @@ from data.batch import Batch, Sample
 from data.bucket import Bucket
 from data.modules.latents import BatchDataModule
 from data.shards.format import VIDEO_FORMAT
-from data.stream.clips import ClipBatch, ClipReader, DecodedClip
+from data.stream.clips import ClipBatch, ClipReader, ClipSample
 from data.stream.latents import Normaliser
 from data.stream.shard_index import IndexedShards, bucket_names
 
@@ -72,7 +72,7 @@ class EncodingDataModule(BatchDataModule):
         )  # fmt: skip
 
     @staticmethod
-    def collate(samples: Sequence[DecodedClip]) -> ClipBatch:
+    def collate(samples: Sequence[ClipSample]) -> ClipBatch:
         return ClipBatch.collate(samples)
 
     def held_out_samples(self, positions: Sequence[int]) -> list[Sample]:

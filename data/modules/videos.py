@@ -10,7 +10,7 @@ import torch
 
 from data.modules.shard_module import ShardDataModule
 from data.shards.format import VIDEO_FORMAT
-from data.stream.clips import DecodedClip, VideoReader
+from data.stream.clips import ClipSample, VideoReader
 from data.stream.shard_index import IndexedShards
 
 
@@ -57,7 +57,7 @@ class VideoDataModule(ShardDataModule):
         )  # fmt: skip
 
     @staticmethod
-    def collate(samples: Sequence[DecodedClip]) -> dict[str, Any]:
+    def collate(samples: Sequence[ClipSample]) -> dict[str, Any]:
         return {
             "video": torch.stack([clip.video for clip in samples]),
             "uid": torch.tensor([clip.uid for clip in samples]),

@@ -21,7 +21,7 @@ from data.video.isolated_call import IsolatedCall
 
 
 @dataclass
-class DecodedClip:
+class ClipSample:
     """A decoded clip with its caption.
 
     Args:
@@ -46,10 +46,10 @@ class ClipBatch:
     """Clips of one size; `videos` (B, T, H, W, 3) uint8."""
 
     videos: Tensor
-    clips: tuple[DecodedClip, ...]
+    clips: tuple[ClipSample, ...]
 
     @classmethod
-    def collate(cls, clips: Sequence[DecodedClip]) -> "ClipBatch":
+    def collate(cls, clips: Sequence[ClipSample]) -> "ClipBatch":
         """Stacks clips of one bucket."""
         videos = torch.stack([clip.video for clip in clips])
         return cls(videos, tuple(replace(clip, video=videos[0, :0]) for clip in clips))
@@ -87,7 +87,7 @@ def _decode(task: tuple[bytes, list[int], int, int]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(decode_video(content, indices, height, width))
 
 
-class ClipReader(ShardReader[DecodedClip]):
+class ClipReader(ShardReader[ClipSample]):
     """Clips as `reblock encode` reads them: the window that packing chose, in the size of their bucket.
 
     Args:
@@ -108,10 +108,10 @@ class ClipReader(ShardReader[DecodedClip]):
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
         self._isolated_call = IsolatedCall(deadline)
 
-    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> DecodedClip:
+    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> ClipSample:
         bucket = bucket or Bucket.parse(str(parse_facts(files["json"]).get("bucket")))
         video = self._decode(files, bucket.frames, bucket.height, bucket.width)
-        return DecodedClip(torch.from_numpy(video), files["txt"].decode(), key, uid)
+        return ClipSample(torch.from_numpy(video), files["txt"].decode(), key, uid)
 
     def _decode(self, files: Mapping[str, bytes], frames: int, height: int, width: int) -> NDArray[np.uint8]:
         """The first frames of a clip's window, (T, H, W, 3)."""
@@ -154,8 +154,8 @@ class VideoReader(ClipReader):
         if short:
             raise ValueError(f"got frames {frames}, the shards' buckets {short} have fewer; lower data.frames.")
 
-    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> DecodedClip:
+    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> ClipSample:
         video = self._decode(files, self.frames, self.height, self.width)
         # In numpy: torch would use all cores for a small array, and several loaders then compete for them.
         pixels = np.ascontiguousarray(video.transpose(3, 0, 1, 2), dtype=np.float32) / np.float32(127.5) - np.float32(1)
-        return DecodedClip(torch.from_numpy(pixels), files["txt"].decode(), key, uid)
+        return ClipSample(torch.from_numpy(pixels), files["txt"].decode(), key, uid)
