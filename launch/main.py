@@ -18,6 +18,7 @@ from launch import signals
 #: Command -> where its function is, and what it does in one line. Modules are imported only when asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("data.synth.command:synth", "make procedural captioned clips, real H.264 files"),
+    "synth-latents": ("data.synth.latents:synth_latents", "make richer procedural clips, straight to latent shards"),
     "pack": ("data.pack.command:pack", "folder of clips and captions -> video shards"),
     "encode": ("data.encode.command:encode", "video shards -> latent shards"),
     "inspect": ("data.inspect.command:inspect", "counts, shapes, durations and faults of shards"),
@@ -114,7 +115,7 @@ def spelled_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
 
 def usage() -> str:
     """What `reblock --help` prints."""
-    lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
     return "usage: reblock COMMAND [ARGUMENTS]\n\n" + "\n".join(lines) + "\n\n`reblock COMMAND --help` says more."
 
 

@@ -3,18 +3,22 @@
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from data.files import atomic_folder
-from data.synth.command import CAPTION_WORDS
+from data.synth.layered import LAYERED_CAPTION_WORDS
+from data.synth.scenes import CAPTION_WORDS
 from trainer.graft import apply_graft, load_graft
 from trainer.models.from_scratch import draw_frequencies
 
 #: Caption tokens that the pipeline pads to, as in the real Mochi.
 MAX_TEXT_TOKENS = 256
+#: Whose captions -> their words.
+_WORDS = {"scenes": CAPTION_WORDS, "layered": LAYERED_CAPTION_WORDS}
 
 
 def caption_tokenizer(vocabulary: tuple[str, ...]) -> T5Tokenizer:
@@ -53,12 +57,13 @@ def pipeline(
     vae: Path,
     transformer_config: Path = Path("recipes/demo_base_config.json"),
     run: Path | None = None,
+    captions: Literal["scenes", "layered"] = "scenes",
     seed: int = 0,
     half: bool = True,
 ) -> None:
     """Writes a diffusers Mochi pipeline folder: VAE, T5 encoder and tokenizer, scheduler, transformer.
 
-    Text encoder and tokenizer are made here, from the words of `reblock synth`'s captions and random weights.
+    Text encoder and tokenizer are made here, from the captions' words and random weights.
 
     Args:
         out: folder to write; absent.
@@ -66,6 +71,8 @@ def pipeline(
         transformer_config: the transformer's diffusers config.
         run: run that trained the transformer from this config (recipes/demo_base.yaml); without it its weights are
             random, which is enough for `reblock encode`.
+        captions: whose words the tokenizer knows whole: `scenes` (`reblock synth`) or `layered`
+            (`reblock synth-latents`).
         seed: of the text encoder, and of the transformer's rotary frequencies (the run's surgery.seed).
         half: store weights in 16 bits.
 
@@ -83,7 +90,7 @@ def pipeline(
         model = _transformer(transformer_config, run, seed)
     encoder = AutoencoderKLMochi.from_pretrained(vae, torch_dtype=torch.float32)
     encoder.register_to_config(_name_or_path="")  # no path of this machine in what may be published
-    tokenizer = caption_tokenizer(CAPTION_WORDS)
+    tokenizer = caption_tokenizer(_WORDS[captions])
     pipe = MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         vae=encoder,

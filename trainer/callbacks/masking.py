@@ -251,6 +251,11 @@ class MaskingRobustness(ProbeCallback):
             "dropped_mass": tables["dropped"].mean(axis=(0, 1)),
             "uniform_distortion": tables["uniform_change"].mean(axis=(0, 1)) / energy.mean(),
             "uniform_loss_increase": tables["uniform_loss"].mean(axis=(0, 1)) - dense_loss.mean(),
+            # Of every probe, for intervals clustered by prompt.
+            "energy_by_probe": tables["energy"].astype(np.float32),
+            "dense_loss_by_probe": tables["dense_loss"].astype(np.float32),
+            "change_by_probe": tables["change"].astype(np.float32),
+            "loss_by_probe": tables["loss"].astype(np.float32),
             "prompts": np.array(len(probes.samples)),
             "samples": np.array(len(probes)),
         }
