@@ -283,3 +283,15 @@ def test_options_are_written_down_and_titled(base_folder):
 def test_wrong_options_are_named(option):
     with pytest.raises(ValueError, match=f"got {option}='text', expected one of"):
         MaskingRobustness(**{option: "text"})
+
+
+def test_the_figures_of_all_probes_are_kept_and_their_means_are_the_figures(base_folder):
+    _, arrays = measure(build(base_folder), scopes=("retrained", "all"), ratios=(0.5, 0.9))
+    shape = (3, len(SIGMAS), 2, 2)
+    assert arrays["loss_by_probe"].shape == arrays["change_by_probe"].shape == shape
+    dense = arrays["dense_loss_by_probe"]
+    increase = (arrays["loss_by_probe"] - dense[..., None, None]).mean(axis=(0, 1))
+    np.testing.assert_allclose(increase, arrays["loss_increase"], atol=1e-6)
+    distortion = arrays["change_by_probe"].mean(axis=(0, 1)) / arrays["energy_by_probe"].mean()
+    np.testing.assert_allclose(distortion, arrays["distortion"], rtol=1e-4)
+    assert dense.mean() == pytest.approx(arrays["dense_loss"], rel=1e-6)
