@@ -21,7 +21,7 @@ ACTIONS = (
     "swings across", "swings along", "circles",
 )  # fmt: skip
 
-#: Every word a caption can hold, and "an", which no caption needs: without it the tokens of published runs would change.
+#: Every word a caption can hold, and "an", which none needs: without it the tokens of published runs would change.
 LAYERED_CAPTION_WORDS: tuple[str, ...] = tuple(
     sorted(
         {"a", "an", "the", "in", "front", "of", "over", "background", "camera", "dark", "light"}

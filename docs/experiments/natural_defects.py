@@ -1,8 +1,8 @@
 """Table and figure of docs/experiments/natural-defects.md, from the run folders.
 
-    python docs/experiments/natural_defects.py summary RUN [RUN ...] > docs/experiments/natural-defects.json
-    python docs/experiments/natural_defects.py table docs/experiments/natural-defects.json
-    python docs/experiments/natural_defects.py figure docs/experiments/natural-defects.json docs/images/natural-defects.png
+    python docs/experiments/natural_defects.py summary RUN [RUN ...] > natural-defects.json
+    python docs/experiments/natural_defects.py table natural-defects.json
+    python docs/experiments/natural_defects.py figure natural-defects.json natural-defects.png
 
 Legend: P prompts, S sigmas, K scopes, R ratios, Ly layers, h heads, E eps values.
 """

@@ -1,4 +1,4 @@
-"""Layered scenes show what their captions say and hide one another in their order; they depend on (seed, index) alone."""
+"""Layered scenes show what their captions say, in its order of depth, and depend on (seed, index) alone."""
 
 from collections import Counter
 from dataclasses import replace
