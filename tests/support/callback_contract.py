@@ -46,6 +46,7 @@ def _saved_config(kind: type[Callback]) -> Callback:
 #: How a callback that needs arguments is made, by class name: (class, run folder) -> it and what it works with.
 MAKE: dict[str, Callable[[Any, RunFolder], list[Callback]]] = {
     "SinkFrequency": lambda kind, run: [kind(**SMALL)],
+    "MassiveActivations": lambda kind, run: [kind(**SMALL)],
     "MaskingRobustness": lambda kind, run: [kind(ratios=(0.5,), scopes=("retrained", "all"), **SMALL)],
     "TrunkCache": lambda kind, run: [kind(), SinkFrequency(layers="all", **SMALL)],
     "LastCheckpoint": lambda kind, run: [kind(run.last_checkpoint, 1)],

@@ -4,7 +4,7 @@ Legend: P prompts, S sigmas, Ly measured depths, B probes of a batch, N vision t
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trainer.callbacks.probe_callback import ProbeCallback
-from trainer.callbacks.probe_set import SIGMAS, ProbeBatch, ProbeSet
+from trainer.callbacks.probe_set import ProbeBatch, ProbeSet
 
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
@@ -37,39 +37,19 @@ class MassiveActivations(ProbeCallback):
 
     Args:
         prompts: how many held-out samples.
-        sigmas: noise levels, each in 0 .. 1.
-        seed: of the probes' noise.
-        batch_size: probes measured together; None chooses by the size of a latent.
-        base_stage: also measure the base's own weights.
-        every_n_epochs: measure after every so many epochs, and after the last.
+        settings: of the probes and stages, as `ProbeCallback` takes them.
     """
 
     kind = "activations"
 
-    def __init__(
-        self,
-        *,
-        prompts: int = 14,
-        sigmas: tuple[float, ...] = SIGMAS,
-        seed: int = 1234,
-        batch_size: int | None = None,
-        base_stage: bool = True,
-        every_n_epochs: int = 1,
-    ) -> None:
-        super().__init__(
-            prompts=prompts,
-            sigmas=sigmas,
-            seed=seed,
-            batch_size=batch_size,
-            base_stage=base_stage,
-            every_n_epochs=every_n_epochs,
-        )
+    def __init__(self, *, prompts: int = 14, **settings: Any) -> None:
+        super().__init__(prompts=prompts, **settings)
 
     def check(self, module: "RetrainBlocks") -> None:
         pass
 
     def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
-        split_model, state = module.split_model, self.store.state(module, probes)
+        split_model, state = module.split_model, self.trunk_cache.state(module, probes)
         found: dict[str, list[Tensor]] = {}
         for depth in range(module.first, split_model.num_blocks + 1):
             seen = largest_and_median(state.vision)
