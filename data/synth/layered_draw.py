@@ -3,6 +3,7 @@
 Legend: B scenes, T frames, S side of the square frame in pixels. Lengths are 64ths of the frame's side.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -90,7 +91,8 @@ def _background(scene: LayeredScene, x: Tensor, y: Tensor) -> Tensor:
     elif scene.pattern == "checkered":
         mix = _checks(x, y, _BACK_PERIOD, scene.phase)
     else:
-        mix = 0.5 + 0.5 * torch.tanh(sum(torch.sin(a * x + b * y + phase) for a, b, phase in scene.waves))
+        waves = (torch.sin(a * x + b * y + phase) for a, b, phase in scene.waves)
+        mix = 0.5 + 0.5 * torch.tanh(functools.reduce(torch.add, waves))
     return torch.lerp(base, other, mix[..., None])
 
 
