@@ -76,7 +76,7 @@ def test_a_channel_that_was_made_massive_is_found(base_folder):
     module = build(base_folder, last=3)
     callback, before, _ = measure(module)
     assert not before["massive"].any()
-    module.split_model.model.patch_embed.proj.bias[5] = 1e5
+    module.split_model.transformer.patch_embed.proj.bias[5] = 1e5
     _, after, _ = measure(module)
     assert after["massive"].all() and (after["channel"] == 5).all()
     assert callback.scalars(after)["massive_share"] == 1.0
