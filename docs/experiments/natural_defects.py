@@ -194,7 +194,7 @@ def main(words: list[str]) -> None:
     """See the head of this file."""
     verb, *paths = words or [""]
     if verb == "summary" and paths:
-        print(json.dumps([summary(Path(path)) for path in paths], indent=1))
+        print(json.dumps([summary(Path(path)) for path in paths], separators=(",", ":")))
     elif verb == "table" and len(paths) == 1:
         print(table(json.loads(Path(paths[0]).read_text())))
     elif verb == "figure" and len(paths) == 2:
