@@ -20,6 +20,7 @@ from trainer.parallel.strategies import ShardedStrategy
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+RECIPES += sorted(f"experiments/{path.name}" for path in (ROOT / "recipes" / "experiments").glob("*.yaml"))
 #: Options of `reblock pack`, read by a test of their own.
 PACK_OPTIONS = sorted(path.stem for path in (ROOT / "recipes" / "data").glob("*.yaml"))
 RECIPES += sorted(f"experiments/{path.name}" for path in (ROOT / "recipes" / "experiments").glob("*.yaml"))
