@@ -84,7 +84,7 @@ def call(command: str, function: Callable, argv: list[str]) -> Any:
     `--config FILE` reads options from YAML; what stands behind it on the command line wins. A switch may stand alone,
     `--verify` for `--verify true`, and any option may be spelled with hyphens.
     """
-    from launch.parser import CommandParser  # jsonargparse takes longer than everything else here
+    from launch.command_parser import CommandParser  # jsonargparse takes longer than everything else here
 
     parameters = inspect.signature(function).parameters.values()
     # str | int is what jsonargparse's `skip` takes

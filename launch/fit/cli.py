@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from launch.command_parser import fault_lines
 from launch.fit import requeue
 from launch.fit.checks import check_combination, check_fit
 from launch.fit.last_checkpoint import BestCheckpoints, LastCheckpoint
@@ -24,7 +25,6 @@ from launch.fit.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from launch.fit.run_record import EpochLines, VersionsFile
 from launch.fit.stop_callback import StopOnSignal, end_stopped_run
 from launch.fit.watchdog import Watchdog
-from launch.parser import fault_lines
 from launch.run_config import RunConfig, prepare_folder
 from launch.signals import Stopped
 from trainer.callbacks.data_faults import DataFaults

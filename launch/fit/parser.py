@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from launch.command_parser import explain
 from launch.fit.moved_names import MOVED
-from launch.parser import explain
 
 
 class RecipeParser(LightningArgumentParser):
