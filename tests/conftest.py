@@ -5,7 +5,7 @@ Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D 
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -67,14 +67,20 @@ def _batch(
     return batch
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Which tests share a worker of pytest-xdist (`--dist loadgroup`): those of one file, so that a run which several
     of them look at is made once, and all that take the Slurm lab, also by way of another fixture, so that there is one.
     """
     for item in items:
         lab = "_session_lab" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("lab" if lab else item.location[0]))
+    yield
+    # pytest-xdist writes the group into the node id, and with a pytest that does not let it, groups nothing silently.
+    if getattr(config.option, "loadgroup", False) and not all("@" in item.nodeid for item in items):
+        raise pytest.UsageError(
+            f"got pytest {pytest.__version__}, whose tests pytest-xdist cannot group; expected that of constraints.txt"
+        )
 
 
 @pytest.fixture(scope="session")
