@@ -32,13 +32,13 @@ class Says(Callback):
 
 
 def fit(shards, folder: Path, *, accumulate: int, steps: int, callbacks=()) -> Trainer:
-    trainer, data, together = build(shards, folder, steps=steps, accumulate=accumulate, callbacks=callbacks)
-    last = together.last_checkpoint.path
+    trainer, data, stop = build(shards, folder, steps=steps, accumulate=accumulate, callbacks=callbacks)
+    last = stop.last_checkpoint.path
     try:
         trainer.fit(Steps(), datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     except signals.Stopped:
-        dist.barrier()  # all have asked their last question
-        together.agreement.close()
+        dist.barrier()  # the last exchange of all ranks is over
+        stop.agreement.close()
         raise
     return trainer
 

@@ -59,17 +59,17 @@ def build(
     """Two ranks; epochs of 40 batches with a validation each."""
     seed_everything(0, verbose=False)
     last = LastCheckpoint(RunFolder(folder).last_checkpoint, 50)
-    together = StopOnSignal(last)
+    stop = StopOnSignal(last)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=DDPStrategy(timeout=timedelta(seconds=timeout)), max_steps=steps,
         max_epochs=-1, default_root_dir=folder, logger=MetricsFile(RunFolder(folder)),
-        callbacks=[*callbacks, RandomStateCheckpoint(), MetricsPosition(), last, together],
+        callbacks=[*callbacks, RandomStateCheckpoint(), MetricsPosition(), last, stop],
         plugins=[BackgroundCheckpointIO()],
         use_distributed_sampler=False, reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0,
         log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
         accumulate_grad_batches=accumulate,
     )  # fmt: skip
-    return trainer, LatentDataModule(shards=shards, val_samples=8, batch_size=2, val_batch_size=2, passes=5), together
+    return trainer, LatentDataModule(shards=shards, val_samples=8, batch_size=2, val_batch_size=2, passes=5), stop
 
 
 def losses(folder: Path) -> list[tuple[str, str]]:
