@@ -152,4 +152,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # As the console script does: deprecation warnings are shown for code in `__main__`, to its author.
+    importlib.import_module("launch.main").main()
