@@ -15,6 +15,7 @@ RECIPE = str(ROOT / "recipes" / "demo.yaml")
 #: Command -> arguments whose fault is in what they name: a file that is not there, or a value that cannot be.
 FAULTY: dict[str, list[str]] = {
     "synth": ["out", "--clips=0"],
+    "synth-latents": ["out", "--base=nowhere"],
     "pack": ["nowhere", "out"],
     "encode": ["nowhere", "out", "--base=nowhere"],
     "inspect": ["nowhere"],
@@ -41,6 +42,8 @@ def empty_folder(tmp_path, monkeypatch):
 
 def required(name: str) -> list[str]:
     """Some value for each argument that a command cannot do without."""
+    if name == "bench":
+        return ["step"]  # each benchmark has options of its own
     if name in command.RAW:
         return ["--config", RECIPE]
     module, function = command.COMMANDS[name][0].split(":")
