@@ -42,10 +42,9 @@ def test_help_says_what_each_option_means(capsys, name):
         assert "(type:" in shown and len(shown.partition("(type:")[0].split()) > 1, option
 
 
-def test_an_option_of_another_benchmark_is_refused(capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_an_option_of_another_benchmark_is_refused():
+    with pytest.raises(ValueError, match=r"unrecognized arguments: --clips 5\naccepted here: device, repeats"):
         run(["bench", "step", "--clips", "5"])
-    assert stop.value.code == 2 and "--clips" in capsys.readouterr().err
 
 
 def test_step_compares_equal_work():
