@@ -336,7 +336,8 @@ cmd_up() {
       plain)   spawn "node-$n" /dev/null slurmd -D -f "$CONF" -N "$n";;
     esac
   done
-  for ((i = 0; i < 240; i++)); do all_idle && break; sleep 0.25; done
+  # slurmctld asks a node that was cut off for its state only now and then: two minutes
+  for ((i = 0; i < 480; i++)); do all_idle && break; sleep 0.25; done
   if ! all_idle; then cmd_status >&2; die "nodes not ready, see $DIR/log"; fi
   log "up in $((SECONDS - t0)) s: $NODES nodes, isolation $ISOLATION; export SLURM_CONF=$CONF"
 }
