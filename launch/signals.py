@@ -86,6 +86,8 @@ def block_signals(command: str) -> None:
         os.register_at_fork(after_in_child=_end_on_sigterm_of_parent)
     elif command in AT_ONCE:
         signal.pthread_sigmask(signal.SIG_BLOCK, {stop_signal()})
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background job
+            signal.signal(signal.SIGINT, _interrupt_if_asked)
         threading.Thread(target=_interrupt, args=(stop_signal(),), name="stop-signal", daemon=True).start()
 
 
@@ -112,6 +114,12 @@ def _interrupt(awaited: signal.Signals) -> None:
     main = threading.main_thread().ident
     assert main is not None
     signal.pthread_kill(main, signal.SIGINT)
+
+
+def _interrupt_if_asked(number: int, frame: object) -> None:
+    """Handles SIGINT where this process was started with SIGINT ignored: only the stop signal interrupts it."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def _end_on_sigterm_of_parent() -> None:

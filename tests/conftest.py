@@ -5,6 +5,7 @@ Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D 
 
 import copy
 import json
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader
 from data.batch import Batch, Sample
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
+# A script's background job ignores Ctrl-C, and so would every process that the tests start there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny tensors gain nothing from threads, and pytest-xdist's workers would fight over the cores.
 torch.set_num_threads(1)
 
