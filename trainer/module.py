@@ -25,6 +25,7 @@ from trainer.optimizer import OptimConfig, adamw, clip_or_drop, linear_warmup
 from trainer.parallel.combinations import check_shards, check_trainer
 from trainer.parallel.sharded_tensors import full_tensor
 from trainer.parallel.strategies import build_device, distribute
+from trainer.rank_sums import RankSums
 from trainer.surgery import SurgeryConfig as SurgeryConfig
 from trainer.surgery import apply_surgery, choose_blocks, frozen_fingerprint
 
@@ -101,6 +102,7 @@ class RetrainBlocks(LightningModule):
         self.val_sigmas = val_sigmas
         self.split_model: SplitModel | None = None
         self.ema: Ema | None = None
+        self._validation_sums = RankSums([*(f"loss at {value}" for value in val_sigmas), "samples"])
         self._evaluation = contextlib.ExitStack()  # during validation: restores the live weights when closed
         self.skipped = 0
         self.skipped_in_row = 0
@@ -229,21 +231,31 @@ class RetrainBlocks(LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         # A sample that is repeated only so that all ranks have equally many does not count.
-        counts = torch.tensor(batch.counts, device=batch.latents.device)
-        rows = sum(batch.counts)
-        shape = batch.latents.shape[1:]
-        noise = self.flow.noise(0, batch.uids, shape).to(batch.latents.device)
+        counts = torch.tensor(batch.counts).to(batch.latents.device, non_blocking=True)
+        noise = self.flow.noise(0, batch.uids, batch.latents.shape[1:]).to(batch.latents.device)
+        sums = []
         for value in self.val_sigmas:
             sigma = torch.full((len(batch),), value, device=noise.device)
-            losses = self.losses(batch, noise, sigma)
-            loss = losses[counts].mean() if rows else torch.zeros_like(losses[0])
-            self.log(f"val/loss_sigma_{value:.3f}", loss, batch_size=rows, sync_dist=True)
-            self.log("val/loss", loss, prog_bar=True, batch_size=rows, sync_dist=True)
+            losses = self.losses(batch, noise, sigma).double()
+            sums.append(torch.where(counts, losses, 0.0).sum())
+        self._validation_sums.add(torch.stack([*sums, counts.sum()]))
+
+    def _log_validation(self) -> None:
+        """Logs mean losses over the held-out samples of all ranks."""
+        *losses, samples = self._validation_sums.over_ranks(self.device).values()
+        means = {f"{value:.3f}": loss / samples for value, loss in zip(self.val_sigmas, losses, strict=True)}
+        # They are the same on every rank: `max` leaves them as they are, and without sync_dist Lightning would warn.
+        for sigma, mean in means.items():
+            self.log(f"val/loss_sigma_{sigma}", mean.float(), sync_dist=True, reduce_fx="max")
+        loss = (sum(losses) / samples / len(losses)).float()
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, reduce_fx="max")
 
     def on_validation_epoch_start(self) -> None:
+        self._validation_sums.reset()  # of a validation that was cut
         self._evaluation.enter_context(self.evaluation_weights())
 
     def on_validation_epoch_end(self) -> None:
+        self._log_validation()
         self.end_evaluation()
 
     def end_evaluation(self) -> None:

@@ -1,0 +1,82 @@
+"""Logged figures are those of all ranks and micro-batches: the same on any number of either."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from launch.run_folder import RunFolder
+from tests.support.ranks import Ranks, reblock
+from tests.support.validations import HELD_OUT, validated
+
+VALIDATIONS = Path(__file__).parents[1] / "support" / "validations.py"
+
+
+# -- validation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(whole_base, shards) -> dict[str, dict[str, float]]:
+    """What one process logs, by number of held-out samples."""
+    return validated(str(whole_base), str(shards), devices=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_validation_losses_are_those_of_one_process(tmp_path, whole_base, shards, alone, ranks):
+    """Also where the ranks do not divide the held-out samples, or are more than these."""
+    arguments = [VALIDATIONS, tmp_path, whole_base, shards, ranks]
+    with Ranks(tmp_path, *[arguments] * ranks) as processes:
+        assert processes.statuses() == [0] * ranks, processes.output()
+        assert "It is recommended to use" not in processes.output()
+    for rank in range(ranks):
+        found = json.loads((tmp_path / f"validations-{rank}.json").read_text())
+        assert list(found) == [str(samples) for samples in HELD_OUT]
+        for samples, figures in found.items():
+            assert set(figures) == {"val/loss", "val/loss_sigma_0.250", "val/loss_sigma_0.750"}
+            assert figures == pytest.approx(alone[samples], rel=1e-6), samples
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, write_recipe) -> Path:
+    """Six samples a step and two held-out ones, the best three checkpoints kept."""
+    path = write_recipe(tmp_path_factory.mktemp("figures"), measure=False, epochs=3)
+    content = yaml.safe_load(path.read_text())
+    data = content["data"]["init_args"]
+    del data["batch_size"]
+    content["data"]["init_args"] = data | {"global_batch_size": 6, "val_samples": 2}
+    content["run"]["keep_best"] = 3
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def fit(recipe: Path, name: str, *options: str, ranks: int = 1) -> RunFolder:
+    """The run of that name, after one more fit."""
+    more = ["--trainer.strategy=ddp"] if ranks > 1 else []
+    arguments = ["fit", "--config", recipe, "--run.name", name, f"--trainer.devices={ranks}", *more, *options]
+    with reblock(recipe.parent / f"{name}-logs", *arguments, ranks=ranks) as processes:
+        assert processes.statuses() == [0] * ranks, processes.output()
+    return RunFolder(recipe.parent / "runs" / name)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoints_are_chosen_by_the_same_losses_on_other_ranks(recipe):
+    """One epoch each on three ranks, on two and on one, with two held-out samples."""
+    one = fit(recipe, "one")
+    for epochs, ranks in enumerate((3, 2, 1), start=1):
+        several = fit(recipe, "several", f"--trainer.max_epochs={epochs}", "--run.resume=true", ranks=ranks)
+
+    def losses(run: RunFolder) -> list[float]:
+        return [float(row["val/loss"]) for row in run.read_metrics()[1] if row.get("val/loss")]
+
+    def best(run: RunFolder) -> dict[str, float]:
+        callbacks = torch.load(run.last_checkpoint, weights_only=True)["callbacks"]
+        (state,) = (state for name, state in callbacks.items() if "BestCheckpoints" in name)
+        return {Path(path).name: float(score) for path, score in state["best_k_models"].items()}
+
+    assert len(losses(several)) == 3 and len(best(several)) == 3
+    assert losses(several) == pytest.approx(losses(one), rel=2e-6)
+    assert sorted(best(several).values()) == pytest.approx(sorted(losses(several)), rel=1e-6)
+    assert best(several) == pytest.approx(best(one), rel=2e-6)
