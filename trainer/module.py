@@ -5,7 +5,6 @@ Legend: B batch, C channels, F latent frames, H W latent grid.
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator
 
 import torch
@@ -26,13 +25,11 @@ from trainer.parallel.combinations import check_shards, check_trainer
 from trainer.parallel.sharded_tensors import full_tensor
 from trainer.parallel.strategies import build_device, distribute
 from trainer.rank_sums import RankSums
+from trainer.step_figures import StepFigures, tokens_of
 from trainer.surgery import SurgeryConfig as SurgeryConfig
 from trainer.surgery import apply_surgery, choose_blocks, frozen_fingerprint
 
 log = logging.getLogger(__name__)
-
-#: Edges of the sigma bands that the loss is reported in.
-SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class _RestoreLiveWeights(Callback):
@@ -102,6 +99,9 @@ class RetrainBlocks(LightningModule):
         self.val_sigmas = val_sigmas
         self.split_model: SplitModel | None = None
         self.ema: Ema | None = None
+        self._step = StepFigures()
+        #: Samples, tokens and damaged samples of the last optimiser step, over its micro-batches and all ranks.
+        self.step_counts: dict[str, Tensor] = {}
         self._validation_sums = RankSums([*(f"loss at {value}" for value in val_sigmas), "samples"])
         self._evaluation = contextlib.ExitStack()  # during validation: restores the live weights when closed
         self.skipped = 0
@@ -213,18 +213,22 @@ class RetrainBlocks(LightningModule):
         batch = batch.without_captions(self.flow.dropped(epoch, batch.uids))
         losses = self.losses(batch, noise, host_sigma.to(device, non_blocking=True))
         loss = losses.mean()
-        self._log_losses(losses.detach(), host_sigma)
+        patch = self.split_model.transformer.config.patch_size
+        self._step.add(losses.detach(), host_sigma, tokens=tokens_of(batch, patch), faults=batch.faults)
         # A loss that is not finite makes all gradients of its rank not finite. The all-reduce passes that on to every
         # rank, so that all of them skip the step.
         return loss * (loss - loss + 1).detach()
 
-    def _log_losses(self, losses: Tensor, sigma: Tensor) -> None:
-        self.log("train/loss", losses.mean(), on_step=True, prog_bar=True, batch_size=len(losses))
-        for low, high in zip(SIGMA_BANDS[:-1], SIGMA_BANDS[1:], strict=True):
-            inside = ((sigma >= low) & (sigma < high)).nonzero().flatten()  # sigma is on the host: no synchronisation
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # where Lightning sets the gradients to zero
+            self._step.restart()
+
+    def _log_step(self) -> None:
+        """Logs the losses of an optimiser step over its micro-batches and all ranks, and keeps what it counted."""
+        losses, self.step_counts = self._step.finish(self.device)
+        for name, loss in losses.items():
             # For a band that is not logged Lightning repeats the last value; NaN says that no sample fell into it.
-            value = losses[inside.to(losses.device)].mean() if len(inside) else math.nan
-            self.log(f"train/loss_sigma_{low:.2f}-{high:.2f}", value, on_step=True)
+            self.log(name, loss, on_step=True, prog_bar=name == "train/loss")
 
     # -- validation ----------------------------------------------------------------------------------------------
 
@@ -306,6 +310,7 @@ class RetrainBlocks(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.skipped_in_row == 0:
             self.ema.update()
+        self._log_step()
         self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=True)
         self.log("train/skipped", float(self.skipped), on_step=True)
 

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
+from trainer.step_figures import StepFigures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,6 +92,23 @@ def test_forward_and_backward_never_wait_for_the_device(make_module, make_batch)
             module.velocity(x, sigma, batch).square().mean().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_figures_of_a_step_never_wait_for_the_device():
+    figures = StepFigures()
+    losses, sigma = torch.rand(3, device="cuda"), torch.tensor([0.1, 0.2, 0.9])
+    figures.add(losses, sigma, tokens=7, faults=1)
+    figures.finish("cuda")  # first use of kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            figures.add(losses, sigma, tokens=7, faults=1)
+        means, counts = figures.finish("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (float(counts["samples"]), float(counts["tokens"]), float(counts["faults"])) == (6, 14, 2)
+    assert float(means["train/loss"]) == pytest.approx(float(losses.mean()))
+    assert float(means["train/loss_sigma_0.00-0.25"]) == pytest.approx(float(losses[:2].mean()))
 
 
 def test_random_weights_are_made_on_the_device_by_seed(config_json):

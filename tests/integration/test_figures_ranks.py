@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from launch.run_folder import RunFolder
-from tests.support.ranks import Ranks, reblock
+from tests.support.latent_shards import write_latents
+from tests.support.ranks import ROOT, Ranks, reblock
 from tests.support.validations import HELD_OUT, validated
 
 VALIDATIONS = Path(__file__).parents[1] / "support" / "validations.py"
@@ -52,10 +53,10 @@ def recipe(tmp_path_factory, write_recipe) -> Path:
     return path
 
 
-def fit(recipe: Path, name: str, *options: str, ranks: int = 1) -> RunFolder:
+def fit(recipe: Path, name: str, *options: str, ranks: int = 1, strategy: str = "ddp") -> RunFolder:
     """The run of that name, after one more fit."""
-    more = ["--trainer.strategy=ddp"] if ranks > 1 else []
-    arguments = ["fit", "--config", recipe, "--run.name", name, f"--trainer.devices={ranks}", *more, *options]
+    more = [f"--config={ROOT}/recipes/cluster/{strategy}.yaml"] if ranks > 1 else []
+    arguments = ["fit", "--config", recipe, *more, "--run.name", name, f"--trainer.devices={ranks}", *options]
     with reblock(recipe.parent / f"{name}-logs", *arguments, ranks=ranks) as processes:
         assert processes.statuses() == [0] * ranks, processes.output()
     return RunFolder(recipe.parent / "runs" / name)
@@ -80,3 +81,66 @@ def test_the_best_checkpoints_are_chosen_by_the_same_losses_on_other_ranks(recip
     assert losses(several) == pytest.approx(losses(one), rel=2e-6)
     assert sorted(best(several).values()) == pytest.approx(sorted(losses(several)), rel=1e-6)
     assert best(several) == pytest.approx(best(one), rel=2e-6)
+
+
+# -- every figure of a step ------------------------------------------------------------------------------------------
+
+STEPS, SAMPLES = 24, 4
+
+
+@pytest.fixture(scope="module")
+def steps_recipe(tmp_path_factory, write_recipe) -> Path:
+    """32 samples to train on, three times each, one of them damaged; captions of 0 to 3 tokens."""
+    folder = tmp_path_factory.mktemp("steps")
+    generator = torch.Generator().manual_seed(0)
+    write_latents(
+        folder / "latents", [("7x32x32", 8)] * 5, channels=4, width=16,
+        latent=lambda i, shape: torch.randn(shape, generator=generator),
+        text=lambda i: torch.randn(i % 4, 16, generator=generator),
+        spoil={5: lambda entry: entry | {"safetensors": b"damaged"}},
+    )  # fmt: skip
+    path = write_recipe(folder, measure=False, epochs=1)
+    content = yaml.safe_load(path.read_text())
+    data = content["data"]["init_args"]
+    del data["batch_size"]
+    data |= {"shards": str(folder / "latents"), "passes": 3, "max_fault_share": 0.5, "val_batch_size": 3}
+    content["trainer"]["callbacks"] = [{"class_path": "tests.support.step_rows.StepClock"}]
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def rows(recipe: Path, *, ranks: int, accumulate: int, strategy: str = "ddp") -> list[dict[str, float]]:
+    """metrics.csv of a fit whose steps take `SAMPLES` samples."""
+    batch = f"--data.init_args.global_batch_size={SAMPLES // accumulate}"
+    accumulation = f"--trainer.accumulate_grad_batches={accumulate}"
+    run = fit(recipe, f"{strategy}-{ranks}x{accumulate}", batch, accumulation, ranks=ranks, strategy=strategy)
+    return [{name: float(value) for name, value in row.items() if value} for row in run.read_metrics()[1]]
+
+
+@pytest.fixture(scope="module")
+def accumulated(steps_recipe) -> list[dict[str, float]]:
+    """The rows of one process that adds up four micro-batches of one sample."""
+    return rows(steps_recipe, ranks=1, accumulate=4)
+
+
+@pytest.mark.slow
+def test_one_process_counts_what_its_steps_take(accumulated):
+    *steps, validation = accumulated
+    assert [row["step"] for row in steps] == list(range(STEPS)) and "val/loss" in validation
+    assert sum(row["data/faults"] for row in steps) == 3
+    bands = [sum("loss_sigma" in name for name in row) for row in steps]
+    assert min(bands) < 4 and max(bands) > 1, "some bands are empty, and steps have several"
+    assert steps[-1]["train/samples_per_s"] == SAMPLES  # by a clock of one second per step
+    assert 2 * 2 * 2 * SAMPLES < steps[-1]["train/tokens_per_s"] < 2 * 2 * 2 * SAMPLES + 3 * SAMPLES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "accumulate", "strategy"), [(2, 2, "ddp"), (4, 1, "ddp"), (2, 2, "fsdp2")], ids=["2x2", "4x1", "fsdp2"]
+)
+def test_figures_are_the_same_on_ranks_and_micro_batches(steps_recipe, accumulated, ranks, accumulate, strategy):
+    """Every scalar of every row; rates by a clock of one second per step."""
+    found = rows(steps_recipe, ranks=ranks, accumulate=accumulate, strategy=strategy)
+    assert len(found) == len(accumulated)
+    for row, expected in zip(found, accumulated, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4), expected["step"]

@@ -5,15 +5,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data.batch import Batch
+from trainer.module import as_retrain_blocks
 
 
 class DataFaults(Callback):
-    """Logs `data/faults`: how many damaged samples rank 0 skipped while it collected the step's batch.
+    """Logs `data/faults`: how many damaged samples were skipped for an optimiser step, on all ranks.
 
-    `faults*.jsonl` in the run folder name those of all ranks.
+    `faults*.jsonl` in the run folder name them.
     """
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        pl_module.log("data/faults", float(batch.faults), on_step=True, batch_size=1)
+        counts = as_retrain_blocks(pl_module).step_counts
+        if counts:  # there are none while the first step accumulates
+            pl_module.log("data/faults", counts["faults"].float(), on_step=True, batch_size=1)

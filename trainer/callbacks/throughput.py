@@ -1,58 +1,61 @@
 """Samples and tokens per second of all ranks."""
 
 import time
+from collections import deque
 from typing import Any
 
-from lightning.fabric.utilities.throughput import Throughput
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from data.batch import Batch
-from trainer.models.mochi import SplitModel
-
-
-def tokens_of(batch: Batch, patch: int) -> int:
-    """Tokens of a batch that pass through the blocks: vision tokens and valid text tokens."""
-    _, frames, height, width = batch.latents.shape[1:]
-    return len(batch) * frames * (height // patch) * (width // patch) + sum(batch.text_lengths)
+from trainer.module import as_retrain_blocks
 
 
 class ThroughputLogger(Callback):
-    """Logs `train/samples_per_s` and `train/tokens_per_s` of all ranks: means over the last steps.
+    """Logs `train/samples_per_s` and `train/tokens_per_s`: what all ranks took, by the clock of the first one.
+
+    Means over the last optimiser steps, once there are so many in a row. Lightning's `Throughput` takes numbers on the
+    host; what all ranks took is known on the device, for which no step waits.
 
     Args:
-        window: number of steps that the means are taken over.
+        window: ends of steps that the means are taken between, at least 2.
+
+    Raises:
+        ValueError: if it is less.
     """
 
     def __init__(self, *, window: int = 20) -> None:
+        if window < 2:
+            raise ValueError(f"got window {window}, expected 2 or more: a rate is taken between the ends of two steps.")
         self.window = window
 
-    def _restart(self) -> None:
+    def _restart(self, trainer: Trainer) -> None:
         # Measurements and validation are no training time: the window starts again after them.
-        self._counts = Throughput(window_size=self.window)
-        self._start = time.perf_counter()
-        self._batches = self._samples = self._tokens = 0
+        self._ends: deque[tuple[float, Tensor]] = deque(maxlen=self.window)  # seconds, (samples, tokens) until then
+        self._step = trainer.global_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()  # a fit that resumes within an epoch calls no on_train_epoch_start
+        self._restart(trainer)  # a fit that resumes within an epoch calls no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
+        self._restart(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
+        self._restart(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        split_model = pl_module.split_model
-        assert isinstance(split_model, SplitModel)
-        self._batches += 1
-        self._samples += len(batch)
-        self._tokens += tokens_of(batch, split_model.transformer.config.patch_size)
-        self._counts.update(
-            time=time.perf_counter() - self._start, batches=self._batches, samples=self._samples, lengths=self._tokens
-        )
-        rates = self._counts.compute()
-        if "device/samples_per_sec" in rates:
-            pl_module.log("train/samples_per_s", rates["device/samples_per_sec"] * trainer.world_size, on_step=True)
-            pl_module.log("train/tokens_per_s", rates["device/items_per_sec"] * trainer.world_size, on_step=True)
+        if trainer.global_step == self._step:
+            return  # the step goes on with the next batch
+        self._step = trainer.global_step
+        counts = as_retrain_blocks(pl_module).step_counts
+        taken = torch.stack([counts["samples"], counts["tokens"]])
+        self._ends.append((time.perf_counter(), self._ends[-1][1] + taken if self._ends else taken))
+        if len(self._ends) < self.window:
+            return
+        (begin, before), (end, now) = self._ends[0], self._ends[-1]
+        samples, tokens = ((now - before) / (end - begin)).float()
+        pl_module.log("train/samples_per_s", samples, on_step=True)
+        pl_module.log("train/tokens_per_s", tokens, on_step=True)

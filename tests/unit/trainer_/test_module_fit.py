@@ -173,6 +173,56 @@ def test_a_band_without_samples_does_not_show_its_last_loss(make_module, make_ba
         assert len(bands) == 4 and sum(not math.isnan(v) for v in bands) == 1
 
 
+def losses_by_hand(module, *batches):
+    """Losses and sigmas of samples that keep their captions, in the first epoch."""
+    sigma = [module.flow.sigma(0, batch.uids) for batch in batches]
+    shape = batches[0].latents.shape[1:]
+    losses = [module.losses(b, module.flow.noise(0, b.uids, shape), s) for b, s in zip(batches, sigma, strict=True)]
+    return torch.cat(losses).detach(), torch.cat(sigma)
+
+
+def test_losses_are_means_over_the_samples_of_a_step(make_module, make_batch, fit, make_recorder):
+    """Micro-batches of one and three samples."""
+    module, recorder = make_module(caption_dropout=0.0), make_recorder()
+    initial, batches = copy.deepcopy(module), [make_batch([2], uids=[0]), make_batch([2] * 3, uids=[1, 2, 3])]
+    fit(module, batches, callbacks=[recorder], accumulate_grad_batches=2)
+    assert "train/loss" not in recorder.metrics[0], "the step goes on"
+    losses, sigma = losses_by_hand(initial, *batches)
+    assert recorder.metrics[1]["train/loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+    for low in (0.0, 0.25, 0.5, 0.75):
+        inside = (sigma >= low) & (sigma < low + 0.25)
+        expected = float(losses[inside].mean()) if inside.any() else math.nan
+        name = f"train/loss_sigma_{low:.2f}-{low + 0.25:.2f}"
+        assert recorder.metrics[1][name] == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_a_loss_that_is_not_finite_stays_in_its_band(make_module, make_batch, fit, make_recorder):
+    module, recorder = make_module(), make_recorder()
+    batch = make_batch([2] * 8, uids=range(8))
+    bad = int(module.flow.sigma(0, batch.uids).argmin())
+    batch.latents[bad] = math.inf
+    fit(module, [batch], callbacks=[recorder])
+    bands = [value for name, value in recorder.metrics[0].items() if name.startswith("train/loss_sigma")]
+    assert not math.isfinite(recorder.metrics[0]["train/loss"])
+    assert not math.isfinite(bands[0]) and sum(map(math.isfinite, bands)) >= 2
+
+
+def test_a_step_that_was_cut_does_not_count_in_the_next_fit(make_module, make_batch, fit, make_recorder):
+    module, recorder = make_module(caption_dropout=0.0), make_recorder()
+    batches = [make_batch([2], seed=n, uids=[n]) for n in range(4)]
+
+    class Cut(Callback):
+        def on_train_batch_end(self, *_):
+            raise KeyError("cut")
+
+    with pytest.raises(KeyError, match="cut"):
+        fit(module, batches, callbacks=[Cut()], accumulate_grad_batches=2)
+    module.zero_grad()
+    losses, _ = losses_by_hand(module, *batches[2:])
+    fit(module, batches[2:], callbacks=[recorder], accumulate_grad_batches=2)
+    assert recorder.metrics[-1]["train/loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+
+
 # -- evaluation weights and checkpoints ------------------------------------------------------------------------------
 
 
