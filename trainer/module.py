@@ -20,7 +20,7 @@ from trainer.graft import base_block_weights
 from trainer.models.load import check_base, load_transformer, read_config
 from trainer.models.mochi import SplitModel, State
 from trainer.objective import Flow, SigmaSampler
-from trainer.optimizer import OptimConfig, adamw, clip_or_drop, linear_warmup
+from trainer.optimizer import OptimConfig, adamw, clip_or_drop, linear_warmup, scale_gradients
 from trainer.parallel.combinations import check_shards, check_trainer
 from trainer.parallel.sharded_tensors import full_tensor
 from trainer.parallel.strategies import build_device, distribute
@@ -289,8 +289,15 @@ class RetrainBlocks(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips the gradients; where their norm is not finite, drops them all, so that the step changes nothing."""
+        """Makes the gradients those of the step's mean loss, and clips them.
+
+        Where their norm is not finite, drops them all, so that the step changes nothing.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # Lightning divides the loss of every micro-batch by `whole`, also where an epoch's last step has fewer.
+        whole, taken = self.trainer.accumulate_grad_batches, self._step.micro_batches
+        if taken != whole:
+            scale_gradients(parameters, whole / taken)
         norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         self.log("train/grad_norm", norm, on_step=True)
         if clip_or_drop(parameters, norm, self.optim.clip_norm):

@@ -1,4 +1,4 @@
-"""AdamW over the retrained parameters: groups, schedule, clipping, and steps whose gradients are not finite."""
+"""AdamW over the retrained parameters: groups, schedule, and gradients that are scaled, clipped or not finite."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -55,6 +55,13 @@ def linear_warmup(optimizer: AdamW, steps: int) -> LinearLR:
     """A rate that rises linearly, from 1 / `steps` of its value to the full value in `steps` optimiser steps."""
     steps = max(1, steps)
     return LinearLR(optimizer, start_factor=1 / steps, total_iters=steps - 1)
+
+
+def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
+    """Multiplies the gradients of `parameters` by a number, in place."""
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(factor)
 
 
 def clip_or_drop(parameters: Iterable[Tensor], norm: Tensor, clip_norm: float) -> bool:

@@ -8,8 +8,9 @@ import torch
 import yaml
 
 from launch.run_folder import RunFolder
+from tests.support.fitted_runs import fit
 from tests.support.latent_shards import write_latents
-from tests.support.ranks import ROOT, Ranks, reblock
+from tests.support.ranks import Ranks
 from tests.support.validations import HELD_OUT, validated
 
 VALIDATIONS = Path(__file__).parents[1] / "support" / "validations.py"
@@ -51,15 +52,6 @@ def recipe(tmp_path_factory, write_recipe) -> Path:
     content["run"]["keep_best"] = 3
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-def fit(recipe: Path, name: str, *options: str, ranks: int = 1, strategy: str = "ddp") -> RunFolder:
-    """The run of that name, after one more fit."""
-    more = [f"--config={ROOT}/recipes/cluster/{strategy}.yaml"] if ranks > 1 else []
-    arguments = ["fit", "--config", recipe, *more, "--run.name", name, f"--trainer.devices={ranks}", *options]
-    with reblock(recipe.parent / f"{name}-logs", *arguments, ranks=ranks) as processes:
-        assert processes.statuses() == [0] * ranks, processes.output()
-    return RunFolder(recipe.parent / "runs" / name)
 
 
 @pytest.mark.slow

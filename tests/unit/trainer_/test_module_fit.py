@@ -57,6 +57,29 @@ def test_accumulation_averages_once_per_optimiser_step(make_module, make_batch, 
     assert all(torch.equal(v, parts.weights[2][n]) for n, v in parts.weights[0].items()), "moved within a micro-batch"
 
 
+@pytest.mark.parametrize("accumulate", [2, 3, 4])
+def test_a_short_last_window_is_a_mean_over_its_own_batches(make_module, make_batch, fit, make_recorder, accumulate):
+    """Five batches to an epoch, against a loop by hand."""
+    optim = OptimConfig(lr=1e-3, warmup_steps=1, eps=1e-4, clip_norm=0.0)
+    module, recorder = make_module(optim=optim, caption_dropout=0.0), make_recorder()
+    hand, batches = copy.deepcopy(module), [make_batch([2, 3], seed=n, uids=[2 * n, 2 * n + 1]) for n in range(5)]
+    optimizer, norms = hand.configure_optimizers()["optimizer"], []
+    for epoch in range(2):
+        for first in range(0, 5, accumulate):
+            window = batches[first : first + accumulate]
+            noise = [hand.flow.noise(epoch, batch.uids, batch.latents.shape[1:]) for batch in window]
+            sigma = [hand.flow.sigma(epoch, batch.uids) for batch in window]
+            torch.cat([hand.losses(*given) for given in zip(window, noise, sigma, strict=True)]).mean().backward()
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in hand.retrained_parameters().values()])))
+            optimizer.step()
+            optimizer.zero_grad()
+    fit(module, batches, callbacks=[recorder], accumulate_grad_batches=accumulate, max_steps=-1, max_epochs=2)
+    ends = [n for n in range(10) if (n % 5 + 1) % accumulate == 0 or n % 5 == 4]
+    assert [recorder.metrics[n]["train/grad_norm"] for n in ends] == pytest.approx(norms, rel=1e-4)
+    for name, want in hand.retrained_parameters().items():
+        torch.testing.assert_close(recorder.weights[-1][name], want.detach(), rtol=1e-4, atol=1e-6)
+
+
 def test_average_follows_its_closed_form_through_a_fit(make_module, make_batch, fit, make_recorder):
     module, recorder = make_module(ema_decay=0.3, optim=OptimConfig(lr=1e-2, warmup_steps=1)), make_recorder()
     want = {name: p.detach().clone().double() for name, p in module.retrained_parameters().items()}
