@@ -49,7 +49,7 @@ class RetrainBlocks(LightningModule):
         optim: optimiser and schedule.
         sigma: distribution of sigma.
         caption_dropout: share of samples trained without caption.
-        seed: of sigma, noise and caption dropout.
+        seed: of sigma, noise and caption dropout in training. The noise of validation is always the same.
         ema_decay: decay of the average used for validation and export.
         trunk_dtype: dtype of the frozen trunk's weights; `bfloat16` halves their memory.
         checkpoint_head: recompute activations of head blocks in the backward pass.
@@ -236,7 +236,7 @@ class RetrainBlocks(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         # A sample that is repeated only so that all ranks have equally many does not count.
         counts = torch.tensor(batch.counts).to(batch.latents.device, non_blocking=True)
-        noise = self.flow.noise(0, batch.uids, batch.latents.shape[1:]).to(batch.latents.device)
+        noise = self.flow.held_out_noise(batch.uids, batch.latents.shape[1:]).to(batch.latents.device)
         sums = []
         for value in self.val_sigmas:
             sigma = torch.full((len(batch),), value, device=noise.device)

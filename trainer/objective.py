@@ -91,6 +91,11 @@ class Flow:
         """Noise (B, *shape), float32 on the CPU."""
         return keyed_noise(self.seed, epoch, uids, shape)
 
+    @staticmethod
+    def held_out_noise(uids: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Noise of validation, (B, *shape): the same in every epoch and in runs of all seeds, which it compares."""
+        return keyed_noise(0, 0, uids, shape)
+
     def dropped(self, epoch: int, uids: Sequence[int]) -> list[bool]:
         """Which samples lose their caption, on the host."""
         return (keyed_uniform("caption", self.seed, epoch, uids) < self.caption_dropout).tolist()

@@ -48,7 +48,7 @@ class HeldOutSamples:
         """Mean validation loss, as `val/loss` of a fit that holds out the same samples."""
         total = 0.0
         for batch in self.batches:
-            noise = module.flow.noise(0, batch.uids, batch.latents.shape[1:])
+            noise = module.flow.held_out_noise(batch.uids, batch.latents.shape[1:])
             for sigma in module.val_sigmas:
                 total += float(module.losses(batch, noise, torch.full((len(batch),), sigma)).sum())
         return total / (self.samples * len(module.val_sigmas))

@@ -23,6 +23,7 @@ from launch.fit.parser import RecipeParser, refuse_moved_names
 from launch.fit.rank_consistency import RankConsistency, flatten
 from launch.fit.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from launch.fit.run_record import EpochLines, VersionsFile
+from launch.fit.seeds import seed_arguments
 from launch.fit.stop_callback import StopOnSignal, end_stopped_run
 from launch.fit.watchdog import Watchdog
 from launch.run_config import RunConfig, prepare_folder
@@ -61,7 +62,7 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         refuse_moved_names(args)
-        super().parse_arguments(parser, args)
+        super().parse_arguments(parser, [*args, *seed_arguments(parser, args)])
 
     def instantiate_classes(self) -> None:
         check_combination(self.values)

@@ -53,7 +53,7 @@ class ProbeCallback(Callback, ABC):
     Args:
         prompts: how many held-out samples.
         sigmas: noise levels, each in 0 .. 1.
-        seed: of the probes' noise.
+        seed: of the probes' noise. It does not follow the run's `seed_everything`, so that runs have the same probes.
         batch_size: probes measured together; None chooses by the size of a latent.
         base_stage: also measure the base's own weights.
         every_n_epochs: measure after every so many epochs, and after the last.
