@@ -19,6 +19,7 @@ from data.inspect.normalisation import is_off, normalisation_doubts
 from data.shards.format import FACTS, read_json, read_member
 from data.storage.store import Store
 from data.stream.latents import LatentReader
+from data.stream.reader import Visit
 from data.stream.shard_index import IndexedShards
 
 
@@ -65,7 +66,7 @@ def latent_table(
 
     def read(sample_location: SampleLocation) -> tuple[NDArray[np.float64], int, int]:
         shard, key, members = sample_location
-        sample = reader.decode(key, reader.read_files(shard, members), uid=0)
+        sample = reader.decode(key, reader.read_files(shard, members), Visit(0))
         values = sample.latent.double().flatten(1).numpy()
         moments = np.stack([values.mean(axis=1), np.square(values).mean(axis=1)])
         return moments, len(sample.text), 6 * (sample.latent.shape[1] - 1) + 1

@@ -14,6 +14,7 @@ from data.shards.archive import Members, Scan, scan_tar
 from data.shards.format import VIDEO_FORMAT, read_samples
 from data.storage.store import Store, join
 from data.stream.latents import LatentReader
+from data.stream.reader import Visit
 from data.stream.shard_index import IndexedShards, sample_count
 from data.video.worker_pool import Failure, WorkerPool
 
@@ -93,7 +94,7 @@ def _latent_check(reader: LatentReader) -> _Check:
     def check(path: str, bucket: Bucket, samples: list[tuple[str, Members]], store: Store) -> Iterator[str]:
         for key, members in samples:
             try:
-                reader.decode(key, reader.read_files(path, members), uid=0, bucket=bucket)
+                reader.decode(key, reader.read_files(path, members), Visit(0), bucket=bucket)
             except KeyError as error:
                 yield f"{key}: lacks {error}"
             except (ValueError, OSError, SafetensorError) as error:

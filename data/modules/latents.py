@@ -67,7 +67,8 @@ class LatentDataModule(BatchDataModule):
     """Latents and captions for training a transformer; batches are `data.batch.Batch`.
 
     Args:
-        sample_latents: draw latents from the VAE's posterior, keyed by uid, instead of taking its mean.
+        sample_latents: draw latents from the VAE's posterior instead of taking its mean: anew for each visit, keyed by
+            (seed, epoch, uid); those of validation and probes are always the same.
         stream: the fields of `StreamConfig`; `shards` are latent shards.
     """
 

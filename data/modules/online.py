@@ -24,7 +24,7 @@ class EncodingDataModule(BatchDataModule):
 
     Args:
         base: diffusers pipeline folder with `vae`, `text_encoder` and `tokenizer`, or its downloaded hub id.
-        sample_latents: draw latents from the VAE's posterior, keyed by uid, instead of taking its mean.
+        sample_latents: draw latents from the VAE's posterior, as `LatentDataModule` does, instead of taking its mean.
         dtype: of the encoders: float32, bfloat16 or float16.
         max_text_tokens: longer captions are cut.
         tiling: encode clip by clip and large frames in tiles: less memory, slightly other latents.
@@ -99,6 +99,13 @@ class EncodingDataModule(BatchDataModule):
         means, logvars = self._encoders.latents(batch.videos)
         texts = self._encoders.text([clip.caption for clip in batch.clips])
         return [
-            Sample(self._normalise(mean, logvar, clip.uid), text.float(), clip.key, clip.uid, clip.faults, clip.counts)
+            Sample(
+                self._normalise(mean, logvar, clip.visit),
+                text.float(),
+                clip.key,
+                clip.visit.uid,
+                clip.faults,
+                clip.counts,
+            )
             for clip, mean, logvar, text in zip(batch.clips, means, logvars, texts, strict=True)
         ]

@@ -166,7 +166,8 @@ class ShardDataModule(LightningDataModule, ABC):
             log.warning("buckets that fill no global batch of %d are not trained on: %s", size, ", ".join(small))
         start = self._first_batch(epoch, size, len(batches))
         self._loader_epoch = epoch
-        return self._loader(split, batch_sampler=ResumableBatchSampler(batches, *self._rank_and_ranks, start))
+        sampler = ResumableBatchSampler(batches, *self._rank_and_ranks, start)
+        return self._loader(split.in_epoch(self.config.seed, epoch), batch_sampler=sampler)
 
     def _first_batch(self, epoch: int, size: int, batches: int) -> int:
         """The batch of an epoch to begin with.

@@ -22,7 +22,8 @@ class StreamConfig:
         num_workers: loader processes per rank; those that read clips decode them.
         prefetch_factor: batches that each loader process reads ahead.
         passes: how often a nominal epoch visits each training sample; visits of one sample have different uids.
-        seed: of the order of the training samples. Which samples are held out does not depend on it.
+        seed: of the order of the training samples, and of draws from their posterior. Held-out samples do not depend on
+            it.
         max_fault_share: share of samples that may be damaged, 0 to 1; they are named in the run's `faults.jsonl`.
         cache: local folder that caches what is read of remote shards; None caches nothing.
         cache_bytes: upper bound of the cache.

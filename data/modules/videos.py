@@ -60,7 +60,7 @@ class VideoDataModule(ShardDataModule):
     def collate(samples: Sequence[ClipSample]) -> dict[str, Any]:
         return {
             "video": torch.stack([clip.video for clip in samples]),
-            "uid": torch.tensor([clip.uid for clip in samples]),
+            "uid": torch.tensor([clip.visit.uid for clip in samples]),
             "key": [clip.key for clip in samples],
             "faults": sum(clip.faults for clip in samples),
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.bucket import Bucket
 from data.shards.format import VIDEO_FORMAT, clip_extension, parse_facts
 from data.storage.store import Store
-from data.stream.reader import ShardReader
+from data.stream.reader import ShardReader, Visit
 from data.video.decode import decode_video
 from data.video.isolated_call import IsolatedCall
 
@@ -28,7 +28,7 @@ class ClipSample:
         video: (T, H, W, 3) uint8; of a `VideoReader`, (3, T, H, W) float32 in [-1, 1].
         caption: of the clip.
         key: name of the sample inside its shard.
-        uid: of the visit; what is drawn for it is keyed by this.
+        visit: what is drawn for it is keyed by this.
         faults: damaged samples that were skipped before this one took their place.
         counts: whether it counts in an evaluation.
     """
@@ -36,7 +36,7 @@ class ClipSample:
     video: Tensor
     caption: str
     key: str
-    uid: int
+    visit: Visit
     faults: int = 0
     counts: bool = True
 
@@ -108,10 +108,10 @@ class ClipReader(ShardReader[ClipSample]):
         super().__init__(locations, VIDEO_FORMAT, store=store, max_fault_share=max_fault_share)
         self._isolated_call = IsolatedCall(deadline)
 
-    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> ClipSample:
+    def decode(self, key: str, files: Mapping[str, bytes], visit: Visit, bucket: Bucket | None = None) -> ClipSample:
         bucket = bucket or Bucket.parse(str(parse_facts(files["json"]).get("bucket")))
         video = self._decode(files, bucket.frames, bucket.height, bucket.width)
-        return ClipSample(torch.from_numpy(video), files["txt"].decode(), key, uid)
+        return ClipSample(torch.from_numpy(video), files["txt"].decode(), key, visit)
 
     def _decode(self, files: Mapping[str, bytes], frames: int, height: int, width: int) -> NDArray[np.uint8]:
         """The first frames of a clip's window, (T, H, W, 3)."""
@@ -154,8 +154,8 @@ class VideoReader(ClipReader):
         if short:
             raise ValueError(f"got frames {frames}, the shards' buckets {short} have fewer; lower data.frames.")
 
-    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> ClipSample:
+    def decode(self, key: str, files: Mapping[str, bytes], visit: Visit, bucket: Bucket | None = None) -> ClipSample:
         video = self._decode(files, self.frames, self.height, self.width)
         # In numpy: torch would use all cores for a small array, and several loaders then compete for them.
         pixels = np.ascontiguousarray(video.transpose(3, 0, 1, 2), dtype=np.float32) / np.float32(127.5) - np.float32(1)
-        return ClipSample(torch.from_numpy(pixels), files["txt"].decode(), key, uid)
+        return ClipSample(torch.from_numpy(pixels), files["txt"].decode(), key, visit)

@@ -16,8 +16,11 @@ from data.batch import Sample
 from data.bucket import Bucket
 from data.shards.format import LATENT_FORMAT
 from data.storage.store import Store
-from data.stream.reader import ShardReader
+from data.stream.reader import ShardReader, Visit
 from data.stream.shard_index import IndexedShards
+
+#: Separates draws from the posterior from others that are keyed by a visit.
+_LATENT = 0x6C6174
 
 #: Fields of the index that must be equal in latent folders that are trained on together.
 _COMMON_FIELDS = ("channels", "text_width", "latents_mean", "latents_std")
@@ -29,7 +32,7 @@ class Normaliser:
     Args:
         mean: (C,) of raw latents.
         std: (C,) standard deviation of raw latents.
-        sample: draw from the posterior, keyed by uid, instead of taking its mean.
+        sample: draw from the posterior, keyed by the visit, instead of taking its mean.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], *, sample: bool) -> None:
@@ -37,17 +40,17 @@ class Normaliser:
         self.std = torch.tensor(std).view(-1, 1, 1, 1)
         self.sample = sample
 
-    def __call__(self, mean: Tensor, logvar: Tensor | None, uid: int) -> Tensor:
+    def __call__(self, mean: Tensor, logvar: Tensor | None, visit: Visit) -> Tensor:
         """(C, F, H, W) float32 of a posterior's mean and log-variance, both raw."""
         raw = mean.float()
         if self.sample:
             assert logvar is not None
-            raw = raw + torch.exp(0.5 * logvar.float().clamp(-30, 20)) * _keyed_normal(uid, raw.shape)
+            raw = raw + torch.exp(0.5 * logvar.float().clamp(-30, 20)) * _keyed_normal(visit, raw.shape)
         return (raw - self.mean) / self.std
 
 
-def _keyed_normal(uid: int, shape: Sequence[int]) -> Tensor:
-    rng = np.random.default_rng([uid, 0x6C6174])  # the second number separates this from other draws keyed by uid
+def _keyed_normal(visit: Visit, shape: Sequence[int]) -> Tensor:
+    rng = np.random.default_rng([visit.uid, _LATENT] if visit.draw is None else [_LATENT, *visit.draw, visit.uid])
     return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
 
@@ -61,7 +64,7 @@ class LatentReader(ShardReader[Sample]):
 
     Args:
         locations: of latent shards (folders, `.tar` files in them, wildcards, braces, URLs), or shards that were found.
-        sample_latents: draw from the VAE's posterior, keyed by uid, instead of taking its mean.
+        sample_latents: draw from the VAE's posterior, keyed by the visit, instead of taking its mean.
         store: that reads them.
         max_fault_share: share of samples that may be damaged.
 
@@ -86,7 +89,7 @@ class LatentReader(ShardReader[Sample]):
         self._shapes = set(self.latent_shapes.values())
         self.normalise = Normaliser(fields["latents_mean"], fields["latents_std"], sample=sample_latents)
 
-    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> Sample:
+    def decode(self, key: str, files: Mapping[str, bytes], visit: Visit, bucket: Bucket | None = None) -> Sample:
         tensors, text = load_safetensors(files["safetensors"]), load_safetensors(files["text"])["text"]
         mean = tensors["mean"]
         shape = self.latent_shapes[bucket.name] if bucket else tuple(mean.shape)
@@ -103,10 +106,10 @@ class LatentReader(ShardReader[Sample]):
         logvar = tensors["logvar"] if self.normalise.sample else None
         if logvar is not None and tuple(logvar.shape) != shape:
             raise ValueError(f"its logvar is {tuple(logvar.shape)}, expected {shape}")
-        normalised, text = self.normalise(mean, logvar, uid), text.float()
+        normalised, text = self.normalise(mean, logvar, visit), text.float()
         if not (_finite(normalised) and _finite(text)):
             raise ValueError("it holds numbers that are not finite")
-        return Sample(latent=normalised, text=text, key=key, uid=uid)
+        return Sample(latent=normalised, text=text, key=key, uid=visit.uid)
 
 
 def common_fields(folders: Sequence[IndexedShards]) -> dict[str, Any]:

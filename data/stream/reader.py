@@ -5,7 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from safetensors import SafetensorError
 
@@ -23,6 +23,18 @@ log = logging.getLogger(__name__)
 DAMAGE = (ValueError, KeyError, OSError, SafetensorError)
 #: Samples of one shard, one after another, that a store fails to read before the rest of the shard counts as lost.
 _MAX_STORE_FAILURES = 3
+
+
+class Visit(NamedTuple):
+    """One use of a sample: all that is drawn for it is keyed by this.
+
+    Args:
+        uid: of the visit.
+        draw: (seed, epoch); None in validation and measurements, which draw the same in every epoch and run.
+    """
+
+    uid: int
+    draw: tuple[int, int] | None = None
 
 
 class StreamSample(Protocol):
@@ -93,13 +105,13 @@ class ShardReader(ABC, Generic[T]):
         """What a shard and its copies have in common: the hash of their bytes; without one in the index, the path."""
         return self._digests[shard] or os.path.realpath(self.shards[shard])
 
-    def try_load(self, shard: int, row: int, uid: int) -> T | None:
+    def try_load(self, shard: int, row: int, visit: Visit) -> T | None:
         """A sample; None if it is damaged, which the fault log then names.
 
         Args:
             shard: its number.
             row: of the sample in its shard.
-            uid: of the visit; it keys what is drawn for it.
+            visit: for which it is read.
 
         Raises:
             ValueError: past the share of damaged samples.
@@ -108,7 +120,7 @@ class ShardReader(ABC, Generic[T]):
             return None
         try:
             key, files = self._read(shard, row)
-            return self.decode(key, files, uid, self.buckets[shard])
+            return self.decode(key, files, visit, self.buckets[shard])
         except DAMAGE as error:
             self._record_damage(shard, row, error)
             return None
@@ -160,13 +172,13 @@ class ShardReader(ABC, Generic[T]):
             raise ValueError(str(stop)) from error
 
     @abstractmethod
-    def decode(self, key: str, files: Mapping[str, bytes], uid: int, bucket: Bucket | None = None) -> T:
+    def decode(self, key: str, files: Mapping[str, bytes], visit: Visit, bucket: Bucket | None = None) -> T:
         """A sample of its files.
 
         Args:
             key: of the sample.
             files: extension -> content.
-            uid: of the visit.
+            visit: for which it is read.
             bucket: that it has to be of; None takes any of the reader's.
 
         Raises:

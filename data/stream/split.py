@@ -1,6 +1,7 @@
 """Parts of a data set: how a visit finds its sample, and what replaces a damaged one."""
 
 import bisect
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data.stream.order import BatchGroup
-from data.stream.reader import ShardReader
+from data.stream.reader import ShardReader, Visit
 
 #: Separates draws of replacements from others that are keyed by a uid.
 _REPLACEMENT = 0x7265706C616365
@@ -63,6 +64,7 @@ class Split(Dataset):
         self.reader = reader
         self.first_uid = first_uid
         self._once = once
+        self._draw: tuple[int, int] | None = None
         self._counts = np.array(counts, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64).tolist()
         runs: dict[str, list[Run]] = {name: [] for name in reader.group_names}
@@ -72,6 +74,12 @@ class Split(Dataset):
             self._number[run.shard] = len(group)
             group.append(run)
         self._runs = {name: group for name, group in runs.items() if group}
+
+    def in_epoch(self, seed: int, epoch: int) -> "Split":
+        """The same samples, for which is drawn what belongs to an epoch; without, it is always the same."""
+        own = copy.copy(self)
+        own._draw = (seed, epoch)
+        return own
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -101,7 +109,7 @@ class Split(Dataset):
         runs, uid = self._runs[self.reader.group(shard)], self.first_uid + visit
         choices = candidates(runs, self._number[shard], position - self._starts[shard], uid)
         for skipped, choice in enumerate(choices):
-            sample = self.reader.try_load(*choice, uid)
+            sample = self.reader.try_load(*choice, Visit(uid, self._draw))
             if sample is not None:
                 sample.faults, sample.counts = skipped, not self._once or visit < len(self)
                 return sample

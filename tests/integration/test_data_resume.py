@@ -246,3 +246,42 @@ class Counting(Store):
         self.calls += 1
         self.bytes += len(content)
         return content
+
+
+class Latents(Recorder):
+    """Keeps the latents that each step and each validation saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained, self.validated = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.trained.append(batch.latents)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(batch.latents)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_draws_its_own_latents_also_where_it_goes_on(shards, tmp_path, workers):
+    """Of validation they are the same in every epoch, and in runs of every seed."""
+
+    def run(checkpoint=None, seed=0, **trainer):
+        data = LatentDataModule(shards=shards, val_samples=4, batch_size=4, num_workers=workers, sample_latents=True,
+                                seed=seed)  # fmt: skip
+        module = Latents()
+        fit(shards, checkpoint=checkpoint, data=data, module=module, max_epochs=2, **trainer)
+        uids = [uid for _, _, uids in module.steps for uid in uids]
+        return list(zip(uids, torch.cat(module.trained), strict=True)), module.validated
+
+    whole, validated = run(callbacks=[every_step(tmp_path)])
+    first, second = dict(whole[:28]), dict(whole[28:])
+    assert first.keys() == second.keys() and not any(torch.equal(first[uid], second[uid]) for uid in first)
+    assert torch.equal(validated[0], validated[1])
+    rest, _ = run(tmp_path / f"step={BATCHES + 3}.ckpt")
+    assert len(rest) == 4 * (BATCHES - 3)
+    assert all(uid == u and torch.equal(x, y) for (uid, x), (u, y) in zip(rest, whole[-len(rest) :], strict=True))
+    other, validated_too = run(seed=5)
+    assert not any(torch.equal(latent, first[uid]) for uid, latent in other[:28])
+    assert torch.equal(validated_too[0], validated[0])

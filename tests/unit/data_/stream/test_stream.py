@@ -89,14 +89,28 @@ def test_shards_are_found_by_folder_wildcard_braces_and_one_by_one(tmp_path):
 
 def test_drawing_from_the_posterior_is_keyed_by_uid_and_has_its_width(tmp_path):
     folder = make(tmp_path)
-    drawn, mean = split([folder], sample_latents=True), split([folder])
-    assert torch.equal(drawn[2].latent, drawn[2].latent)
-    assert not torch.equal(drawn[2].latent, drawn[7].latent)  # the same sample in the second pass
+    always, mean = split([folder], sample_latents=True), split([folder])
     std = torch.tensor(STD).view(3, 1, 1, 1)
-    draws = torch.stack([drawn[2 + 5 * number].latent for number in range(300)])
-    noise = (draws - mean[2].latent) * std
-    assert abs(noise.std().item() / torch.tensor(2.0).mul(0.5).exp().item() - 1) < 0.03  # logvar of sample 2 is 2
-    assert abs(noise.mean().item()) < 0.1
+    for drawn in (always, always.in_epoch(0, 0)):
+        assert torch.equal(drawn[2].latent, drawn[2].latent)
+        assert not torch.equal(drawn[2].latent, drawn[7].latent)  # the same sample in the second pass
+        draws = torch.stack([drawn[2 + 5 * number].latent for number in range(300)])
+        noise = (draws - mean[2].latent) * std
+        # The logvar of sample 2 is 2.
+        assert abs(noise.std().item() / torch.tensor(2.0).mul(0.5).exp().item() - 1) < 0.03
+        assert abs(noise.mean().item()) < 0.1
+
+
+def test_each_epoch_and_seed_draws_anew(tmp_path):
+    always = split([make(tmp_path)], sample_latents=True)
+    views = {(seed, epoch): always.in_epoch(seed, epoch) for seed in range(3) for epoch in range(3)}
+    draws = [view[2].latent for view in (always, *views.values())]
+    for i, draw in enumerate(draws):
+        assert not any(torch.equal(draw, other) for other in draws[:i])
+    assert torch.equal(always[2].latent, draws[0]) and torch.equal(
+        always.in_epoch(2, 1)[2].latent, views[2, 1][2].latent
+    )
+    assert {view[2].uid for view in views.values()} == {2}
 
 
 # -- splits ----------------------------------------------------------------------------------------------------------
