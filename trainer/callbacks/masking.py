@@ -6,7 +6,7 @@ removes what lies below it in the layers of a scope. How and why: docs/measureme
 Legend: P prompts, S sigmas, K scopes, R ratios, B probes of a batch, h heads, N tokens, d head width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.attention import masked_attention, pooled_quantiles, row_quantiles, uniform_attention
 from trainer.callbacks import figures
+from trainer.callbacks.masking_statistics import TOLERATED, masking_figures
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkCache, TrunkForward
@@ -26,36 +27,12 @@ from trainer.models.mochi import State
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
 
-#: The critical ratio is the largest one at which the loss rises by at most this share of the dense loss.
-TOLERATED = 0.01
-#: Keeps the logarithm of a distortion of zero finite.
-FLOOR = 1e-8
-
 #: Which weights are pooled and removed; of how many weights a threshold is the quantile; what takes their place.
 Keys = Literal["all", "vision"]
 Quantile = Literal["head", "row"]
 Removed = Literal["renormalise", "zero", "mean"]
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-
-
-def critical_ratio(ratios: Sequence[float], relative_increase: Sequence[float]) -> float:
-    """The largest ratio at which the loss is at most 1 % above the dense loss, read off the curve.
-
-    The curve is linear between ratios and starts at ratio 0 with no increase. Of several crossings of 1 % the last one
-    counts. NaN counts as an infinite increase.
-
-    Args:
-        ratios: R ascending shares.
-        relative_increase: dL(r) / L(0) at each.
-    """
-    r = np.concatenate([[0.0], np.asarray(ratios, dtype=np.float64)])
-    rise = np.concatenate([[0.0], np.nan_to_num(np.asarray(relative_increase, dtype=np.float64), nan=np.inf)])
-    last = int(np.flatnonzero(rise <= TOLERATED)[-1])
-    if last == len(r) - 1:
-        return float(r[last])
-    step = (TOLERATED - rise[last]) / (rise[last + 1] - rise[last])
-    return float(r[last] + step * (r[last + 1] - r[last]))
 
 
 @dataclass(frozen=True)
@@ -231,7 +208,7 @@ class MaskingRobustness(ProbeCallback):
         energy, dense_loss = tables["energy"].mean(axis=0), tables["dense_loss"].mean(axis=0)  # (S,)
         change = np.moveaxis(tables["change"].mean(axis=0), 0, 1)  # (K, S, R)
         increase = np.moveaxis(tables["loss"].mean(axis=0), 0, 1) - dense_loss[:, None]
-        distortion, loss_increase = change.mean(axis=1) / energy.mean(), increase.mean(axis=1)
+        means = {name: tables[name].mean(axis=(0, 1)) for name in ("energy", "dense_loss", "change", "loss")}
         return {
             "ratios": np.array(self.ratios),
             "sigmas": np.array(probes.sigmas),
@@ -239,14 +216,10 @@ class MaskingRobustness(ProbeCallback):
             "masked_keys": np.array(self.keys),
             "quantile": np.array(self.quantile),
             "removed": np.array(self.removed),
-            "distortion": distortion,
-            "loss_increase": loss_increase,
+            **masking_figures(means, self.ratios),
             "distortion_by_sigma": change / energy[:, None],
             "loss_increase_by_sigma": increase,
-            "dense_loss": dense_loss.mean(),
             "dense_loss_by_sigma": dense_loss,
-            "auc": np.log10(distortion + FLOOR).mean(axis=1),
-            "critical_ratio": np.array([critical_ratio(self.ratios, row / dense_loss.mean()) for row in loss_increase]),
             "realised_ratio": tables["realised"].mean(axis=(0, 1)),
             "dropped_mass": tables["dropped"].mean(axis=(0, 1)),
             "uniform_distortion": tables["uniform_change"].mean(axis=(0, 1)) / energy.mean(),
@@ -256,6 +229,10 @@ class MaskingRobustness(ProbeCallback):
             "dense_loss_by_probe": tables["dense_loss"].astype(np.float32),
             "change_by_probe": tables["change"].astype(np.float32),
             "loss_by_probe": tables["loss"].astype(np.float32),
+            "uniform_change_by_probe": tables["uniform_change"].astype(np.float32),
+            "uniform_loss_by_probe": tables["uniform_loss"].astype(np.float32),
+            "keys": np.array(probes.keys, dtype=np.str_),
+            "caption_ids": np.array(probes.caption_ids),
             "prompts": np.array(len(probes.samples)),
             "samples": np.array(len(probes)),
         }

@@ -95,6 +95,18 @@ class ProbeSet:
         """Valid text tokens of each prompt."""
         return [int(sample.text.shape[0]) for sample in self.samples]
 
+    @property
+    def caption_ids(self) -> list[int]:
+        """A number for each sample; samples of one caption, by its embedding, share it. Empty captions are told apart.
+
+        Samples of one caption are no independent draws of a prompt. Without captions only the clips differ.
+        """
+        texts = [
+            fingerprint([("text", sample.text)]) if len(sample.text) else str(index)
+            for index, sample in enumerate(self.samples)
+        ]
+        return [texts.index(text) for text in texts]
+
     def groups(self) -> list[list[tuple[int, int]]]:
         """(prompt, stratum) of every probe, grouped into batches of captions of one length."""
         lengths = self.text_tokens

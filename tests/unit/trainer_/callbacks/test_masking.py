@@ -8,7 +8,8 @@ import torch
 
 from data.batch import Sample
 from trainer.attention import dense as reference
-from trainer.callbacks.masking import FLOOR, MaskingRobustness, critical_ratio
+from trainer.callbacks.masking import MaskingRobustness
+from trainer.callbacks.masking_statistics import FLOOR
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.module import RetrainBlocks, SurgeryConfig
 
@@ -40,24 +41,6 @@ def measure(module, lengths=(3, 0, 3), **kwargs):
             table = tables.setdefault(name, np.zeros((len(lengths), len(SIGMAS), *found.shape[1:])))
             table[list(batch.prompts), list(batch.strata)] = found.double().numpy()
     return callback, callback.summarise(module, probes, tables)
-
-
-@pytest.mark.parametrize(
-    "rise, expected",
-    [
-        ([0.0, 0.0, 0.0], 0.9),  # never too much: the largest ratio measured
-        ([0.01, 0.01, 0.01], 0.9),  # exactly the limit is allowed
-        ([0.0, 0.0, 0.02], 0.7),  # half way between 0.5 and 0.9
-        ([0.04, 0.1, 0.2], 0.025),  # a quarter of the way to the first ratio, from no increase at 0
-        ([0.02, 0.005, 0.02], 0.5 + 0.4 / 3),  # fails, recovers, fails: the last crossing
-        ([-0.1, -0.01, 0.03], 0.7),
-        ([0.0, float("nan"), 0.5], 0.1),  # no number is too large, and nothing can be read off beside it
-        ([0.0, float("inf"), float("inf")], 0.1),
-        ([float("nan")] * 3, 0.0),
-    ],
-)
-def test_critical_ratio(rise, expected):
-    assert critical_ratio((0.1, 0.5, 0.9), rise) == pytest.approx(expected)
 
 
 def brute_force(module, probes, layers, ratio):
@@ -295,3 +278,6 @@ def test_the_figures_of_all_probes_are_kept_and_their_means_are_the_figures(base
     distortion = arrays["change_by_probe"].mean(axis=(0, 1)) / arrays["energy_by_probe"].mean()
     np.testing.assert_allclose(distortion, arrays["distortion"], rtol=1e-4)
     assert dense.mean() == pytest.approx(arrays["dense_loss"], rel=1e-6)
+    uniform = (arrays["uniform_loss_by_probe"] - dense[..., None]).mean(axis=(0, 1))
+    np.testing.assert_allclose(uniform, arrays["uniform_loss_increase"], atol=1e-6)
+    assert arrays["keys"].tolist() == ["clip-0", "clip-1", "clip-2"] and arrays["caption_ids"].tolist() == [0, 1, 2]

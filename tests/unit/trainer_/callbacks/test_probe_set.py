@@ -1,5 +1,6 @@
 """The probe set: complete, fixed, one caption length per batch, spread evenly over ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,12 @@ def test_a_batchs_identity_changes_with_every_tensor_of_it():
         assert not own & identities(**other), other
     one, two = (ProbeSet(draw_samples((3, 3)), sigmas, seed=1) for sigmas in ((0.25, 0.75), (0.75, 0.25)))
     assert next(one.share(0, 1))[0].identity != next(two.share(0, 1))[0].identity
+
+
+def test_samples_of_one_caption_share_a_number_and_empty_captions_do_not():
+    samples = draw_samples((3, 0, 3, 0, 3))
+    samples[4] = replace(samples[4], text=samples[0].text.clone())
+    assert ProbeSet(samples, SIGMAS, seed=1).caption_ids == [0, 1, 2, 3, 0]
 
 
 def test_large_latents_are_measured_one_by_one():
