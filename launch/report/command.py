@@ -1,6 +1,6 @@
 """`reblock report`: one self-contained page about a run, made from the run's files.
 
-Legend: Ly measured layers, h heads, R ratios.
+Legend: Ly measured layers, h heads.
 """
 
 import base64
@@ -16,7 +16,15 @@ from markupsafe import Markup
 
 from data.files import write_text
 from launch.report.charts import Series, heat_map, line_chart, number
-from launch.report.results import MaskingStage, RunResults, SinkStage, last_epoch, read_results, stage_title
+from launch.report.masking_page import (
+    blanks,
+    critical_chart,
+    masking_chart,
+    mass_chart,
+    probes_note,
+    scope_table,
+)
+from launch.report.results import RunResults, SinkStage, last_epoch, read_results, stage_title
 from launch.report.summary import key_figures, sentences
 from launch.run_folder import RunFolder
 
@@ -58,8 +66,9 @@ def _page(results: RunResults) -> dict[str, Any]:
         "heat": [_heat(title, stage, results) for title, stage in _compared(results)],
         "eps": number(sinks.eps) if sinks else None,
         "heads": _heads(results),
-        "scopes": _scopes(results),
-        "probes": _probes(masking),
+        "blanks": blanks(results),
+        "scopes": scope_table(results),
+        "probes": probes_note(masking),
         "samples": _samples(results),
         "fingerprint": results.fingerprint,
         "versions": _versions(results.versions),
@@ -95,11 +104,10 @@ def _charts(results: RunResults) -> dict[str, str | None]:
         "loss": _loss_chart(results),
         "bands": _band_chart(results),
         "sinks_by_epoch": _epoch_chart({k: len(s.flagged) for k, s in results.sinks.items()}, "sink heads"),
-        "ratio_by_epoch": _epoch_chart(
-            {k: m.value("critical_ratio") for k, m in results.masking.items()}, "critical ratio, retrained blocks"
-        ),
-        "distortion": _masking_chart(results, "distortion"),
-        "increase": _masking_chart(results, "loss_increase"),
+        "critical": critical_chart(results),
+        "distortion": masking_chart(results, "distortion"),
+        "increase": masking_chart(results, "loss_increase"),
+        "increase_by_mass": mass_chart(results),
     }
 
 
@@ -137,25 +145,6 @@ def _epoch_chart(values: Mapping[str, float], y_label: str) -> str | None:
     if "base" in values:
         series.append(Series("base", [x[0], x[-1]], [values["base"]] * 2, 2, "dashed"))
     return line_chart(series, x_label="epoch", y_label=y_label, height=240)
-
-
-def _masking_chart(results: RunResults, name: str) -> str | None:
-    series = []
-    for label, stage, colour in (("before", results.masking_before, 2), ("after", results.masking_after, 1)):
-        curve = stage.curve(name) if stage else None
-        if stage is None or curve is None:
-            continue
-        unit = float(stage.arrays["dense_loss"]) if name == "loss_increase" else 1.0
-        ratios = stage.arrays["ratios"]
-        series.append(Series(f"{label} ({stage_title(stage.stage)})", ratios, curve / unit, colour, "dots"))
-        uniform = np.full(len(ratios), stage.value(f"uniform_{name}") / unit)
-        series.append(Series(f"uniform, {label}", ratios, uniform, colour, "dashed"))
-    if not series:
-        return None
-    x_label = "share of attention weights removed, r"
-    if name == "loss_increase":
-        return line_chart(series, x_label=x_label, y_label="loss increase", scale="percent", rule=(0.01, "1 %"))
-    return line_chart(series, x_label=x_label, y_label="relative squared change", scale="log")
 
 
 def _compared(results: RunResults) -> list[tuple[str, SinkStage]]:
@@ -197,27 +186,6 @@ def _heads(results: RunResults) -> list[list[str]]:
             cells += [mean(results.before, name, head), mean(results.after, name, head)]
         table.append(cells)
     return table
-
-
-def _scopes(results: RunResults) -> list[list[str]]:
-    stages = (results.masking_before, results.masking_after)
-    scopes = list(dict.fromkeys(scope for stage in stages if stage for scope in stage.scopes))
-
-    def cell(stage: MaskingStage | None, name: str, scope: str) -> str:
-        if stage is None:
-            return "n/a"
-        relative = float(stage.arrays["dense_loss"]) if name == "uniform_loss_increase" else 1.0
-        return number(stage.value(name, scope) / relative)
-
-    names = ("critical_ratio", "auc", "uniform_loss_increase")
-    return [[scope, *(cell(stage, name, scope) for name in names for stage in stages)] for scope in scopes]
-
-
-def _probes(stage: MaskingStage | None) -> str:
-    if stage is None:
-        return ""
-    prompts, samples = int(stage.arrays["prompts"]), int(stage.arrays["samples"])
-    return f"Measured on {samples} held-out probes of {prompts} prompts at {len(stage.arrays['sigmas'])} noise levels."
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launch.run_folder import RunFolder
+from trainer.callbacks.intervals import Interval, bootstrap, few_prompts
+from trainer.callbacks.masking_statistics import (
+    PER_PROBE,
+    TOLERATED,
+    UNMEASURED,
+    bears_on_attention,
+    critical_ratio,
+    masking_figures,
+)
 
 Head = tuple[int, int]  # layer, head
 Arrays = Mapping[str, NDArray]
@@ -75,19 +85,76 @@ class MaskingStage:
     Args:
         stage: base, epoch-000, epoch-001, ...
         arrays: of masking-STAGE.npz.
+        base_loss: dense loss of stage `base`, NaN if that was not measured.
     """
 
     stage: str
     arrays: Arrays
+    base_loss: float = math.nan
 
     @property
     def scopes(self) -> list[str]:
         """Names of the sets of layers that were masked together, (K,)."""
         return [str(scope) for scope in self.arrays["scopes"]]
 
+    @property
+    def dense_loss(self) -> float:
+        """L(0)."""
+        return float(self.arrays["dense_loss"])
+
+    @cached_property
+    def figures(self) -> Arrays:
+        """The arrays, with `critical_ratio_of_base` (K,), and critical ratios that say nothing left blank (NaN)."""
+        uniform = self.arrays["uniform_loss_increase"]
+        of_base = critical_ratio(self.arrays["ratios"], self.arrays["loss_increase"], TOLERATED * self.base_loss)
+        found = dict(self.arrays)
+        for name, ratio, loss in (
+            ("critical_ratio", self.arrays["critical_ratio"], self.dense_loss),
+            ("critical_ratio_of_base", of_base, self.base_loss),
+        ):
+            found[name] = np.where(bears_on_attention(uniform, TOLERATED * loss), ratio, np.nan)
+        return found
+
     def value(self, name: str, scope: str = "retrained") -> float:
-        """The entry of a scope in an array (K,); NaN if the scope was not measured."""
-        return float(self.arrays[name][self.scopes.index(scope)]) if scope in self.scopes else math.nan
+        """The entry of a scope in an array (K,) of `figures`; NaN if the scope was not measured."""
+        return float(self.figures[name][self.scopes.index(scope)]) if scope in self.scopes else math.nan
+
+    def blank(self, name: str, scope: str = "retrained") -> str:
+        """Why the critical ratio `name` has no value; empty if it has one, or is not known for another reason."""
+        loss = self.base_loss if name == "critical_ratio_of_base" else self.dense_loss
+        if scope not in self.scopes:
+            return "not measured: the scope is not in the recipe"
+        if not math.isfinite(loss):
+            return "not measured: the stage base was not" if name == "critical_ratio_of_base" else ""
+        return UNMEASURED if self.value("uniform_loss_increase", scope) < TOLERATED * loss else ""
+
+    @cached_property
+    def tables(self) -> Arrays:
+        """Figures of every probe (P, S, ...), as `masking_figures` names them; those of runs that kept them."""
+        return {name: self.arrays[f"{name}_by_probe"] for name in PER_PROBE if f"{name}_by_probe" in self.arrays}
+
+    def statistic(self, means: Arrays) -> Mapping[str, NDArray]:
+        """Every figure that has an interval, from means over probes."""
+        return masking_figures(means, self.arrays["ratios"], self.base_loss)
+
+    @cached_property
+    def intervals(self) -> Mapping[str, Interval]:
+        """Figure -> ends of its interval, (), (K,) or (K, R); none where `no_interval` says why."""
+        return {} if self.no_interval else bootstrap(self.statistic, self.tables, self.arrays["caption_ids"]) or {}
+
+    @property
+    def no_interval(self) -> str:
+        """Why there are no intervals; empty if there are."""
+        if not set(PER_PROBE) <= set(self.tables) or "caption_ids" not in self.arrays:
+            return "the run kept no figures of every probe"
+        return few_prompts(self.arrays["caption_ids"])
+
+    def interval(self, name: str, scope: str = "retrained") -> tuple[float, float] | None:
+        """The interval of a scope's figure (K,); None without one, and where the figure itself is blank."""
+        if name not in self.intervals or not math.isfinite(self.value(name, scope)):
+            return None
+        low, high = (float(end[self.scopes.index(scope)]) for end in self.intervals[name])
+        return low, high
 
     def curve(self, name: str, scope: str = "retrained") -> NDArray | None:
         """The row (R,) of a scope in an array (K, R); None if the scope was not measured."""
@@ -143,6 +210,11 @@ class RunResults:
     def masking_before(self) -> MaskingStage | None:
         """Masking of the base's own weights."""
         return self.masking.get("base")
+
+    @property
+    def base_dense_loss(self) -> float:
+        """Dense loss of the base's own weights on the probes of masking; NaN if it was not measured."""
+        return self.masking_before.dense_loss if self.masking_before else math.nan
 
     @property
     def masking_after(self) -> MaskingStage | None:
@@ -229,6 +301,8 @@ def read_results(run: RunFolder) -> RunResults:
     base = _base(run)
     planted = _read_json(Path(base) / "planted.json") if base else None
     samples = _read_json(run.samples_index) or []
+    masking = run.read_measurements("masking")
+    base_loss = float(masking["base"]["dense_loss"]) if "base" in masking else math.nan
     return RunResults(
         run=run,
         config=run.config.read_text(encoding="utf-8") if run.config.is_file() else None,
@@ -236,7 +310,7 @@ def read_results(run: RunFolder) -> RunResults:
         planted_record=planted,
         planted=(planted or {}).get("heads") or [],
         sinks={stage: SinkStage(stage, arrays) for stage, arrays in run.read_measurements("sinks").items()},
-        masking={stage: MaskingStage(stage, arrays) for stage, arrays in run.read_measurements("masking").items()},
+        masking={stage: MaskingStage(stage, arrays, base_loss) for stage, arrays in masking.items()},
         metrics=run.read_metrics()[1],
         fingerprint=run.read_fingerprint(),
         versions=run.read_versions(),

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from trainer.callbacks.masking_statistics import TOLERATED, UNMEASURED, bears_on_attention
+
 #: Okabe and Ito's palette, which colour-blind readers can distinguish; black first.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
 _MARKERS = "osD^vPX*"
@@ -146,7 +148,7 @@ def _options(arrays: Mapping[str, np.ndarray]) -> str:
     return "".join(f", {text}" for (name, value), text in _OPTIONS.items() if str(arrays.get(name)) == value)
 
 
-def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.01) -> Figure:
+def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = TOLERATED) -> Figure:
     """Distortion and relative loss increase against the masked share, one line per scope.
 
     Args:
@@ -160,7 +162,9 @@ def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.0
     for index, scope in enumerate(arrays["scopes"].tolist()):
         style = _style(index, scope)
         critical = arrays["critical_ratio"][index]
-        label = f"{_scope_label(scope)}: r* {'≥' if critical >= ratios[-1] else '='} {critical:.2f}"
+        measured = bears_on_attention(arrays["uniform_loss_increase"][index], tolerated * dense)
+        reading = f"{'≥' if critical >= ratios[-1] else '='} {critical:.2f}" if measured else "not measured"
+        label = f"{_scope_label(scope)}: r* {reading}"
         left.plot(ratios, np.maximum(arrays["distortion"][index], 1e-8), label=label, **style)
         right.plot([0, *ratios], [0, *arrays["loss_increase"][index] / dense], label=label, **style)
         # The control is drawn to the right of the curves.
@@ -184,6 +188,8 @@ def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.0
     right.set_ylim(min(-0.3 * tolerated, 1.5 * increase.min(initial=0)), 1.5 * increase.max(initial=tolerated))
     title = f"masked layers, and the largest\nratio r* below {100 * tolerated:g} % (dotted)"
     lines = left.get_legend_handles_labels()
+    if any(label.endswith("not measured") for label in lines[1]):
+        title += "\n" + UNMEASURED.replace(": ", ":\n")
     figure.legend(*lines, fontsize=8, loc="outside right center", title=title, title_fontsize=8, frameon=False)
     figure.suptitle(
         f"Masking the smallest weights, {stage}: dense loss {dense:.4f}, {arrays['prompts']} prompts x "

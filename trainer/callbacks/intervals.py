@@ -77,10 +77,16 @@ def paired_bootstrap(
         return _percentiles({name: new[name] - old[name] for name in new}, prompts)
 
 
+def few_prompts(prompts: ArrayLike) -> str:
+    """Why these prompts give no interval; empty if they are enough."""
+    count = len(np.unique(np.asarray(prompts)))
+    return f"{count} prompts give no interval, {FEWEST} would" if count < FEWEST else ""
+
+
 def _draw(prompts: ArrayLike) -> NDArray | None:
     """How often each sample counts in each resample, (B, P); None with too few prompts."""
-    _, place = np.unique(np.asarray(prompts), return_inverse=True)
-    count = int(place.max(initial=-1)) + 1
+    names, place = np.unique(np.asarray(prompts), return_inverse=True)
+    count = len(names)
     if count < FEWEST:
         return None
     drawn = np.random.default_rng(_SEED).multinomial(count, [1 / count] * count, size=_RESAMPLES)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.attention import masked_attention, pooled_quantiles, row_quantiles, uniform_attention
 from trainer.callbacks import figures
-from trainer.callbacks.masking_statistics import TOLERATED, masking_figures
+from trainer.callbacks.masking_statistics import PER_PROBE, TOLERATED, bears_on_attention, masking_figures
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkCache, TrunkForward
@@ -208,7 +208,7 @@ class MaskingRobustness(ProbeCallback):
         energy, dense_loss = tables["energy"].mean(axis=0), tables["dense_loss"].mean(axis=0)  # (S,)
         change = np.moveaxis(tables["change"].mean(axis=0), 0, 1)  # (K, S, R)
         increase = np.moveaxis(tables["loss"].mean(axis=0), 0, 1) - dense_loss[:, None]
-        means = {name: tables[name].mean(axis=(0, 1)) for name in ("energy", "dense_loss", "change", "loss")}
+        means = {name: tables[name].mean(axis=(0, 1)) for name in PER_PROBE}
         return {
             "ratios": np.array(self.ratios),
             "sigmas": np.array(probes.sigmas),
@@ -223,14 +223,8 @@ class MaskingRobustness(ProbeCallback):
             "realised_ratio": tables["realised"].mean(axis=(0, 1)),
             "dropped_mass": tables["dropped"].mean(axis=(0, 1)),
             "uniform_distortion": tables["uniform_change"].mean(axis=(0, 1)) / energy.mean(),
-            "uniform_loss_increase": tables["uniform_loss"].mean(axis=(0, 1)) - dense_loss.mean(),
             # Of every probe, for intervals clustered by prompt.
-            "energy_by_probe": tables["energy"].astype(np.float32),
-            "dense_loss_by_probe": tables["dense_loss"].astype(np.float32),
-            "change_by_probe": tables["change"].astype(np.float32),
-            "loss_by_probe": tables["loss"].astype(np.float32),
-            "uniform_change_by_probe": tables["uniform_change"].astype(np.float32),
-            "uniform_loss_by_probe": tables["uniform_loss"].astype(np.float32),
+            **{f"{name}_by_probe": tables[name].astype(np.float32) for name in (*PER_PROBE, "uniform_change")},
             "keys": np.array(probes.keys, dtype=np.str_),
             "caption_ids": np.array(probes.caption_ids),
             "prompts": np.array(len(probes.samples)),
@@ -239,8 +233,10 @@ class MaskingRobustness(ProbeCallback):
 
     def scalars(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         found = {"dense_loss": float(arrays["dense_loss"])}
+        measured = bears_on_attention(arrays["uniform_loss_increase"], TOLERATED * arrays["dense_loss"])
         for index, scope in enumerate(arrays["scopes"]):
-            found[f"{scope}/critical_ratio"] = float(arrays["critical_ratio"][index])
+            if measured[index]:
+                found[f"{scope}/critical_ratio"] = float(arrays["critical_ratio"][index])
             found[f"{scope}/auc"] = float(arrays["auc"][index])
             found[f"{scope}/uniform_loss_increase"] = float(arrays["uniform_loss_increase"][index])
         return found

@@ -10,6 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 #: The critical ratio is the largest one at which the loss rises by at most this share of the dense loss.
 TOLERATED = 0.01
+#: Why a critical ratio is left blank.
+UNMEASURED = "not measured: the uniform control costs nothing"
+#: What `masking_figures` is computed from. Of every probe they are kept as NAME_by_probe.
+PER_PROBE = ("energy", "dense_loss", "change", "loss", "uniform_loss")
 #: Keeps the logarithm of a distortion of zero finite.
 FLOOR = 1e-8
 
@@ -40,20 +44,40 @@ def critical_ratio(
     return r[last] + step * (r[following] - r[last])
 
 
-def masking_figures(means: Mapping[str, NDArray], ratios: Sequence[float] | NDArray) -> dict[str, NDArray]:
-    """D(r), dL(r), robustness AUC, critical ratio and dense loss.
+def bears_on_attention(uniform_increase: ArrayLike, tolerated: ArrayLike) -> NDArray:
+    """Whether a critical ratio says anything: uniform attention costs as much as is tolerated, or more.
+
+    A model that ignores its attention bears any masking. False where the cost is no number.
 
     Args:
-        means: over probes: `energy` and `dense_loss` (...), `change` and `loss` (..., K, R).
+        uniform_increase: increase of the loss with uniform attention.
+        tolerated: largest increase that the critical ratio allows, in the same unit.
+    """
+    return np.asarray(uniform_increase) >= np.asarray(tolerated)
+
+
+def masking_figures(
+    means: Mapping[str, NDArray], ratios: Sequence[float] | NDArray, base_loss: float | None = None
+) -> dict[str, NDArray]:
+    """D(r), dL(r), robustness AUC, critical ratio, dense loss and the control's increase of the loss.
+
+    Args:
+        means: over probes: `energy` and `dense_loss` (...), `change` and `loss` (..., K, R), `uniform_loss` (..., K).
         ratios: the R ratios.
+        base_loss: dense loss of stage `base`. With it, `critical_ratio_of_base` is the critical ratio at 1 % of that,
+            the same tolerance at all stages.
     """
     energy, dense_loss = (np.asarray(means[name])[..., None, None] for name in ("energy", "dense_loss"))
     with np.errstate(invalid="ignore", divide="ignore"):
         distortion, increase = means["change"] / energy, means["loss"] - dense_loss
-        return {
+        found = {
             "distortion": distortion,
             "loss_increase": increase,
             "auc": np.log10(distortion + FLOOR).mean(axis=-1),
             "critical_ratio": critical_ratio(ratios, increase / dense_loss),
             "dense_loss": np.asarray(means["dense_loss"]),
+            "uniform_loss_increase": means["uniform_loss"] - dense_loss[..., 0],
         }
+    if base_loss is not None:
+        found["critical_ratio_of_base"] = critical_ratio(ratios, increase, TOLERATED * base_loss)
+    return found

@@ -91,6 +91,14 @@ def test_masking_curves_start_at_the_origin_and_name_their_scopes():
     assert labels == ["retrained layers: r* ≥ 0.90", "layer 4: r* = 0.25", "all but 04, 05: r* = 0.25"]
 
 
+def test_a_critical_ratio_is_not_named_where_attention_costs_nothing():
+    arrays = masking_arrays(["retrained", "all"], uniform_loss_increase=np.array([0.004, 0.006]))  # 1 %: 0.005
+    legend = figures.masking(arrays, "epoch-000").legends[0]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["retrained layers: r* not measured", "all layers: r* = 0.25"]
+    assert "the uniform control costs nothing" in legend.get_title().get_text()
+
+
 def test_masking_figure_survives_what_is_no_number_and_zero_distortion(tmp_path):
     broken = masking_arrays(["retrained", "all"])
     broken["loss_increase"] = np.array([[np.nan, np.inf, 0.1], [0.0, 0.0, -0.2]])

@@ -107,7 +107,10 @@ def test_shapes_and_how_the_figures_hang_together(base_folder):
     np.testing.assert_allclose(got["dense_loss_by_sigma"].mean(), got["dense_loss"])
     assert (np.diff(got["dropped_mass"], axis=1) > 0).all() and (np.diff(got["realised_ratio"], axis=1) > 0).all()
     scalars = callback.scalars(got)
-    assert scalars["retrained/critical_ratio"] == got["critical_ratio"][0]
+    costs = dict(zip(got["scopes"].tolist(), got["uniform_loss_increase"] >= 0.01 * got["dense_loss"], strict=True))
+    assert {name: f"{name}/critical_ratio" in scalars for name in costs} == costs and any(costs.values())
+    for index, (scope, measured) in enumerate(costs.items()):
+        assert not measured or scalars[f"{scope}/critical_ratio"] == got["critical_ratio"][index]
     assert scalars["layer-02/auc"] == got["auc"][2] and scalars["dense_loss"] == got["dense_loss"]
     assert callback.figures(build(base_folder), got, "base").keys() == {"masking"}
 
@@ -126,11 +129,12 @@ def test_distortion_is_a_quotient_of_means_not_a_mean_of_quotients(base_folder):
 
 
 def test_fresh_blocks_are_the_identity_so_masking_them_changes_nothing(base_folder):
-    _, got = measure(build(base_folder, init="dit"), ratios=(0.5, 0.9), scopes=("retrained", "layer-0"))
+    callback, got = measure(build(base_folder, init="dit"), ratios=(0.5, 0.9), scopes=("retrained", "layer-0"))
     assert got["distortion"][0].max() == 0 and got["loss_increase"][0].max() == 0 and got["critical_ratio"][0] == 0.9
     assert got["auc"][0] == pytest.approx(-8)
     assert got["realised_ratio"][0].min() > 0.4  # weights were removed, they only do not matter
     assert got["distortion"][1].min() > 0  # the trunk's layer does matter
+    assert "retrained/critical_ratio" not in callback.scalars(got)  # nothing was learnt from it
 
 
 def test_uniform_attention_ties_so_nothing_is_removed_and_the_control_is_the_model_itself(base_folder):

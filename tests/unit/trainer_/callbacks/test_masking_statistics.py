@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trainer.callbacks.intervals import bootstrap, paired_bootstrap
-from trainer.callbacks.masking_statistics import critical_ratio, masking_figures
+from trainer.callbacks.masking_statistics import bears_on_attention, critical_ratio, masking_figures
 
 RATIOS = (0.1, 0.5, 0.9)
 CURVES = [
@@ -35,13 +35,37 @@ def test_the_tolerance_can_be_another(tolerated, expected):
     assert critical_ratio(RATIOS, [0.0, 0.0, 0.02], tolerated) == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.parametrize(
+    ("uniform", "tolerated", "expected"),
+    [(0.02, 0.01, True), (0.01, 0.01, True), (0.009, 0.01, False), (-0.1, 0.01, False), (np.inf, 0.01, True),
+     (np.nan, 0.01, False), (0.02, np.nan, False)],
+)  # fmt: skip
+def test_a_critical_ratio_says_something_only_where_uniform_attention_costs_as_much(uniform, tolerated, expected):
+    assert bears_on_attention(uniform, tolerated) == expected
+
+
+def test_at_the_bases_tolerance_a_worse_model_bears_no_more():
+    """The same increase of twice the loss: r* of the own loss grows, that of the base's does not."""
+    increase = np.array([[0.001, 0.005, 0.02]])
+
+    def figures(dense_loss):
+        return masking_figures(
+            {"energy": 1.0, "dense_loss": dense_loss, "change": increase, "loss": dense_loss + increase,
+             "uniform_loss": np.array([1.0])}, RATIOS, base_loss=0.5,
+        )  # fmt: skip
+
+    good, bad = figures(0.5), figures(1.0)
+    assert good["critical_ratio"] == pytest.approx(0.5) == good["critical_ratio_of_base"]
+    assert bad["critical_ratio"] == pytest.approx(0.5 + 0.4 / 3) and bad["critical_ratio_of_base"] == pytest.approx(0.5)
+
+
 def means(prompts=8):
     """Every probe of prompt p is scaled by p + 1: quotients do not change, differences do."""
     scale = np.arange(1.0, prompts + 1)[:, None] * np.ones((1, 2))
     curve = np.array([[0.0, 0.005, 0.03], [0.02, 0.02, 0.02]])
     return {
         "energy": 2 * scale, "dense_loss": 0.5 * scale, "change": scale[..., None, None] * curve,
-        "loss": scale[..., None, None] * 0.5 * (1 + curve),
+        "loss": scale[..., None, None] * 0.5 * (1 + curve), "uniform_loss": scale[..., None] * np.array([0.6, 0.5]),
     }  # fmt: skip
 
 
@@ -53,6 +77,7 @@ def test_figures_and_intervals_of_proportional_probes():
 
     whole = statistic({name: table.mean(axis=(0, 1)) for name, table in tables.items()})
     assert whole["critical_ratio"] == pytest.approx([0.5 + 0.4 * 0.2, 0.05])
+    assert whole["uniform_loss_increase"] == pytest.approx([0.1 * 4.5, 0.0])
     assert whole["distortion"][0] == pytest.approx([0.0, 0.0025, 0.015])
     assert whole["auc"] == pytest.approx(np.log10(whole["distortion"] + 1e-8).mean(axis=1))
     found = bootstrap(statistic, tables, range(8))
