@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from data.files import write_text
 from launch.report.charts import Series, heat_map, line_chart, number
+from launch.report.comparisons import ends_text
 from launch.report.masking_page import (
     blanks,
     critical_chart,
@@ -24,7 +25,8 @@ from launch.report.masking_page import (
     probes_note,
     scope_table,
 )
-from launch.report.results import RunResults, SinkStage, last_epoch, read_results, stage_title
+from launch.report.results import RunResults, last_epoch, read_results
+from launch.report.stages import Ends, Head, SinkStage, stage_title
 from launch.report.summary import key_figures, sentences
 from launch.run_folder import RunFolder
 
@@ -167,25 +169,29 @@ def _heat(title: str, stage: SinkStage, results: RunResults) -> dict[str, Any]:
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _heads(results: RunResults) -> list[list[str]]:
-    """One row per planted head."""
+def _heads(results: RunResults) -> list[tuple[list[str], str, str]]:
+    """Cells, change in words and verdict of each planted head, then of each that is flagged before or after."""
+    planted = dict(zip(results.planted_heads, results.planted, strict=True))
+    flagged = [head for stage in (results.before, results.after) if stage for head in stage.flagged]
+    return [_head_row(results, head, planted.get(head, {})) for head in dict.fromkeys([*planted, *flagged])]
 
-    def mean(stage: SinkStage | None, name: str, head: tuple[int, int]) -> str:
+
+def _head_row(results: RunResults, head: Head, entry: Mapping[str, Any]) -> tuple[list[str], str, str]:
+    def mean(stage: SinkStage | None, name: str) -> str:
         values = stage.select(stage.arrays[name], head) if stage else np.array([np.nan])
         return number(float(np.nanmean(values))) if np.isfinite(values).any() else "n/a"
 
-    def frequency(stage: SinkStage | None, head: tuple[int, int], pick: Any) -> str:
-        return number(float(pick(stage.select(stage.frequency, head)))) if stage else "n/a"
+    def frequency(stage: SinkStage | None, pick: Any) -> str:
+        found: tuple[float, Ends | None] = stage.frequency_at(head, pick) if stage else (math.nan, None)
+        return number(found[0]) + (ends_text(found[1]) if math.isfinite(found[0]) else "")
 
-    table = []
-    for entry, head in zip(results.planted, results.planted_heads, strict=True):
-        cells = [f"layer {head[0]}, head {head[1]}"]
-        cells += [number(float(entry.get(key, math.nan))) for key in ("gain", "verified_frequency")]
-        cells += [frequency(results.before, head, np.min), frequency(results.after, head, np.max)]
-        for name in ("alpha", "value_norm_ratio"):
-            cells += [mean(results.before, name, head), mean(results.after, name, head)]
-        table.append(cells)
-    return table
+    cells = [f"layer {head[0]}, head {head[1]}"]
+    cells += [number(float(entry.get(key, math.nan))) for key in ("gain", "verified_frequency")]
+    cells += [frequency(results.before, np.argmin), frequency(results.after, np.argmax)]
+    for name in ("alpha", "value_norm_ratio"):
+        cells += [mean(results.before, name), mean(results.after, name)]
+    change = results.sink_comparison.change(head)
+    return cells, change.words, change.verdict(-1)
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------

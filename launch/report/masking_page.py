@@ -4,12 +4,15 @@ Legend: K scopes, R ratios.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launch.report.charts import Panel, Series, line_chart, number, panel_chart
-from launch.report.results import MaskingStage, RunResults, stage_title
+from launch.report.comparisons import ends_text
+from launch.report.results import RunResults
+from launch.report.stages import MaskingStage, stage_title
 from trainer.callbacks.masking_statistics import TOLERATED
 
 #: The two critical ratios, by what is tolerated.
@@ -33,7 +36,6 @@ def critical_chart(results: RunResults) -> str | None:
         return None
     x, nothing = list(range(len(stages))), (math.nan, math.nan)
     own = np.array([stage.dense_loss for stage in stages])
-    control = np.array([stage.value("uniform_loss_increase") for stage in stages])
 
     def dots(label: str, y: NDArray, intervals: list, colour: int) -> Series:
         low, high = np.array([interval or nothing for interval in intervals]).T
@@ -43,10 +45,11 @@ def critical_chart(results: RunResults) -> str | None:
         dots(words, np.array([s.value(name) for s in stages]), [s.interval(name) for s in stages], colour)
         for (name, words), colour in zip(CRITICAL_RATIOS.items(), (1, 3), strict=True)
     ]
-    losses = [dots("dense loss", own, [stage.intervals.get("dense_loss") for stage in stages], 2)]
+    losses = [dots("dense loss", own, [stage.dense_loss_interval for stage in stages], 2)]
+    control = np.array([stage.value("uniform_cost") for stage in stages])
     controls = [
-        Series("control of the own loss", x, control / own, 1, "dashed"),
-        Series("control of the base's loss", x, control / results.base_dense_loss, 3, "dashed"),
+        dots("control, of the own loss", control, [stage.interval("uniform_cost") for stage in stages], 1),
+        Series("control, of the base's loss", x, control * own / results.base_dense_loss, 3, "dashed"),
     ]
     panels = [
         Panel(ratios, "critical ratio r*", height=130),
@@ -102,8 +105,8 @@ def mass_chart(results: RunResults) -> str | None:
     """The increase of the loss against the attention that was removed: at one ratio it differs between stages."""
     series = []
     for label, stage, curve, colour in _masking_curves(results, "loss_increase"):
-        if "dropped_mass" in stage.arrays:
-            mass = stage.curve("dropped_mass")
+        mass = stage.curve("dropped_mass")
+        if mass is not None:
             series.append(Series(f"{label} ({stage_title(stage.stage)})", mass, curve, colour, "dots"))
     if not series:
         return None
@@ -117,19 +120,51 @@ def mass_chart(results: RunResults) -> str | None:
     )
 
 
-def scope_table(results: RunResults) -> list[list[str]]:
-    """One row per set of masked layers."""
-    stages = (results.masking_before, results.masking_after)
-    scopes = list(dict.fromkeys(scope for stage in stages if stage for scope in stage.scopes))
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
 
-    def cell(stage: MaskingStage | None, name: str, scope: str) -> str:
-        if stage is None:
-            return "n/a"
-        relative = stage.dense_loss if name == "uniform_loss_increase" else 1.0
-        return (name in CRITICAL_RATIOS and stage.blank(name, scope)) or number(stage.value(name, scope) / relative)
+    Args:
+        cells: masked layers, figure, before, after.
+        change: between the two, in words.
+        verdict: good, bad, or empty where there is no change or none that is either.
+    """
 
-    names = (*CRITICAL_RATIOS, "auc", "uniform_loss_increase")
-    return [[scope, *(cell(stage, name, scope) for name in names for stage in stages)] for scope in scopes]
+    cells: list[str]
+    change: str
+    verdict: str = ""
+
+
+#: Figure -> what the table calls it, and the direction that is better (0: neither).
+_TABLE = {
+    **{name: (words, 1) for name, words in CRITICAL_RATIOS.items()},
+    "auc": ("robustness AUC", -1),
+    "uniform_cost": ("uniform control ΔL / L", 0),
+}
+
+
+def scope_table(results: RunResults) -> list[Row]:
+    """The dense loss, and a row for each figure of each set of masked layers."""
+    stages, comparison = (results.masking_before, results.masking_after), results.masking_comparison
+    if not any(stages):
+        return []
+    losses = [number(s.dense_loss, 4) + ends_text(s.dense_loss_interval) if s else "n/a" for s in stages]
+    loss = comparison.dense_loss
+    rows = [Row(["none", "dense loss L", *losses], loss.words, loss.verdict(-1))]
+    for scope in dict.fromkeys(scope for stage in stages if stage for scope in stage.scopes):
+        for name, (words, better) in _TABLE.items():
+            change = comparison.change(name, scope)
+            cells = [_cell(stage, name, scope) for stage in stages]
+            rows.append(Row([scope, words, *cells], change.words, change.verdict(better) if better else ""))
+    return rows
+
+
+def _cell(stage: MaskingStage | None, name: str, scope: str) -> str:
+    """A figure with its interval, or why it is blank."""
+    if stage is None:
+        return "n/a"
+    blank = stage.blank(name, scope) if name in CRITICAL_RATIOS else ""
+    return blank or number(stage.value(name, scope)) + ends_text(stage.interval(name, scope))
 
 
 def probes_note(stage: MaskingStage | None) -> str:

@@ -1,7 +1,4 @@
-"""The results of a run, read once from its files; every figure of the report comes from here.
-
-Legend: P prompts, S sigmas, Ly measured layers, h heads, E eps values, K scopes, R ratios.
-"""
+"""The results of a run, read once from its files; every figure of the report comes from here."""
 
 import json
 import math
@@ -11,154 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from launch.report.comparisons import MaskingComparison, SinkComparison
+from launch.report.stages import Head, MaskingStage, SinkStage
 from launch.run_folder import RunFolder
-from trainer.callbacks.intervals import Interval, bootstrap, few_prompts
-from trainer.callbacks.masking_statistics import (
-    PER_PROBE,
-    TOLERATED,
-    UNMEASURED,
-    bears_on_attention,
-    critical_ratio,
-    masking_figures,
-)
-
-Head = tuple[int, int]  # layer, head
-Arrays = Mapping[str, NDArray]
-
-
-def stage_title(stage: str) -> str:
-    """A stage as the page names it: epoch-004 is "epoch 4"."""
-    return f"epoch {int(stage.removeprefix('epoch-'))}" if stage.startswith("epoch-") else stage
-
-
-@dataclass(frozen=True)
-class SinkStage:
-    """The sink measurement of one stage.
-
-    Args:
-        stage: base, epoch-000, epoch-001, ...
-        arrays: of sinks-STAGE.npz.
-    """
-
-    stage: str
-    arrays: Arrays
-
-    @property
-    def eps(self) -> float:
-        """The eps that decides what counts as a sink."""
-        return float(self.arrays["default_eps"])
-
-    @property
-    def layers(self) -> list[int]:
-        """Measured layers."""
-        return [int(layer) for layer in self.arrays["layers"]]
-
-    @property
-    def frequency(self) -> NDArray:
-        """Share of prompts with a sink at `eps`, (S, Ly, h)."""
-        index = int(np.argmin(np.abs(self.arrays["eps"] - self.eps)))
-        return self.arrays["frequency"][..., index]
-
-    @property
-    def flagged(self) -> list[Head]:
-        """Consistent sink heads."""
-        return [(self.layers[row], int(head)) for row, head in np.argwhere(self.arrays["consistent"])]
-
-    def select(self, values: NDArray, head: Head) -> NDArray:
-        """One head of `values` (..., Ly, h), as (...); all NaN if its layer was not measured."""
-        if head[0] not in self.layers or head[1] >= values.shape[-1]:
-            return np.full(values.shape[:-2], np.nan)
-        return values[..., self.layers.index(head[0]), head[1]]
-
-    def with_any_sink(self) -> list[Head]:
-        """Heads that have a sink in some prompt at some sigma."""
-        return [(self.layers[row], int(head)) for row, head in np.argwhere((self.frequency > 0).any(axis=0))]
-
-
-@dataclass(frozen=True)
-class MaskingStage:
-    """The masking measurement of one stage.
-
-    Args:
-        stage: base, epoch-000, epoch-001, ...
-        arrays: of masking-STAGE.npz.
-        base_loss: dense loss of stage `base`, NaN if that was not measured.
-    """
-
-    stage: str
-    arrays: Arrays
-    base_loss: float = math.nan
-
-    @property
-    def scopes(self) -> list[str]:
-        """Names of the sets of layers that were masked together, (K,)."""
-        return [str(scope) for scope in self.arrays["scopes"]]
-
-    @property
-    def dense_loss(self) -> float:
-        """L(0)."""
-        return float(self.arrays["dense_loss"])
-
-    @cached_property
-    def figures(self) -> Arrays:
-        """The arrays, with `critical_ratio_of_base` (K,), and critical ratios that say nothing left blank (NaN)."""
-        uniform = self.arrays["uniform_loss_increase"]
-        of_base = critical_ratio(self.arrays["ratios"], self.arrays["loss_increase"], TOLERATED * self.base_loss)
-        found = dict(self.arrays)
-        for name, ratio, loss in (
-            ("critical_ratio", self.arrays["critical_ratio"], self.dense_loss),
-            ("critical_ratio_of_base", of_base, self.base_loss),
-        ):
-            found[name] = np.where(bears_on_attention(uniform, TOLERATED * loss), ratio, np.nan)
-        return found
-
-    def value(self, name: str, scope: str = "retrained") -> float:
-        """The entry of a scope in an array (K,) of `figures`; NaN if the scope was not measured."""
-        return float(self.figures[name][self.scopes.index(scope)]) if scope in self.scopes else math.nan
-
-    def blank(self, name: str, scope: str = "retrained") -> str:
-        """Why the critical ratio `name` has no value; empty if it has one, or is not known for another reason."""
-        loss = self.base_loss if name == "critical_ratio_of_base" else self.dense_loss
-        if scope not in self.scopes:
-            return "not measured: the scope is not in the recipe"
-        if not math.isfinite(loss):
-            return "not measured: the stage base was not" if name == "critical_ratio_of_base" else ""
-        return UNMEASURED if self.value("uniform_loss_increase", scope) < TOLERATED * loss else ""
-
-    @cached_property
-    def tables(self) -> Arrays:
-        """Figures of every probe (P, S, ...), as `masking_figures` names them; those of runs that kept them."""
-        return {name: self.arrays[f"{name}_by_probe"] for name in PER_PROBE if f"{name}_by_probe" in self.arrays}
-
-    def statistic(self, means: Arrays) -> Mapping[str, NDArray]:
-        """Every figure that has an interval, from means over probes."""
-        return masking_figures(means, self.arrays["ratios"], self.base_loss)
-
-    @cached_property
-    def intervals(self) -> Mapping[str, Interval]:
-        """Figure -> ends of its interval, (), (K,) or (K, R); none where `no_interval` says why."""
-        return {} if self.no_interval else bootstrap(self.statistic, self.tables, self.arrays["caption_ids"]) or {}
-
-    @property
-    def no_interval(self) -> str:
-        """Why there are no intervals; empty if there are."""
-        if not set(PER_PROBE) <= set(self.tables) or "caption_ids" not in self.arrays:
-            return "the run kept no figures of every probe"
-        return few_prompts(self.arrays["caption_ids"])
-
-    def interval(self, name: str, scope: str = "retrained") -> tuple[float, float] | None:
-        """The interval of a scope's figure (K,); None without one, and where the figure itself is blank."""
-        if name not in self.intervals or not math.isfinite(self.value(name, scope)):
-            return None
-        low, high = (float(end[self.scopes.index(scope)]) for end in self.intervals[name])
-        return low, high
-
-    def curve(self, name: str, scope: str = "retrained") -> NDArray | None:
-        """The row (R,) of a scope in an array (K, R); None if the scope was not measured."""
-        return self.arrays[name][self.scopes.index(scope)] if scope in self.scopes else None
 
 
 @dataclass(frozen=True)
@@ -220,6 +72,16 @@ class RunResults:
     def masking_after(self) -> MaskingStage | None:
         """Masking after the last measured epoch of training."""
         return self.masking.get(last_epoch(self.masking) or "")
+
+    @cached_property
+    def sink_comparison(self) -> SinkComparison:
+        """Sinks before and after."""
+        return SinkComparison(self.before, self.after)
+
+    @cached_property
+    def masking_comparison(self) -> MaskingComparison:
+        """Masking before and after."""
+        return MaskingComparison(self.masking_before, self.masking_after)
 
     @property
     def found_before(self) -> int:

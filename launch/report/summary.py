@@ -8,7 +8,9 @@ from typing import Literal
 import numpy as np
 
 from launch.report.charts import number
-from launch.report.results import Head, RunResults, SinkStage, stage_title
+from launch.report.comparisons import Change
+from launch.report.results import RunResults
+from launch.report.stages import Head, SinkStage, stage_title
 
 #: A sentence names at most so many heads one by one.
 _MAX_NAMED = 6
@@ -103,17 +105,48 @@ def _after(results: RunResults) -> str:
     )
 
 
+def _sink_changes(results: RunResults) -> str:
+    """How the frequency of planted heads, or of those flagged, has changed; heads of the same words together."""
+    before, after = results.before, results.after
+    if before is None or after is None:
+        return ""
+    heads = list(dict.fromkeys(results.planted_heads or [*before.flagged, *after.flagged]))
+    groups: dict[str, list[Head]] = {}
+    for head in heads:
+        change = results.sink_comparison.change(head)
+        words = {1: "higher", -1: "lower"}.get(change.direction) or change.words.partition(" [")[0]
+        groups.setdefault(words, []).append(head)
+    parts = [f"{words}: {list_heads(named)}" for words, named in groups.items()]
+    return f"Sink frequency over all noise levels, after against before: {'; '.join(parts)}." if parts else ""
+
+
 def _masking(results: RunResults) -> str:
     before, after = results.masking_before, results.masking_after
     if before is None or after is None:
         return "Robustness to masking was not measured both before and after training."
-    ratios = [number(stage.value("critical_ratio")) for stage in (before, after)]
-    losses = [number(float(stage.arrays["dense_loss"]), 4) for stage in (before, after)]
+    change, retrained = results.masking_comparison.change, "the retrained blocks together"
     return (
-        "Critical ratio of the retrained blocks together, the share of their smallest attention weights that can go "
-        f"at 1 % more loss: {ratios[0]} before, {ratios[1]} after {stage_title(after.stage)}. "
-        f"Dense loss on the same probes: {losses[0]} before, {losses[1]} after."
+        f"Critical ratio of {retrained}, the share of their smallest attention weights that can go before and after "
+        f"{stage_title(after.stage)}, at 1 % more of the own loss: {_told(results, 'critical_ratio')}; at 1 % of the "
+        f"base's loss: {_told(results, 'critical_ratio_of_base')}. Dense loss on the same probes: "
+        f"{_before_after(results.masking_comparison.dense_loss, 4)}. Uniform control, of the own loss: "
+        f"{_before_after(change('uniform_cost'))}."
     )
+
+
+def _before_after(change: Change, digits: int = 3) -> str:
+    """Both figures, and the change if there is one."""
+    return f"{number(change.before, digits)} before, {number(change.after, digits)} after, {change.words}"
+
+
+def _told(results: RunResults, name: str) -> str:
+    """A critical ratio before and after, and why one is blank."""
+    stages = [stage for stage in (results.masking_before, results.masking_after) if stage]
+    reason = next((stage.blank(name) for stage in stages if stage.blank(name)), "")
+    figures = [number(stage.value(name)) if not stage.blank(name) else "blank" for stage in stages]
+    if reason:
+        return f"{figures[0]} before, {figures[1]} after ({reason})"
+    return _before_after(results.masking_comparison.change(name))
 
 
 def _loss(results: RunResults) -> str:
@@ -130,7 +163,7 @@ def _loss(results: RunResults) -> str:
         f"Validation loss: {number(float(record['val_loss_before']), 4)} for the base before planting, "
         f"{number(float(record.get('val_loss_after') or math.nan), 4)} with the sinks planted, "
         f"{number(results.val_loss, 4)} retrained: {signed_percent(results.loss_difference)} against the base "
-        "before planting."
+        "before planting, without an interval."
     )
 
 
@@ -142,7 +175,8 @@ def _frozen(results: RunResults) -> str:
 
 def sentences(results: RunResults) -> list[str]:
     """What the results mean, one sentence or two for each subject."""
-    lines = [_planted(results), _before(results), _after(results), _masking(results), _loss(results), _frozen(results)]
+    parts = (_planted, _before, _after, _sink_changes, _masking, _loss, _frozen)
+    lines = [line for line in (part(results) for part in parts) if line]
     skipped = results.series("train/skipped")[1]
     if skipped and skipped[-1]:
         lines.append(f"{skipped[-1]:.0f} steps were skipped for a non-finite loss or gradient.")
@@ -159,14 +193,27 @@ def key_figures(results: RunResults) -> list[KeyFigure]:
     if planted and results.after:
         left = len(results.planted_after)
         label = "of them still sinks after retraining"
-        shown.append(KeyFigure(f"{left} / {planted}", label, "bad" if left else "good"))
+        gone = all(results.sink_comparison.change(head).direction < 0 for head in results.planted_heads)
+        shown.append(KeyFigure(f"{left} / {planted}", label, "bad" if left else "good" if gone else ""))
     if results.masking_before and results.masking_after:
-        before, after = (m.value("critical_ratio") for m in (results.masking_before, results.masking_after))
-        verdict = "good" if after > before else "bad" if after < before else ""
-        label = "critical ratio of masking, before → after"
-        shown.append(KeyFigure(f"{number(before, 2)} → {number(after, 2)}", label, verdict))
+        shown.append(_critical_figure(results))
     if results.loss_difference is not None:
-        verdict = "good" if results.loss_difference <= 0.05 else "bad"
-        label = "validation loss against the base before planting"
-        shown.append(KeyFigure(signed_percent(results.loss_difference), label, verdict))
+        label = "validation loss against the base before planting; no interval"
+        shown.append(KeyFigure(signed_percent(results.loss_difference), label))
     return shown
+
+
+def _critical_figure(results: RunResults) -> KeyFigure:
+    """The critical ratio at a fixed tolerance, with what it depends on."""
+    comparison = results.masking_comparison
+    ratio, loss, control = (
+        comparison.change("critical_ratio_of_base"),
+        comparison.dense_loss,
+        comparison.change("uniform_cost"),
+    )
+    label = (
+        "critical ratio of masking at 1 % of the base's loss, before → after, "
+        f"{ratio.words}; dense loss {number(loss.before)} → {number(loss.after)}, uniform control "
+        f"{signed_percent(control.before)} → {signed_percent(control.after)}"
+    )
+    return KeyFigure(f"{number(ratio.before, 2)} → {number(ratio.after, 2)}", label, ratio.verdict(1))

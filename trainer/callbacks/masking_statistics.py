@@ -59,7 +59,7 @@ def bears_on_attention(uniform_increase: ArrayLike, tolerated: ArrayLike) -> NDA
 def masking_figures(
     means: Mapping[str, NDArray], ratios: Sequence[float] | NDArray, base_loss: float | None = None
 ) -> dict[str, NDArray]:
-    """D(r), dL(r), robustness AUC, critical ratio, dense loss and the control's increase of the loss.
+    """D(r), dL(r), robustness AUC, critical ratio, dense loss; of the control dL, and its share of the dense loss.
 
     Args:
         means: over probes: `energy` and `dense_loss` (...), `change` and `loss` (..., K, R), `uniform_loss` (..., K).
@@ -77,6 +77,7 @@ def masking_figures(
             "critical_ratio": critical_ratio(ratios, increase / dense_loss),
             "dense_loss": np.asarray(means["dense_loss"]),
             "uniform_loss_increase": means["uniform_loss"] - dense_loss[..., 0],
+            "uniform_cost": means["uniform_loss"] / dense_loss[..., 0] - 1,
         }
     if base_loss is not None:
         found["critical_ratio_of_base"] = critical_ratio(ratios, increase, TOLERATED * base_loss)

@@ -13,9 +13,6 @@ from matplotlib.figure import Figure
 from data.files import write_bytes
 from trainer.run_files import FIGURES, MEASUREMENTS
 
-#: Two-sided 95 % quantile of the standard normal.
-_Z95 = 1.959963984540054
-
 
 def measurement_path(run: str | Path, kind: str, stage: str) -> Path:
     """Path of a measurement's arrays: RUN/measurements/KIND-STAGE.npz."""
@@ -66,25 +63,6 @@ def log_scalars(trainer: Trainer, scalars: Mapping[str, float]) -> None:
     values = {name: float(value) for name, value in scalars.items()} | {"epoch": trainer.current_epoch}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
-
-
-def wilson_interval(successes: np.ndarray, trials: int) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % score interval of a share.
-
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
-
-    Args:
-        successes: counts from 0 to `trials`.
-        trials: at least 1.
-
-    Returns:
-        Lower and upper ends, float64, of the shape of `successes`.
-    """
-    share = np.asarray(successes, dtype=np.float64) / trials
-    scale = 1 + _Z95**2 / trials
-    centre = (share + _Z95**2 / (2 * trials)) / scale
-    half = _Z95 / scale * np.sqrt(share * (1 - share) / trials + _Z95**2 / (4 * trials**2))
-    return np.clip(centre - half, 0.0, share), np.clip(centre + half, share, 1.0)
 
 
 def planted_heads(base: str) -> set[tuple[int, int]]:

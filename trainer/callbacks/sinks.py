@@ -13,7 +13,8 @@ from torch import Tensor
 
 from trainer.attention import EPS, sink_statistics, sink_verdict
 from trainer.callbacks import figures
-from trainer.callbacks.measurement_files import planted_heads, wilson_interval
+from trainer.callbacks.intervals import wilson_interval
+from trainer.callbacks.measurement_files import planted_heads
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkForward
@@ -107,10 +108,9 @@ class SinkFrequency(ProbeCallback):
         self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         with_sink = sink_verdict(torch.from_numpy(tables["fraction"])).numpy()  # (P, S, Ly, h, E)
-        count = with_sink.sum(axis=0)
-        trials = len(probes.samples)
-        low, high = wilson_interval(count, trials)
-        frequency = count / trials
+        frequency = with_sink.mean(axis=0)
+        prompts = len(set(probes.caption_ids))
+        low, high = wilson_interval(frequency * prompts, prompts)
         often = frequency[..., self.eps.index(self.default_eps)] >= CONSISTENT  # (S, Ly, h)
         size = tables["size"].astype(np.int64)  # (P, S, 5)
         return {
@@ -119,6 +119,7 @@ class SinkFrequency(ProbeCallback):
             "eps": np.array(self.eps),
             "default_eps": np.array(self.default_eps),
             "keys": np.array(probes.keys, dtype=np.str_),
+            "caption_ids": np.array(probes.caption_ids),
             **{name: tables[name].astype(np.float32) for name in _PER_HEAD if "key" not in name},
             "key": tables["key"].astype(np.int32),
             "alpha_key": tables["alpha_key"].astype(np.int32),

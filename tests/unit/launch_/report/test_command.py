@@ -47,16 +47,22 @@ def test_the_page_says_so(run: Path, capsys: pytest.CaptureFixture):
     page = _Text(path.read_text())
     assert page.open == []
     for part in (
-        "2 / 2 planted sinks found before", "0 / 2 of them still sinks", "0.12 → 0.65", "+2.5 %",
+        "2 / 2 planted sinks found before", "0 / 2 of them still sinks", "0.12 → 0.72", "+2.5 %",
         "planted on purpose, 2 of them (layer 4 head 1, layer 5 head 0)", "Its note: Planted <by hand>.",
         "Before: 2 of 2 planted heads found", "frequency 1.0 at ε = 0.3", "No other head is flagged.",
         "With a sink in some prompts only: layer 5 head 2 (mean frequency 0.25)",
         "After epoch 2: no planted head is a sink; their highest frequency at any noise level is 0.50",
-        "0.123 before, 0.654 after epoch 2", "Dense loss on the same probes: 0.45 before, 0.41 after",
+        "0.123 before, 0.654 after, higher by 0.531 [", "Dense loss on the same probes: 0.45 before, 0.41 after",
         "0.4 for the base before planting, 0.4321 with the sinks planted, 0.41 retrained",
         "stayed bit-identical", "2 steps were skipped", "reblock fit --config r.yaml", "torch 2.13.0", "ab" * 32,
         "a red <circle>", "retrained, masked", "PSNR 23.4 dB, SSIM 0.876 to the dense video", "50 % of the weights",
-        "layer-04 0.77 0.77 0.77 0.845 −2.5 −2.5 1.33 1.46", "layer 4, head 1 7.5 1 1 0.5 0.125 0.125 0.25 0.25",
+        "layer-04 r* at 1 % of the own loss 0.77 [0.687, 0.857] 0.77 [0.687, 0.857] no difference that can be told",
+        "layer-04 r* at 1 % of the base's loss 0.77 [0.728, 0.814] 0.845 [0.799, 0.893] higher by 0.0751 [0.07",
+        "none dense loss L 0.45 [0.424, 0.474] 0.41 [0.387, 0.432] lower by 0.04 [−0.0421, −0.0377]",
+        "layer-04 robustness AUC −1.15 [−1.15, −1.15] −1.15 [−1.15, −1.15] no difference that can be told from noise",
+        "layer-04 uniform control ΔL / L 1.33 [1.33, 1.33] 1.46 [1.46, 1.46] higher by 0.13 [0.13, 0.13]",
+        "layer 4, head 1 7.5 1 1 [0.9, 1] 0.5 [0.45, 1] 0.125 0.125 0.25 0.25 lower by 0.5 [−0.785, −0.0683]",
+        "after against before: lower: layer 4 head 1, layer 5 head 0.",
         f"{PROMPTS} prompts, {SIGMAS} noise levels, 70 queries and 71 keys", "class_path: x.Y",
     ):  # fmt: skip
         assert part in page.text, part
@@ -113,6 +119,17 @@ def test_the_critical_ratio_is_drawn_with_what_it_depends_on(run: Path, drawn: d
     np.testing.assert_allclose([c.y for c in controls], [[0.5 / 0.45, 0.5 / 0.99, 0.5 / 0.41], [0.5 / 0.45] * 3])
 
 
+def test_only_changes_that_can_be_told_are_coloured(run: Path):
+    cells = dict(re.findall(r"<td>([^<]*)</td>(?:<td>[^<]*</td>){2}<td class=\"(\w*)\">", report(run).read_text()))
+    assert cells["dense loss L"] == "good" and cells["uniform control ΔL / L"] == "" == cells["robustness AUC"]
+    write_masking(run, "epoch-002", 0.05, 0.48)
+    page = report(run).read_text()
+    assert re.search(
+        r'retrained</td><td>r\* at 1 % of the own loss</td>(<td>[^<]*</td>){2}<td class="bad">lower by', page
+    )
+    assert re.search(r'dense loss L</td>(<td>[^<]*</td>){2}<td class="bad">higher by', page)
+
+
 def test_it_is_one_picture(run: Path):
     pictures = re.findall(r"<svg.*?</svg>", report(run).read_text())
     (picture,) = [svg for svg in pictures if "critical ratio r*" in svg]
@@ -129,7 +146,7 @@ def test_a_critical_ratio_is_blank_where_attention_costs_nothing(run: Path, draw
     ):
         assert np.isnan(curve.y[2]) == (kind in blank)
         assert (f"r* at 1 % of the {words}, epoch 2: {reason}." in text) == (kind in blank)
-    assert (f"retrained 0.123 {reason}" in text) == ("own" in blank)
+    assert (f"retrained r* at 1 % of the own loss 0.123 [0.11, 0.137] {reason}" in text) == ("own" in blank)
 
 
 def test_a_run_without_figures_of_every_probe_is_shown_without_intervals(run: Path):

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.callbacks.intervals import FEWEST, bootstrap, excludes_zero, paired_bootstrap, tail
+from trainer.callbacks.intervals import (
+    FEWEST,
+    bootstrap,
+    excludes_zero,
+    paired_bootstrap,
+    share_difference,
+    tail,
+    wilson_interval,
+)
 
 COUNTS = st.integers(FEWEST, 20)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -38,9 +46,11 @@ def test_the_share_beyond_the_ends_is_that_of_students_t(prompts, student):
 def test_with_one_probe_of_each_prompt_it_is_the_ordinary_bootstrap(seed, count):
     x = draw(seed, count, 1)
     chosen = np.random.default_rng(1).integers(count, size=(20_000, count))  # draws of its own, one by one
-    ordinary = np.quantile(x[chosen, 0].mean(axis=1), [tail(count), 1 - tail(count)])
-    # Two draws of a quantile far out differ by a few percent of the spread.
-    assert np.abs(interval(x) - ordinary).max() < 0.35 * x.std() / np.sqrt(count)
+    ordinary = x[chosen, 0].mean(axis=1)
+    low, high = interval(x)
+    expected = tail(count)
+    for beyond in ((ordinary < low).mean(), (ordinary > high).mean()):  # up to the error of two samples
+        assert abs(beyond - expected) < 5 * np.sqrt(expected * (1 / 4000 + 1 / 20_000)) + 1e-3
 
 
 @given(SEEDS, COUNTS, st.integers(2, 5))
@@ -109,3 +119,69 @@ def test_few_prompts_give_no_interval(prompts):
 )  # fmt: skip
 def test_an_interval_excludes_zero_only_on_one_side_of_it(ends, expected):
     assert excludes_zero(ends) is expected
+
+
+@pytest.mark.parametrize(
+    "successes, trials, low, high",
+    # At the ends z^2 / (n + z^2), in the middle 1/2 -+ z / (2 sqrt(n + z^2)).
+    [(0, 10, 0.0, 0.277533), (5, 10, 0.236593, 0.763407), (10, 10, 0.722467, 1.0)],
+)
+def test_wilson_interval(successes, trials, low, high):
+    got = wilson_interval(np.array([successes]), trials)
+    assert got[0][0] == pytest.approx(low, abs=2e-6) and got[1][0] == pytest.approx(high, abs=2e-6)
+
+
+def test_wilson_ends_are_where_the_score_test_turns():
+    # The definition itself: at either end p, |share - p| is 1.96 standard errors under p.
+    low, high = wilson_interval(np.arange(1, 14), 14)
+    for end in (low, high):
+        score = (np.arange(1, 14) / 14 - end) / np.sqrt(end * (1 - end) / 14)
+        np.testing.assert_allclose(np.abs(score), 1.959964, rtol=1e-6)
+
+
+def test_a_difference_of_shares_is_that_of_its_formula():
+    before, after = paired(both=22, only_before=2, only_after=14, neither=12)
+    low, high = share_difference(before, after, range(50))
+    (b_low, b_high), (a_low, a_high) = wilson_interval(24.0, 50), wilson_interval(36.0, 50)
+    phi = (22 * 12 - 2 * 14 - 50 / 2) / np.sqrt(24 * 26 * 36 * 14)
+    lower = [0.72 - a_low, b_high - 0.48]
+    upper = [a_high - 0.72, 0.48 - b_low]
+    for end, (one, other), sign in ((low, lower, -1), (high, upper, 1)):
+        assert end == pytest.approx(0.24 + sign * np.sqrt(one**2 + other**2 - 2 * phi * one * other))
+    assert 0 < low < 0.24 < high
+
+
+def paired(both, only_before, only_after, neither):
+    counts = (both, only_before, only_after, neither)
+    return np.repeat([1.0, 1.0, 0.0, 0.0], counts), np.repeat([1.0, 0.0, 1.0, 0.0], counts)
+
+
+@given(SEEDS, COUNTS)
+def test_a_share_does_not_differ_from_itself(seed, count):
+    share = np.random.default_rng(seed).integers(0, 5, count) / 4
+    assert not excludes_zero(share_difference(share, share, range(count)))
+
+
+def test_shares_that_agree_in_all_prompts_still_have_an_interval():
+    low, high = share_difference(np.ones(14), np.zeros(14), range(14))
+    assert low == -1 and -0.8 < high < -0.6  # Wilson's ends, 0.22, squared and added
+
+
+@given(SEEDS, COUNTS, st.integers(2, 4))
+def test_repeats_of_a_prompt_make_no_share_surer(seed, count, times):
+    rng = np.random.default_rng(seed)
+    before, after = rng.integers(0, 2, (2, count)).astype(float)
+    once = share_difference(before, after, range(count))
+    again = share_difference(*(np.repeat(x, times) for x in (before, after)), np.repeat(range(count), times))
+    np.testing.assert_allclose(once, again)
+    assert share_difference(before, after, np.arange(count) % (FEWEST - 1)) is None
+
+
+@pytest.mark.parametrize(("old", "new"), [(0.9, 0.1), (0.5, 0.5), (1.0, 0.2), (0.95, 0.95)])
+def test_the_interval_of_a_difference_of_shares_holds_it_in_95_of_100_draws(old, new):
+    rng, held, draws = np.random.default_rng(0), 0, 1000
+    for _ in range(draws):
+        before, after = rng.random(14) < old, rng.random(14) < new
+        low, high = share_difference(before, after, range(14))
+        held += low <= new - old <= high
+    assert held / draws > 0.93
