@@ -163,7 +163,20 @@ def _heat(title: str, stage: SinkStage, results: RunResults) -> dict[str, Any]:
         f"{len(arrays['keys'])} prompts, {len(arrays['sigmas'])} noise levels, {int(arrays['queries'])} queries and "
         f"{int(arrays['keys_count'])} keys at most."
     )
-    return {"title": title, "svg": Markup(svg), "note": note}
+    return {"title": title, "svg": Markup(svg), "note": f"{note} {_positions(stage)}"}
+
+
+def _positions(stage: SinkStage) -> str:
+    """Whether sinks prefer a latent frame or a place in the frame."""
+    if "frame_p" not in stage.arrays:
+        return "Whether sinks prefer a position was not measured."
+    over_frames, over_places = (float(stage.arrays[name]) for name in ("frame_p", "place_p"))
+    if math.isnan(over_frames):
+        return "No sink, so no position to test."
+    return (
+        f"Evenly spread sinks would lie as unevenly with p = {number(over_frames, 2)} over latent frames and "
+        f"p = {number(over_places, 2)} over places in the frame (permutations by prompt)."
+    )
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------

@@ -110,7 +110,10 @@ def sink_positions(arrays: Mapping[str, np.ndarray], stage: str) -> Figure | Non
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=right, fraction=0.04)
-    figure.suptitle(f"Where sinks sit, {stage}: {len(found)} sinks over prompts, noise levels and heads", fontsize=10)
+    title = f"Where sinks sit, {stage}: {len(found)} sinks over prompts, noise levels and heads"
+    if "frame_p" in arrays:
+        title += f"; evenly spread: p = {arrays['frame_p']:.2g} over frames, {arrays['place_p']:.2g} over places"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

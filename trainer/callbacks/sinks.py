@@ -15,6 +15,7 @@ from trainer.attention import EPS, sink_statistics, sink_verdict
 from trainer.callbacks import figures
 from trainer.callbacks.intervals import wilson_interval
 from trainer.callbacks.measurement_files import planted_heads
+from trainer.callbacks.positions import position_p_values
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkForward
@@ -111,8 +112,10 @@ class SinkFrequency(ProbeCallback):
         frequency = with_sink.mean(axis=0)
         prompts = len(set(probes.caption_ids))
         low, high = wilson_interval(frequency * prompts, prompts)
-        often = frequency[..., self.eps.index(self.default_eps)] >= CONSISTENT  # (S, Ly, h)
+        at = self.eps.index(self.default_eps)
+        often = frequency[..., at] >= CONSISTENT  # (S, Ly, h)
         size = tables["size"].astype(np.int64)  # (P, S, 5)
+        p_values = position_p_values(tables["key"][..., at], with_sink[..., at], size[0, 0, 2:], probes.caption_ids)
         return {
             "layers": np.array(self._measured(module)),
             "sigmas": np.array(probes.sigmas),
@@ -127,6 +130,7 @@ class SinkFrequency(ProbeCallback):
             "frequency_low": low,
             "frequency_high": high,
             "consistent": often.mean(axis=0) >= CONSISTENT,
+            **{name: np.array(p) for name, p in p_values.items()},
             "grid": size[0, 0, 2:],
             "queries": size[..., 0].max(),
             "keys_count": size[..., 1].max(),

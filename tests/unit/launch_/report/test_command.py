@@ -119,6 +119,18 @@ def test_the_critical_ratio_is_drawn_with_what_it_depends_on(run: Path, drawn: d
     np.testing.assert_allclose([c.y for c in controls], [[0.5 / 0.45, 0.5 / 0.99, 0.5 / 0.41], [0.5 / 0.45] * 3])
 
 
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [({}, "Whether sinks prefer a position was not measured."),
+     ({"frame_p": np.nan, "place_p": np.nan}, "No sink, so no position to test."),
+     ({"frame_p": 0.0005, "place_p": 0.3}, "p = 0.0005 over latent frames and p = 0.3 over places in the frame")],
+)  # fmt: skip
+def test_positions_of_sinks_are_told(run: Path, arrays: dict, said: str):
+    path = run / "measurements" / "sinks-epoch-002.npz"
+    np.savez(path, **{**np.load(path), **arrays})
+    assert said in _Text(report(run).read_text()).text
+
+
 def test_only_changes_that_can_be_told_are_coloured(run: Path):
     cells = dict(re.findall(r"<td>([^<]*)</td>(?:<td>[^<]*</td>){2}<td class=\"(\w*)\">", report(run).read_text()))
     assert cells["dense loss L"] == "good" and cells["uniform control ΔL / L"] == "" == cells["robustness AUC"]

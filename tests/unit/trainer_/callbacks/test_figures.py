@@ -79,7 +79,10 @@ def test_positions_count_sinks_by_frame_and_place():
     assert [bar.get_height() for bar in left.patches] == [0.0, 1.0]  # key 37 of 2 x 4 x 6: frame 1, y 2, x 1
     image = right.images[0].get_array()
     assert image[2, 1] == 1.0 and image.sum() == 1.0
-    assert "6 sinks" in figure.get_suptitle()
+    assert "6 sinks" in figure.get_suptitle() and "p =" not in figure.get_suptitle()
+    tested = sink_arrays([4], 2, sinks=[(4, 0)]) | {"frame_p": np.array(0.0005), "place_p": np.array(0.31)}
+    title = figures.sink_positions(tested, "base").get_suptitle()
+    assert "evenly spread: p = 0.0005 over frames, 0.31 over places" in title
 
 
 def test_masking_curves_start_at_the_origin_and_name_their_scopes():

@@ -104,6 +104,8 @@ def test_planted_head_is_found_with_its_closed_form_and_no_other(planted_base):
     scalars = callback.scalars(got)
     assert scalars["heads"] == 1 and scalars["max_frequency"] == 1.0
     assert scalars["alpha_max"] == pytest.approx(got["alpha"][:, :, 0, 1].mean())
+    # Tokens of the prompts: frames 0, 1, 0 and three places.
+    assert got["place_p"] == 1.0 and 0.5 < got["frame_p"] <= 1.0
     figures = callback.figures(module, got, "base")
     assert figures.keys() == {"sinks", "positions"}
 
