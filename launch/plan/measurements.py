@@ -135,7 +135,7 @@ def host_bytes(inputs: PlanInputs, outcome: int, rope: int) -> int:
     probes = [c for c in inputs.callbacks if isinstance(c, ProbeCallback)]
     if not probes or inputs.module.first == 0 or inputs.sharding.name not in ("single", "ddp"):
         return 0
-    share = max(math.ceil(c.prompts * len(c.sigmas) / inputs.ranks) for c in probes)
+    share = max(math.ceil(c.prompts * len(c.sigmas) * (1 + c.unconditional) / inputs.ranks) for c in probes)
     stores = [c for c in inputs.callbacks if isinstance(c, TrunkCache)]
     budget = stores[0].host_bytes if stores else int(5.0 * GIB)
     return min(budget, share * outcome + rope)

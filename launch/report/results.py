@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class RunResults:
         fingerprint: content of fingerprint.json.
         versions: content of versions.json.
         samples: entries of samples/samples.json whose files exist.
+        unconditional_sinks: as `sinks`, on the probes without their captions.
+        unconditional_masking: as `masking`, likewise.
     """
 
     run: RunFolder
@@ -42,6 +44,15 @@ class RunResults:
     fingerprint: dict[str, Any] | None
     versions: dict[str, Any] | None
     samples: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    unconditional_sinks: Mapping[str, SinkStage] = field(default_factory=dict)
+    unconditional_masking: Mapping[str, MaskingStage] = field(default_factory=dict)
+
+    @property
+    def without_captions(self) -> "RunResults | None":
+        """The same run with the measurements on probes without captions; None if none were made."""
+        if not self.unconditional_sinks and not self.unconditional_masking:
+            return None
+        return replace(self, sinks=self.unconditional_sinks, masking=self.unconditional_masking)
 
     @property
     def planted_heads(self) -> list[Head]:
@@ -147,6 +158,16 @@ def _base(run: RunFolder) -> str | None:
     return (model.get("init_args") or model).get("base") if isinstance(model, dict) else None
 
 
+def _read_sinks(run: RunFolder, kind: str) -> dict[str, SinkStage]:
+    return {stage: SinkStage(stage, arrays) for stage, arrays in run.read_measurements(kind).items()}
+
+
+def _read_masking(run: RunFolder, kind: str) -> dict[str, MaskingStage]:
+    found = run.read_measurements(kind)
+    base_loss = float(found["base"]["dense_loss"]) if "base" in found else math.nan
+    return {stage: MaskingStage(stage, arrays, base_loss) for stage, arrays in found.items()}
+
+
 def read_results(run: RunFolder) -> RunResults:
     """Reads a run folder.
 
@@ -163,18 +184,18 @@ def read_results(run: RunFolder) -> RunResults:
     base = _base(run)
     planted = _read_json(Path(base) / "planted.json") if base else None
     samples = _read_json(run.samples_index) or []
-    masking = run.read_measurements("masking")
-    base_loss = float(masking["base"]["dense_loss"]) if "base" in masking else math.nan
     return RunResults(
         run=run,
         config=run.config.read_text(encoding="utf-8") if run.config.is_file() else None,
         base=base,
         planted_record=planted,
         planted=(planted or {}).get("heads") or [],
-        sinks={stage: SinkStage(stage, arrays) for stage, arrays in run.read_measurements("sinks").items()},
-        masking={stage: MaskingStage(stage, arrays, base_loss) for stage, arrays in masking.items()},
+        sinks=_read_sinks(run, "sinks"),
+        masking=_read_masking(run, "masking"),
         metrics=run.read_metrics()[1],
         fingerprint=run.read_fingerprint(),
         versions=run.read_versions(),
         samples=[entry for entry in samples if (run.samples / entry["file"]).is_file()],
+        unconditional_sinks=_read_sinks(run, "unconditional-sinks"),
+        unconditional_masking=_read_masking(run, "unconditional-masking"),
     )

@@ -120,6 +120,12 @@ def _sink_changes(results: RunResults) -> str:
     return f"Sink frequency over all noise levels, after against before: {'; '.join(parts)}." if parts else ""
 
 
+def _flagged(results: RunResults) -> str:
+    """The sink heads before and after."""
+    stages = (("before", results.before), ("after", results.after))
+    return "; ".join(f"flagged {word}: {list_heads(s.flagged) or 'no head'}" for word, s in stages if s)
+
+
 def _masking(results: RunResults) -> str:
     before, after = results.masking_before, results.masking_after
     if before is None or after is None:
@@ -177,6 +183,10 @@ def sentences(results: RunResults) -> list[str]:
     """What the results mean, one sentence or two for each subject."""
     parts = (_planted, _before, _after, _sink_changes, _masking, _loss, _frozen)
     lines = [line for line in (part(results) for part in parts) if line]
+    bare = results.without_captions
+    if bare is not None:
+        told = (_flagged(bare), _sink_changes(bare), _masking(bare))
+        lines += [f"Without captions: {line}" for line in told if line]
     skipped = results.series("train/skipped")[1]
     if skipped and skipped[-1]:
         lines.append(f"{skipped[-1]:.0f} steps were skipped for a non-finite loss or gradient.")

@@ -7,7 +7,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,18 @@ def measurement_mode(module: torch.nn.Module, device: torch.device) -> Iterator[
                 part.training = training
 
 
+class _Group(NamedTuple):
+    """Which probes are measured together, and what the names of their files, scalars and figure titles have added."""
+
+    files: str
+    scalars: str
+    title: str
+
+
+CONDITIONAL = _Group("", "", "")
+UNCONDITIONAL = _Group("unconditional-", "unconditional/", ", without captions")
+
+
 class ProbeCallback(Callback, ABC):
     """A measurement on the probe set. It observes and never changes training.
 
@@ -57,6 +69,8 @@ class ProbeCallback(Callback, ABC):
         batch_size: probes measured together; None chooses by the size of a latent.
         base_stage: also measure the base's own weights.
         every_n_epochs: measure after every so many epochs, and after the last.
+        unconditional: measure every stage also on the probes without their captions, as a measurement of its own: files
+            `unconditional-KIND-STAGE`, scalars under `unconditional/`.
     """
 
     #: Name of the measurement: in file names, and as the prefix of scalars.
@@ -71,6 +85,7 @@ class ProbeCallback(Callback, ABC):
         batch_size: int | None = None,
         base_stage: bool = True,
         every_n_epochs: int = 1,
+        unconditional: bool = False,
     ) -> None:
         if min(prompts, every_n_epochs, batch_size or 1) < 1:
             raise ValueError(
@@ -84,7 +99,8 @@ class ProbeCallback(Callback, ABC):
         self.batch_size = batch_size
         self.base_stage = base_stage
         self.every_n_epochs = every_n_epochs
-        self._probes: ProbeSet | None = None
+        self.unconditional = unconditional
+        self._probes: dict[bool, ProbeSet] = {}
         self.trunk_cache = self._own_cache = TrunkCache()
         self._first: ProbeCallback = self
         self._epoch_start = 0.0
@@ -121,7 +137,7 @@ class ProbeCallback(Callback, ABC):
 
     @abstractmethod
     def figures(self, module: "RetrainBlocks", arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Figure]:
-        """Name, which `-STAGE.png` is added to -> figure."""
+        """Name, which `-STAGE.png` is added to -> figure. `stage` is for titles."""
 
     # -- when it is made -----------------------------------------------------------------------------------------
 
@@ -169,7 +185,7 @@ class ProbeCallback(Callback, ABC):
     def _run_stage(
         self, trainer: Trainer, pl_module: LightningModule, stage: str, *, again: bool = False, log: bool = True
     ) -> None:
-        """Measures, saves and logs a stage.
+        """Measures, saves and logs a stage, also without captions if asked for.
 
         Args:
             trainer: of the fit.
@@ -178,37 +194,45 @@ class ProbeCallback(Callback, ABC):
             again: measure even if the stage's arrays exist.
             log: give its scalars to the loggers.
         """
-        module = cast("RetrainBlocks", pl_module)
-        path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
+        for group in (CONDITIONAL, UNCONDITIONAL) if self.unconditional else (CONDITIONAL,):
+            self._run_group(trainer, cast("RetrainBlocks", pl_module), stage, group, again=again, log=log)
+
+    def _run_group(
+        self, trainer: Trainer, module: "RetrainBlocks", stage: str, group: _Group, *, again: bool, log: bool
+    ) -> None:
+        path = measurement_files.measurement_path(trainer.default_root_dir, group.files + self.kind, stage)
         started, before = time.monotonic(), self.trunk_cache.counts
         with raise_on_all_ranks(trainer) as check_ranks:
             measured = path.is_file() and not again
             check_ranks()
             # Rank zero decides for all: ranks that decided differently would wait for each other for ever.
             measured = trainer.strategy.broadcast(measured)
-            arrays = None if measured else self._measure(trainer, module, stage, check_ranks)
+            arrays = None if measured else self._measure(trainer, module, stage, group, check_ranks)
             if not trainer.is_global_zero:
                 return
             if arrays is not None:
-                self._save(trainer, module, stage, arrays)
+                self._save(trainer, module, stage, group, arrays)
             if log:
                 # Also where it was measured before: the loggers of a resumed run may have lost this step.
                 scalars = self.scalars(measurement_files.load_arrays(path) if arrays is None else arrays)
-                prefix = "base/" if stage == "base" else ""
-                measurement_files.log_scalars(
-                    trainer, {f"{prefix}{self.kind}/{name}": v for name, v in scalars.items()}
-                )
+                prefix = ("base/" if stage == "base" else "") + group.scalars + self.kind
+                measurement_files.log_scalars(trainer, {f"{prefix}/{name}": v for name, v in scalars.items()})
         if arrays is not None:
-            self._report_cost(stage, started, before)
+            self._report_cost(stage, group, started, before)
 
     def _measure(
-        self, trainer: Trainer, module: "RetrainBlocks", stage: str, check_ranks: Callable[[], None]
+        self,
+        trainer: Trainer,
+        module: "RetrainBlocks",
+        stage: str,
+        group: _Group,
+        check_ranks: Callable[[], None],
     ) -> dict[str, np.ndarray] | None:
         """The arrays of a stage on rank zero, None on the others."""
         self.check(module)
         weights = module.base_weights if stage == "base" else module.evaluation_weights
         with measurement_mode(module, module.device), weights(), trainer.precision_plugin.val_step_context():
-            probes = self._read_probes()
+            probes = self._read_probes(group)
             shape = (len(probes.samples), len(probes.sigmas))
             tables: dict[str, Tensor] = {}
             for batch, counts in probes.share(trainer.global_rank, trainer.world_size):
@@ -225,22 +249,32 @@ class ProbeCallback(Callback, ABC):
                 return None
             return self.summarise(module, probes, {name: table.cpu().numpy() for name, table in gathered.items()})
 
-    def _read_probes(self) -> ProbeSet:
-        if self._probes is None:
+    def _read_probes(self, group: _Group) -> ProbeSet:
+        dropped = group is UNCONDITIONAL
+        if dropped not in self._probes:
             samples = self._source.probe_samples(self.prompts)
-            self._probes = ProbeSet(samples, self.sigmas, seed=self.seed, batch_size=self.batch_size)
-        return self._probes
+            self._probes[dropped] = ProbeSet(
+                samples, self.sigmas, seed=self.seed, batch_size=self.batch_size, unconditional=dropped
+            )
+        return self._probes[dropped]
 
-    def _save(self, trainer: Trainer, module: "RetrainBlocks", stage: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def _save(
+        self,
+        trainer: Trainer,
+        module: "RetrainBlocks",
+        stage: str,
+        group: _Group,
+        arrays: Mapping[str, np.ndarray],
+    ) -> None:
         """Writes figures and arrays into the run folder, and gives the figures to the loggers."""
-        for name, figure in self.figures(module, arrays, stage).items():
-            drawn = measurement_files.figure_path(trainer.default_root_dir, name, stage)
+        for name, figure in self.figures(module, arrays, stage + group.title).items():
+            drawn = measurement_files.figure_path(trainer.default_root_dir, group.files + name, stage)
             measurement_files.save_figure(drawn, figure)
-            measurement_files.log_figure(trainer, name, drawn)
-        path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
+            measurement_files.log_figure(trainer, group.scalars + name, drawn)
+        path = measurement_files.measurement_path(trainer.default_root_dir, group.files + self.kind, stage)
         measurement_files.save_arrays(path, arrays)  # last: their file marks the stage as complete
 
-    def _report_cost(self, stage: str, started: float, before: tuple[int, int]) -> None:
+    def _report_cost(self, stage: str, group: _Group, started: float, before: tuple[int, int]) -> None:
         """Prints one line: how long the stage took on rank zero, and how often the trunk was run."""
         spent = time.monotonic() - started
         run, cached = (now - then for now, then in zip(self.trunk_cache.counts, before, strict=True))
@@ -248,5 +282,5 @@ class ProbeCallback(Callback, ABC):
         share, epoch = "", self._first._epoch_seconds
         if stage not in ("base", "epoch-000", "validate") and epoch is not None:
             share = f", {spent / epoch:.0%} of the epoch's {epoch:.1f} s before it"
-        line = f"{self.kind} at {stage}: {len(self._read_probes())} probes, {spent:.1f} s{share}"
+        line = f"{group.files}{self.kind} at {stage}: {len(self._read_probes(group))} probes, {spent:.1f} s{share}"
         rank_zero_info(f"{line} (passes of the trunk: {run} run, {cached} cached)")

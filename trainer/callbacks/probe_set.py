@@ -8,6 +8,7 @@ Legend: P prompts, S sigmas, B probes of a batch.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -67,17 +68,25 @@ class ProbeSet:
         sigmas: the S sigmas.
         seed: of the noise, which is keyed by each sample's uid.
         batch_size: probes per batch; None chooses by the size of a latent.
+        unconditional: leave out the captions: zero embedding and zero mask, as training drops them.
 
     Raises:
         ValueError: if there are no samples.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], sigmas: Sequence[float], *, seed: int, batch_size: int | None = None
+        self,
+        samples: Sequence[Sample],
+        sigmas: Sequence[float],
+        *,
+        seed: int,
+        batch_size: int | None = None,
+        unconditional: bool = False,
     ) -> None:
         if not samples:
             raise ValueError("got no probe samples, expected at least one held-out sample; enlarge the validation set.")
-        self.samples = list(samples)
+        self._captioned = list(samples)
+        self.samples = [replace(s, text=s.text[:0]) for s in samples] if unconditional else list(samples)
         self.sigmas = tuple(sigmas)
         self.seed = seed
         self.batch_size = batch_size or max(1, _CELLS // math.prod(samples[0].latent.shape[1:]))
@@ -95,15 +104,15 @@ class ProbeSet:
         """Valid text tokens of each prompt."""
         return [int(sample.text.shape[0]) for sample in self.samples]
 
-    @property
+    @cached_property
     def caption_ids(self) -> list[int]:
-        """A number for each sample; samples of one caption, by its embedding, share it. Empty captions are told apart.
+        """A number for each sample; samples of one caption, by its embedding, share it, even if captions are left out.
 
-        Samples of one caption are no independent draws of a prompt. Without captions only the clips differ.
+        They are no independent draws of a prompt. Empty captions are told apart: then only the clips differ.
         """
         texts = [
             fingerprint([("text", sample.text)]) if len(sample.text) else str(index)
-            for index, sample in enumerate(self.samples)
+            for index, sample in enumerate(self._captioned)
         ]
         return [texts.index(text) for text in texts]
 

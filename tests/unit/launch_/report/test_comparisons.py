@@ -115,3 +115,20 @@ def test_sinks_without_caption_numbers_are_not_compared(run: Path):
 def test_flagged_heads_are_compared_where_none_were_planted(run: Path):
     (run.parent.parent / "base" / "planted.json").unlink()
     assert "after against before: lower: layer 4 head 1, layer 5 head 0." in " ".join(sentences(results(run)))
+
+
+def test_probes_without_captions_are_told_apart(run: Path):
+    assert "Without captions" not in " ".join(sentences(results(run)))
+    before = sentences(results(run))
+    folder = run / "measurements"
+    for stage in ("base", "epoch-002"):
+        for kind in ("sinks", "masking"):
+            (folder / f"unconditional-{kind}-{stage}.npz").write_bytes((folder / f"{kind}-{stage}.npz").read_bytes())
+    rewrite(run, "unconditional-masking-base", critical_ratio=np.array([0.321, 0.5]))
+    write_sinks(run, "unconditional", {(4, 0): 1.0})
+    (folder / "sinks-unconditional.npz").rename(folder / "unconditional-sinks-epoch-002.npz")
+    said = sentences(results(run))
+    bare = [line for line in said if line.startswith("Without captions: ")]
+    assert [line for line in said if line not in bare] == before
+    assert bare[0] == "Without captions: flagged before: layer 4 head 1, layer 5 head 0; flagged after: layer 4 head 0"
+    assert "lower: layer 4 head 1, layer 5 head 0" in bare[1] and "0.321 before, 0.654 after" in bare[2]

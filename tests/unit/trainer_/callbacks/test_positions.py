@@ -59,8 +59,9 @@ def test_repeats_of_a_prompt_are_no_evidence():
 
 
 def test_a_prompt_counts_once_however_many_sinks_it_has():
-    owner, cell = np.repeat(range(6), 2), np.tile([0, 3], 6)
-    weighted = np.append(owner, [0] * 50), np.append(cell, [0, 3] * 25)
+    owner, cell = np.repeat(range(6), 2), np.array([0, 3, 0, 1, 3, 2, 4, 5, 0, 6, 1, 3])
+    weighted = np.append(owner, [0] * 100), np.append(cell, [0, 3] * 50)
+    assert 0.02 < evenness_p_value(owner, cell, 8) < 0.9
     assert evenness_p_value(*weighted, 8) == evenness_p_value(owner, cell, 8)
 
 
