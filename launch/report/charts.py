@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 Scale = Literal["linear", "log", "percent"]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 44  # margins of a chart
+_GAP = 26  # between panels
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,8 @@ def panel_chart(
     parts, top = [], _TOP
     for panel in drawn:
         parts += panel.parts(px, top, width)
-        top += panel.panel.height + _TOP
-    bottom, height = top - _TOP, top - _TOP + _BOTTOM
+        top += panel.panel.height + _GAP
+    bottom, height = top - _GAP, top - _GAP + _BOTTOM
     for value, text in x_ticks or _ticks(x_scale, x0, x1):
         parts.append(f'<text x="{float(px(value)):.1f}" y="{bottom + 18}" text-anchor="middle">{escape(text)}</text>')
     parts.append(
@@ -217,7 +218,7 @@ class _Drawn:
             return top + (y1 - np.asarray(y)) / (y1 - y0) * panel.height
 
         parts = []
-        for value, text in _ticks(panel.scale, y0, y1, count=max(2, panel.height // 40)):
+        for value, text in _ticks(panel.scale, y0, y1, count=max(4, min(6, panel.height // 25))):
             at = float(py(value))
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
             parts.append(f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')

@@ -52,9 +52,9 @@ def critical_chart(results: RunResults) -> str | None:
         Series("control, of the base's loss", x, control * own / results.base_dense_loss, 3, "dashed"),
     ]
     panels = [
-        Panel(ratios, "critical ratio r*", height=130),
-        Panel(losses, "dense loss L", height=90),
-        Panel(controls, "uniform ΔL / L", "percent", (TOLERATED, "1 %: below, r* is blank"), height=90),
+        Panel(ratios, "critical ratio r*", height=140),
+        Panel(losses, "dense loss L", height=100),
+        Panel(controls, "uniform ΔL / L", "percent", (TOLERATED, "1 %: below, r* is blank"), height=100),
     ]
     every = math.ceil(len(stages) / 12)
     names = [stage_title(stage.stage).removeprefix("epoch ") for stage in stages]
@@ -138,7 +138,7 @@ class Row:
 #: Figure -> what the table calls it, and the direction that is better (0: neither).
 _TABLE = {
     **{name: (words, 1) for name, words in CRITICAL_RATIOS.items()},
-    "auc": ("robustness AUC", -1),
+    "auc": ("robustness AUC", 0),  # lower is no better where attention costs nothing
     "uniform_cost": ("uniform control ΔL / L", 0),
 }
 
@@ -163,8 +163,12 @@ def _cell(stage: MaskingStage | None, name: str, scope: str) -> str:
     """A figure with its interval, or why it is blank."""
     if stage is None:
         return "n/a"
-    blank = stage.blank(name, scope) if name in CRITICAL_RATIOS else ""
-    return blank or number(stage.value(name, scope)) + ends_text(stage.interval(name, scope))
+    if name not in CRITICAL_RATIOS:
+        return number(stage.value(name, scope)) + ends_text(stage.interval(name, scope))
+    at_least = "≥ " if stage.value(name, scope) >= stage.arrays["ratios"][-1] else ""
+    return stage.blank(name, scope) or (
+        at_least + number(stage.value(name, scope)) + ends_text(stage.interval(name, scope))
+    )
 
 
 def probes_note(stage: MaskingStage | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from launch.report.charts import number
 from launch.report.comparisons import Change
 from launch.report.results import RunResults
-from launch.report.stages import Head, SinkStage, stage_title
+from launch.report.stages import Head, MaskingStage, SinkStage, stage_title
 
 #: A sentence names at most so many heads one by one.
 _MAX_NAMED = 6
@@ -123,7 +123,8 @@ def _sink_changes(results: RunResults) -> str:
 def _flagged(results: RunResults) -> str:
     """The sink heads before and after."""
     stages = (("before", results.before), ("after", results.after))
-    return "; ".join(f"flagged {word}: {list_heads(s.flagged) or 'no head'}" for word, s in stages if s)
+    parts = [f"flagged {word}: {list_heads(stage.flagged) or 'no head'}" for word, stage in stages if stage]
+    return f"{'; '.join(parts)}." if parts else ""
 
 
 def _masking(results: RunResults) -> str:
@@ -145,13 +146,19 @@ def _before_after(change: Change, digits: int = 3) -> str:
     return f"{number(change.before, digits)} before, {number(change.after, digits)} after, {change.words}"
 
 
+def _or_blank(stage: MaskingStage | None, name: str, digits: int = 3) -> str:
+    if stage is None:
+        return "n/a"
+    return "blank" if stage.blank(name) else number(stage.value(name), digits)
+
+
 def _told(results: RunResults, name: str) -> str:
     """A critical ratio before and after, and why one is blank."""
     stages = [stage for stage in (results.masking_before, results.masking_after) if stage]
     reason = next((stage.blank(name) for stage in stages if stage.blank(name)), "")
-    figures = [number(stage.value(name)) if not stage.blank(name) else "blank" for stage in stages]
     if reason:
-        return f"{figures[0]} before, {figures[1]} after ({reason})"
+        before, after = (_or_blank(stage, name) for stage in stages)
+        return f"{before} before, {after} after ({reason})"
     return _before_after(results.masking_comparison.change(name))
 
 
@@ -226,4 +233,6 @@ def _critical_figure(results: RunResults) -> KeyFigure:
         f"{ratio.words}; dense loss {number(loss.before)} → {number(loss.after)}, uniform control "
         f"{signed_percent(control.before)} → {signed_percent(control.after)}"
     )
-    return KeyFigure(f"{number(ratio.before, 2)} → {number(ratio.after, 2)}", label, ratio.verdict(1))
+    stages = (results.masking_before, results.masking_after)
+    before, after = (_or_blank(stage, "critical_ratio_of_base", 2) for stage in stages)
+    return KeyFigure(f"{before} → {after}", label, ratio.verdict(1))

@@ -171,6 +171,21 @@ def test_a_run_without_figures_of_every_probe_is_shown_without_intervals(run: Pa
     assert 'class="bar"' not in page
 
 
+def test_the_largest_ratio_measured_is_a_lower_bound(run: Path):
+    write_masking(run, "epoch-002", 0.9, 0.45)
+    text = _Text(report(run).read_text()).text
+    assert "retrained r* at 1 % of the own loss 0.123 [0.11, 0.137] ≥ 0.9 [0." in text
+
+
+def test_a_robustness_auc_is_told_without_a_colour(run: Path):
+    path = run / "measurements" / "masking-epoch-002.npz"
+    arrays = dict(np.load(path))
+    arrays["auc"] = arrays["auc"] - 1
+    np.savez(path, **arrays | {"change_by_probe": arrays["change_by_probe"] / 10})
+    page = report(run).read_text()
+    assert re.search(r'retrained</td><td>robustness AUC(</td><td>[^<]*){2}</td><td class="">lower by 1 ', page)
+
+
 def test_without_the_base_there_is_no_tolerance_of_its_own(run: Path):
     (run / "measurements" / "masking-base.npz").unlink()
     text = _Text(report(run).read_text()).text

@@ -90,6 +90,7 @@ def test_a_blank_ratio_is_not_compared(run: Path):
     assert results(run).masking_comparison.change("critical_ratio_of_base").words == f"{NOISE} ({reason})"
     assert verdict(run, "critical ratio") == ""
     assert f"0.123 before, blank after ({reason})" in " ".join(sentences(results(run)))
+    assert "0.12 → blank" in [figure.value for figure in key_figures(results(run))]
 
 
 def test_a_better_validation_loss_has_no_colour_since_it_has_no_interval(run: Path):
@@ -130,5 +131,5 @@ def test_probes_without_captions_are_told_apart(run: Path):
     said = sentences(results(run))
     bare = [line for line in said if line.startswith("Without captions: ")]
     assert [line for line in said if line not in bare] == before
-    assert bare[0] == "Without captions: flagged before: layer 4 head 1, layer 5 head 0; flagged after: layer 4 head 0"
+    assert bare[0] == "Without captions: flagged before: layer 4 head 1, layer 5 head 0; flagged after: layer 4 head 0."
     assert "lower: layer 4 head 1, layer 5 head 0" in bare[1] and "0.321 before, 0.654 after" in bare[2]
