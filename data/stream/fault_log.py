@@ -33,7 +33,7 @@ class FaultLog:
         self.limit = limit
         self.path = path
         self._known: set[tuple[str, str]] = set()
-        self._bytes_read: dict[Path, int] = {}  # of each file
+        self._bytes_read: dict[Path, int] = {}  # file -> bytes read so far
 
     def add(self, fault: Fault) -> None:
         """Writes a fault to the log unless the log has it already.
