@@ -1,6 +1,6 @@
-"""Line charts and heat maps as inline SVG.
+"""Draws line charts and heat maps as inline SVG.
 
-Their colours are CSS variables of the page, so that they follow its light and dark scheme; matplotlib's SVG does not.
+Their colours are CSS variables of the page, so they follow its light and dark scheme; matplotlib's SVG cannot.
 """
 
 import math
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Scale = Literal["linear", "log", "percent"]
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 44  # margins of a chart
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 44  # margins of a chart, SVG units
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Series:
     """One curve.
 
     Args:
-        label: in the legend; empty leaves it out.
-        x: abscissae.
-        y: ordinates; the curve has a gap where one is not finite.
-        colour: n for the page's CSS variable --cn, n from 1 to 4.
-        style: a line, a faint line behind others, a dashed line, or dots joined by a line.
+        label: name in the legend; an empty one leaves the curve out of the legend.
+        x: horizontal values.
+        y: vertical values; the curve has a gap at each value that is not finite.
+        colour: n of the page's CSS variable --cn, from 1 to 4.
+        style: a line, a faint line, a dashed line, or dots joined by a line.
     """
 
     label: str
@@ -46,7 +46,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def _percent(y: NDArray) -> NDArray:
-    """An odd scale, linear within 1 % and logarithmic beyond: shows both a threshold of 1 % and a hundredfold loss."""
+    """A symmetric scale that is linear within 1 % and logarithmic beyond; 1 % and 10,000 % are both readable on it."""
     return np.arcsinh(np.asarray(y, float) / 0.01)
 
 
@@ -63,7 +63,7 @@ _SCALES: dict[str, Callable[[NDArray], NDArray]] = {
 
 
 def _round_values(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers in low .. high, about `count` of them."""
+    """About `count` round numbers from low to high."""
     raw = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
@@ -71,7 +71,7 @@ def _round_values(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def _ticks(scale: Scale, low: float, high: float) -> list[tuple[float, str]]:
-    """Positions (in scaled units) and texts."""
+    """Position, in scaled units, and text of each tick."""
     if scale == "log":
         every = max(1, math.ceil((high - low) / 6))
         return [(float(k), f"1e{k}".replace("-", "−")) for k in range(math.ceil(low), math.floor(high) + 1, every)]
@@ -101,16 +101,16 @@ def line_chart(
     width: int = 560,
     height: int = 300,
 ) -> str:
-    """An SVG chart with axes, ticks and a legend below.
+    """Draws an SVG chart with axes, ticks and a legend below.
 
     Args:
-        series: the curves; those without a finite point are left out.
+        series: curves to draw; a curve without a finite point is left out.
         x_label: name of the horizontal axis.
         y_label: name of the vertical axis.
-        scale: of the vertical axis; `percent` takes shares and is linear within 1 %, logarithmic beyond.
-        rule: a horizontal line at a value, with its text.
-        width: of the picture, in its own units.
-        height: of the picture.
+        scale: scale of the vertical axis; `percent` takes shares and is linear within 1 %, logarithmic beyond.
+        rule: value and text of a horizontal line.
+        width: width of the chart in SVG units.
+        height: height of the chart in SVG units.
     """
     to_y = _SCALES[scale]
     curves = [(s, np.asarray(s.x, float), to_y(np.asarray(s.y, float))) for s in series]
@@ -176,12 +176,12 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def heat_map(values: NDArray, rows: Sequence[str], *, marked: Collection[tuple[int, int]] = ()) -> str:
-    """An SVG table of shares from 0 to 1, one cell per (row, column), columns numbered as heads.
+    """Draws an SVG heat map of shares from 0 to 1, with one row per layer and one column per head.
 
     Args:
-        values: (rows, heads) shares; a NaN is drawn as an empty cell with a dash.
+        values: shares, (rows, heads); a NaN is drawn as an empty cell with a dash.
         rows: names of the rows.
-        marked: (row, column) of the cells with a ring around them.
+        marked: (row, column) of the cells to outline.
     """
     heads = values.shape[1]
     cell = max(16, min(58, 620 // heads))

@@ -1,4 +1,4 @@
-"""The results of a run, read once from its files; every figure of the report comes from here.
+"""Reads the results of a run from its files; every value in the report comes from here.
 
 Legend: P prompts, S sigmas, Ly measured layers, h heads, E eps values, K scopes, R ratios.
 """
@@ -20,7 +20,7 @@ Arrays = Mapping[str, NDArray]
 
 
 def stage_title(stage: str) -> str:
-    """A stage as the page names it: epoch-004 is "epoch 4"."""
+    """Name of a stage on the page: epoch-004 gives "epoch 4"."""
     return f"epoch {int(stage.removeprefix('epoch-'))}" if stage.startswith("epoch-") else stage
 
 
@@ -29,8 +29,8 @@ class SinkStage:
     """The sink measurement of one stage.
 
     Args:
-        stage: base, epoch-000, epoch-001, ...
-        arrays: of sinks-STAGE.npz.
+        stage: name of the stage: base, epoch-000, epoch-001, ...
+        arrays: content of sinks-STAGE.npz.
     """
 
     stage: str
@@ -38,12 +38,12 @@ class SinkStage:
 
     @property
     def eps(self) -> float:
-        """The eps that decides what counts as a sink."""
+        """The eps above which an attention weight counts as heavy in the verdicts."""
         return float(self.arrays["default_eps"])
 
     @property
     def layers(self) -> list[int]:
-        """Measured layers."""
+        """Indices of the measured layers, (Ly,)."""
         return [int(layer) for layer in self.arrays["layers"]]
 
     @property
@@ -58,13 +58,13 @@ class SinkStage:
         return [(self.layers[row], int(head)) for row, head in np.argwhere(self.arrays["consistent"])]
 
     def select(self, values: NDArray, head: Head) -> NDArray:
-        """One head of `values` (..., Ly, h), as (...); all NaN if its layer was not measured."""
+        """Entries of one head in `values` (..., Ly, h), as (...); NaN if the head was not measured."""
         if head[0] not in self.layers or head[1] >= values.shape[-1]:
             return np.full(values.shape[:-2], np.nan)
         return values[..., self.layers.index(head[0]), head[1]]
 
     def with_any_sink(self) -> list[Head]:
-        """Heads that have a sink in some prompt at some sigma."""
+        """Heads that have a sink for at least one prompt and sigma."""
         return [(self.layers[row], int(head)) for row, head in np.argwhere((self.frequency > 0).any(axis=0))]
 
 
@@ -73,8 +73,8 @@ class MaskingStage:
     """The masking measurement of one stage.
 
     Args:
-        stage: base, epoch-000, epoch-001, ...
-        arrays: of masking-STAGE.npz.
+        stage: name of the stage: base, epoch-000, epoch-001, ...
+        arrays: content of masking-STAGE.npz.
     """
 
     stage: str
@@ -96,16 +96,16 @@ class MaskingStage:
 
 @dataclass(frozen=True)
 class RunResults:
-    """The results of a run. What a run does not have is None, NaN or empty.
+    """The results of a run. A result that the run lacks is None, NaN or empty.
 
     Args:
         run: the run folder.
         config: text of config.yaml.
-        base: the base as the recipe names it.
+        base: name of the base in the recipe.
         planted_record: content of the base's planted.json.
-        planted: its entries, one for each planted head.
-        sinks: stage -> sink measurement, in order of stages.
-        masking: stage -> masking measurement, in order of stages.
+        planted: entries of planted.json, one for each planted head.
+        sinks: sink measurement of each stage, in the order of stages.
+        masking: masking measurement of each stage, in the order of stages.
         metrics: rows of metrics.csv.
         fingerprint: content of fingerprint.json.
         versions: content of versions.json.
@@ -179,26 +179,26 @@ class RunResults:
 
     @property
     def val_loss(self) -> float:
-        """Validation loss at the end of training, EMA weights; NaN if there is none."""
+        """Validation loss of the EMA weights at the end of training; NaN if there is none."""
         values = self.series("val/loss")[1]
         return values[-1] if values else math.nan
 
     @property
     def loss_difference(self) -> float | None:
-        """Validation loss of the retrained model relative to the base's before planting, minus one."""
+        """Relative difference of the retrained model's validation loss from the base's before planting."""
         before = float((self.planted_record or {}).get("val_loss_before") or math.nan)
         difference = self.val_loss / before - 1
         return difference if math.isfinite(difference) else None
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a column of metrics.csv, empty cells left out."""
+        """Steps and values of a column of metrics.csv, without empty cells."""
         rows = [(row.get("step"), row.get(name)) for row in self.metrics]
         pairs = [(float(step), float(value)) for step, value in rows if step and value]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def last_epoch(stages: Mapping[str, Any]) -> str | None:
-    """The last `epoch-NNN` after at least one epoch of training."""
+    """The last stage `epoch-NNN`, without epoch-000; None if there is none."""
     epochs = [stage for stage in stages if stage.startswith("epoch-") and int(stage.removeprefix("epoch-")) > 0]
     return max(epochs, key=lambda stage: int(stage.removeprefix("epoch-")), default=None)
 
@@ -208,7 +208,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _base(run: RunFolder) -> str | None:
-    """`model.base` of the resolved recipe, whether the model is named by class_path or not."""
+    """`model.base` of the resolved recipe, with or without a class_path for the model."""
     model = run.read_config().get("model") if run.config.is_file() else None
     return (model.get("init_args") or model).get("base") if isinstance(model, dict) else None
 
@@ -217,7 +217,7 @@ def read_results(run: RunFolder) -> RunResults:
     """Reads a run folder.
 
     Args:
-        run: folder that `reblock fit` wrote.
+        run: run folder of `reblock fit`.
 
     Raises:
         ValueError: if the folder is missing or has neither a config nor metrics.
