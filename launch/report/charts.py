@@ -1,6 +1,6 @@
-"""Line charts and heat maps as inline SVG.
+"""Draws line charts and heat maps as inline SVG.
 
-Their colours are CSS variables of the page, so that they follow its light and dark scheme; matplotlib's SVG does not.
+Their colours are CSS variables of the page, so they follow its light and dark scheme; matplotlib's SVG cannot.
 """
 
 import math
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Scale = Literal["linear", "log", "percent"]
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 44  # margins of a chart
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 44  # margins of a chart, SVG units
 _GAP = 26  # between panels
 
 
@@ -25,12 +25,12 @@ class Series:
     """One curve.
 
     Args:
-        label: in the legend; empty leaves it out.
-        x: abscissae.
-        y: ordinates; the curve has a gap where one is not finite.
-        colour: n for the page's CSS variable --cn, n from 1 to 4.
-        style: a line, a faint line behind others, a dashed line, or dots joined by a line.
-        ends: lower and upper ends of each ordinate's interval, drawn as a bar where both are finite.
+        label: name in the legend; an empty one leaves the curve out of the legend.
+        x: horizontal values.
+        y: vertical values; the curve has a gap at each value that is not finite.
+        colour: n of the page's CSS variable --cn, from 1 to 4.
+        style: a line, a faint line, a dashed line, or dots joined by a line.
+        ends: lower and upper ends of each vertical value's interval, drawn as a bar where both are finite.
     """
 
     label: str
@@ -68,7 +68,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def _percent(y: NDArray) -> NDArray:
-    """An odd scale, linear within 1 % and logarithmic beyond: shows both a threshold of 1 % and a hundredfold loss."""
+    """A symmetric scale that is linear within 1 % and logarithmic beyond; 1 % and 10,000 % are both readable on it."""
     return np.arcsinh(np.asarray(y, float) / 0.01)
 
 
@@ -85,7 +85,7 @@ _SCALES: dict[str, Callable[[NDArray], NDArray]] = {
 
 
 def _round_values(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers in low .. high, about `count` of them."""
+    """About `count` round numbers from low to high."""
     raw = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
@@ -93,7 +93,7 @@ def _round_values(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def _ticks(scale: Scale, low: float, high: float, count: int = 6) -> list[tuple[float, str]]:
-    """Positions (in scaled units) and texts, about `count` of them."""
+    """Position, in scaled units, and text of each of about `count` ticks."""
     if scale == "log" and high - low < 2:  # less than two decades hold few powers of ten, or none
         leading = (1, 2, 5) if high - low > 0.5 else range(1, 10)
         values = [m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in leading]
@@ -134,11 +134,11 @@ def line_chart(
         series: as a `Panel` takes them, as are y_label, scale and rule.
         x_label: name of the horizontal axis.
         y_label: name of the vertical axis.
-        scale: of the vertical axis.
-        x_scale: of the horizontal axis.
-        rule: a horizontal line.
-        width: of the picture, in its own units.
-        height: of the picture.
+        scale: scale of the vertical axis.
+        x_scale: scale of the horizontal axis.
+        rule: value and text of a horizontal line.
+        width: width of the chart in SVG units.
+        height: height of the chart in SVG units.
     """
     panel = Panel(series, y_label, scale, rule, height - _TOP - _BOTTOM)
     return panel_chart([panel], x_label=x_label, x_scale=x_scale, width=width)
@@ -159,7 +159,7 @@ def panel_chart(
         x_label: name of the horizontal axis.
         x_scale: its scale.
         x_ticks: places and texts of its ticks; round numbers if None.
-        width: of the picture, in its own units.
+        width: width of the chart in SVG units.
     """
     drawn = [_Drawn(panel, x_scale) for panel in panels]
     drawn = [panel for panel in drawn if panel.curves]
@@ -273,12 +273,12 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def heat_map(values: NDArray, rows: Sequence[str], *, marked: Collection[tuple[int, int]] = ()) -> str:
-    """An SVG table of shares from 0 to 1, one cell per (row, column), columns numbered as heads.
+    """Draws an SVG heat map of shares from 0 to 1, with one row per layer and one column per head.
 
     Args:
-        values: (rows, heads) shares; a NaN is drawn as an empty cell with a dash.
+        values: shares, (rows, heads); a NaN is drawn as an empty cell with a dash.
         rows: names of the rows.
-        marked: (row, column) of the cells with a ring around them.
+        marked: (row, column) of the cells to outline.
     """
     heads = values.shape[1]
     cell = max(16, min(58, 620 // heads))

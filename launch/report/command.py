@@ -1,4 +1,4 @@
-"""`reblock report`: one self-contained page about a run, made from the run's files.
+"""`reblock report`: writes one self-contained page about a run from the files in its folder.
 
 Legend: Ly measured layers, h heads.
 """
@@ -37,11 +37,11 @@ def report(run: Path, *, out: Path | None = None) -> Path:
     """Writes one self-contained HTML page: summary, losses, sinks, masking, samples, provenance, recipe.
 
     Args:
-        run: folder that `reblock fit` wrote.
+        run: run folder of `reblock fit`.
         out: file to write; RUN/report.html by default.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
         ValueError: if `run` is no run folder.
@@ -81,7 +81,7 @@ def _page(results: RunResults) -> dict[str, Any]:
 
 
 def data_uri(path: Path, kind: str) -> str:
-    """A file's bytes as a data URI of media type `kind`."""
+    """Encodes a file as a data URI of media type `kind`."""
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -89,7 +89,7 @@ def data_uri(path: Path, kind: str) -> str:
 
 
 def running_mean(y: Sequence[float]) -> list[float]:
-    """Mean over a window of 1 / 50 of the curve that ends at each point; NaN where the window holds no number."""
+    """Mean over the window that ends at each point and spans 1/50 of the curve; NaN if it has no finite value."""
     values = np.asarray(y, float)
     window = max(1, len(values) // 50)
     known = np.isfinite(values)
@@ -138,7 +138,7 @@ def _band_chart(results: RunResults) -> str | None:
 
 
 def _epoch_chart(values: Mapping[str, float], y_label: str) -> str | None:
-    """A figure over the epochs, with the base's as a dashed line; None below two epochs."""
+    """Chart of a value over the epochs, with the base's value as a dashed line; None for less than two epochs."""
     epochs = sorted((int(stage.removeprefix("epoch-")), v) for stage, v in values.items() if stage.startswith("epoch-"))
     if len(epochs) < 2:
         return None
@@ -211,7 +211,7 @@ def _head_row(results: RunResults, head: Head, entry: Mapping[str, Any]) -> tupl
 
 
 def _samples(results: RunResults) -> list[dict[str, Any]]:
-    """Videos by caption and seed, variants in their order of drawing."""
+    """Videos grouped by caption and seed; variants are in the order in which they were sampled."""
     groups: dict[tuple[str, int], list[dict[str, str]]] = {}
     for entry in results.samples:
         clip = {
@@ -224,7 +224,7 @@ def _samples(results: RunResults) -> list[dict[str, Any]]:
 
 
 def _sample_note(entry: Mapping[str, Any]) -> str:
-    """Masked share, and similarity to the dense video, where they apply."""
+    """Masked share and similarity to the dense video as text, if they apply."""
     parts = []
     ratio = (entry.get("settings") or {}).get("mask_ratio")
     if ratio:
@@ -256,7 +256,7 @@ def _commands(results: RunResults) -> list[str]:
 
 
 def _figures(results: RunResults) -> list[dict[str, str]]:
-    """PNGs of the base, the fresh initialisation and the last epoch."""
+    """PNG figures of the stages base, epoch-000 and the last epoch."""
     stages = {"base", "epoch-000", last_epoch(results.sinks), last_epoch(results.masking)} - {None}
     paths = sorted(results.run.figures.glob("*.png"))
     return [

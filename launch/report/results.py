@@ -1,4 +1,4 @@
-"""The results of a run, read once from its files; every figure of the report comes from here."""
+"""Reads the results of a run from its files; every value in the report comes from here."""
 
 import json
 import math
@@ -15,16 +15,16 @@ from launch.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class RunResults:
-    """The results of a run. What a run does not have is None, NaN or empty.
+    """The results of a run. A result that the run lacks is None, NaN or empty.
 
     Args:
         run: the run folder.
         config: text of config.yaml.
-        base: the base as the recipe names it.
+        base: name of the base in the recipe.
         planted_record: content of the base's planted.json.
-        planted: its entries, one for each planted head.
-        sinks: stage -> sink measurement, in order of stages.
-        masking: stage -> masking measurement, in order of stages.
+        planted: entries of planted.json, one for each planted head.
+        sinks: sink measurement of each stage, in the order of stages.
+        masking: masking measurement of each stage, in the order of stages.
         metrics: rows of metrics.csv.
         fingerprint: content of fingerprint.json.
         versions: content of versions.json.
@@ -124,26 +124,26 @@ class RunResults:
 
     @property
     def val_loss(self) -> float:
-        """Validation loss at the end of training, EMA weights; NaN if there is none."""
+        """Validation loss of the EMA weights at the end of training; NaN if there is none."""
         values = self.series("val/loss")[1]
         return values[-1] if values else math.nan
 
     @property
     def loss_difference(self) -> float | None:
-        """Validation loss of the retrained model relative to the base's before planting, minus one."""
+        """Relative difference of the retrained model's validation loss from the base's before planting."""
         before = float((self.planted_record or {}).get("val_loss_before") or math.nan)
         difference = self.val_loss / before - 1
         return difference if math.isfinite(difference) else None
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a column of metrics.csv, empty cells left out."""
+        """Steps and values of a column of metrics.csv, without empty cells."""
         rows = [(row.get("step"), row.get(name)) for row in self.metrics]
         pairs = [(float(step), float(value)) for step, value in rows if step and value]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def last_epoch(stages: Mapping[str, Any]) -> str | None:
-    """The last `epoch-NNN` after at least one epoch of training."""
+    """The last stage `epoch-NNN`, without epoch-000; None if there is none."""
     epochs = [stage for stage in stages if stage.startswith("epoch-") and int(stage.removeprefix("epoch-")) > 0]
     return max(epochs, key=lambda stage: int(stage.removeprefix("epoch-")), default=None)
 
@@ -153,7 +153,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _base(run: RunFolder) -> str | None:
-    """`model.base` of the resolved recipe, whether the model is named by class_path or not."""
+    """`model.base` of the resolved recipe, with or without a class_path for the model."""
     model = run.read_config().get("model") if run.config.is_file() else None
     return (model.get("init_args") or model).get("base") if isinstance(model, dict) else None
 
@@ -172,7 +172,7 @@ def read_results(run: RunFolder) -> RunResults:
     """Reads a run folder.
 
     Args:
-        run: folder that `reblock fit` wrote.
+        run: run folder of `reblock fit`.
 
     Raises:
         ValueError: if the folder is missing or has neither a config nor metrics.

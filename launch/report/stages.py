@@ -27,7 +27,7 @@ Ends = tuple[float, float]  # of an interval
 
 
 def stage_title(stage: str) -> str:
-    """A stage as the page names it: epoch-004 is "epoch 4"."""
+    """Name of a stage on the page: epoch-004 gives "epoch 4"."""
     return f"epoch {int(stage.removeprefix('epoch-'))}" if stage.startswith("epoch-") else stage
 
 
@@ -36,8 +36,8 @@ class SinkStage:
     """The sink measurement of one stage.
 
     Args:
-        stage: base, epoch-000, epoch-001, ...
-        arrays: of sinks-STAGE.npz.
+        stage: name of the stage: base, epoch-000, epoch-001, ...
+        arrays: content of sinks-STAGE.npz.
     """
 
     stage: str
@@ -45,12 +45,12 @@ class SinkStage:
 
     @property
     def eps(self) -> float:
-        """The eps that decides what counts as a sink."""
+        """The eps above which an attention weight counts as heavy in the verdicts."""
         return float(self.arrays["default_eps"])
 
     @property
     def layers(self) -> list[int]:
-        """Measured layers."""
+        """Indices of the measured layers, (Ly,)."""
         return [int(layer) for layer in self.arrays["layers"]]
 
     @property
@@ -87,13 +87,13 @@ class SinkStage:
         return [(self.layers[row], int(head)) for row, head in np.argwhere(self.arrays["consistent"])]
 
     def select(self, values: NDArray, head: Head) -> NDArray:
-        """One head of `values` (..., Ly, h), as (...); all NaN if its layer was not measured."""
+        """Entries of one head in `values` (..., Ly, h), as (...); NaN if the head was not measured."""
         if head[0] not in self.layers or head[1] >= values.shape[-1]:
             return np.full(values.shape[:-2], np.nan)
         return values[..., self.layers.index(head[0]), head[1]]
 
     def with_any_sink(self) -> list[Head]:
-        """Heads that have a sink in some prompt at some sigma."""
+        """Heads that have a sink for at least one prompt and sigma."""
         return [(self.layers[row], int(head)) for row, head in np.argwhere((self.frequency > 0).any(axis=0))]
 
 
@@ -102,8 +102,8 @@ class MaskingStage:
     """The masking measurement of one stage.
 
     Args:
-        stage: base, epoch-000, epoch-001, ...
-        arrays: of masking-STAGE.npz.
+        stage: name of the stage: base, epoch-000, epoch-001, ...
+        arrays: content of masking-STAGE.npz.
         base_loss: dense loss of stage `base`, NaN if that was not measured.
     """
 

@@ -1,4 +1,4 @@
-"""The report's summary of a run: a few key figures, and sentences that say what the results mean."""
+"""The report's summary of a run: a few key figures, and sentences that explain the results."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from launch.report.comparisons import Change
 from launch.report.results import RunResults
 from launch.report.stages import Head, MaskingStage, SinkStage, stage_title
 
-#: A sentence names at most so many heads one by one.
+#: Largest number of heads that a sentence lists by name.
 _MAX_NAMED = 6
 
 
@@ -24,9 +24,9 @@ class KeyFigure:
     """A figure at the top of the page.
 
     Args:
-        value: the figure, as text.
-        label: what it is.
-        verdict: good, bad, or empty for none.
+        value: the figure as text.
+        label: description of the figure.
+        verdict: good, bad, or empty for no verdict.
     """
 
     value: str
@@ -35,7 +35,7 @@ class KeyFigure:
 
 
 def list_heads(heads: Sequence[Head]) -> str:
-    """Heads as text: layer 6 head 1, layer 7 head 0."""
+    """Lists heads as text, e.g. "layer 6 head 1, layer 7 head 0"."""
     return ", ".join(f"layer {layer} head {head}" for layer, head in heads)
 
 
@@ -187,7 +187,7 @@ def _frozen(results: RunResults) -> str:
 
 
 def sentences(results: RunResults) -> list[str]:
-    """What the results mean, one sentence or two for each subject."""
+    """Explains the results, with one or two sentences for each subject."""
     parts = (_planted, _before, _after, _sink_changes, _masking, _loss, _frozen)
     lines = [line for line in (part(results) for part in parts) if line]
     bare = results.without_captions
@@ -201,7 +201,7 @@ def sentences(results: RunResults) -> list[str]:
 
 
 def key_figures(results: RunResults) -> list[KeyFigure]:
-    """The figures at the top of the page; what was not measured has none."""
+    """The figures at the top of the page, of those results that were measured."""
     shown = []
     planted = len(results.planted)
     if planted and results.before:

@@ -1,4 +1,4 @@
-"""How many samples of the data were damaged."""
+"""Logs the number of damaged samples."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from data.batch import Batch
 
 
 class DataFaults(Callback):
-    """Logs `data/faults`: how many damaged samples rank 0 skipped while it collected the step's batch.
+    """Logs `data/faults`: number of damaged samples that rank 0 skipped while it collected the step's batch.
 
-    `faults*.jsonl` in the run folder name those of all ranks.
+    `faults*.jsonl` in the run folder list the damaged samples of all ranks.
     """
 
     def on_train_batch_end(

@@ -112,16 +112,16 @@ def excludes_zero(interval: Interval | tuple[float, float] | None) -> bool:
 
 
 def wilson_interval(successes: np.ndarray, trials: int) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % score interval of a share.
+    """Wilson's 95 % score interval of a proportion.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
 
     Args:
-        successes: counts from 0 to `trials`.
-        trials: at least 1.
+        successes: counts from 0 to `trials`, of any shape.
+        trials: number of trials, at least 1.
 
     Returns:
-        Lower and upper ends, float64, of the shape of `successes`.
+        Lower and upper ends, float64, in the shape of `successes`.
     """
     share = np.asarray(successes, dtype=np.float64) / trials
     scale = 1 + Z95**2 / trials

@@ -1,7 +1,7 @@
-"""How the velocity changes when the smallest attention weights are removed, on the probe set.
+"""Measures on the probe set how the velocity changes when the smallest attention weights are removed.
 
-The threshold of each head is taken in a dense pass of the whole model on the same probe (an oracle); a second pass
-removes what lies below it in the layers of a scope. How and why: docs/measurements.md.
+A dense pass of the whole model on the same probe gives the threshold of each head (an oracle). A second pass removes
+the weights below it in the layers of a scope. docs/measurements.md explains the method.
 
 Legend: P prompts, S sigmas, K scopes, R ratios, B probes of a batch, h heads, N tokens, d head width.
 """
@@ -27,7 +27,7 @@ from trainer.models.mochi import State
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
 
-#: Which weights are pooled and removed; of how many weights a threshold is the quantile; what takes their place.
+#: Weights that are pooled and removed; set of weights that shares one threshold; replacement of a removed weight.
 Keys = Literal["all", "vision"]
 Quantile = Literal["head", "row"]
 Removed = Literal["renormalise", "zero", "mean"]
@@ -37,12 +37,12 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class _Dense:
-    """One dense pass.
+    """Result of one dense pass.
 
     Args:
-        velocity: (B, C, F, H, W).
-        thresholds: layer -> (B, h, R), per row (B, h, N, R).
-        states: block index -> what enters that block.
+        velocity: output of the model, (B, C, F, H, W).
+        thresholds: thresholds of each layer, (B, h, R), or (B, h, N, R) with one per row.
+        states: input of each block at which a scope begins, by block index.
     """
 
     velocity: Tensor
@@ -57,12 +57,12 @@ class MaskingRobustness(ProbeCallback):
         ratios: shares of the weights that are removed, ascending, each between 0 and 1.
         scopes: layers masked together: `retrained`, `each` (every retrained layer alone), `all`, `layer-45`, or
             `but-44-45` (all but these).
-        keys: `all`, or `vision`: only weights on vision keys are pooled and removed.
-        quantile: one threshold per `head`, of all its weights, or per `row`.
-        removed: `renormalise` (logits of -inf), `zero` (rows keep what is left), or `mean` (each removed weight becomes
-            the mean of its row's removed ones).
-        prompts: how many held-out samples.
-        settings: of the probes and stages, as `ProbeCallback` takes them.
+        keys: keys whose weights are pooled and removed: `all`, or `vision` for vision keys only.
+        quantile: `head` for one threshold over all weights of a head, or `row` for one per query.
+        removed: `renormalise` (logits of -inf), `zero` (the other weights stay as they are), or `mean` (each removed
+            weight becomes the mean of the removed weights of its row).
+        prompts: number of held-out samples.
+        settings: arguments for `ProbeCallback`.
     """
 
     kind = "masking"
@@ -98,7 +98,7 @@ class MaskingRobustness(ProbeCallback):
         self._layers_of(module)
 
     def _layers_of(self, module: "RetrainBlocks") -> dict[str, list[int]]:
-        """Scope -> the layers it masks, in the order of the arrays."""
+        """The layers that each scope masks; scopes are in the order of the arrays."""
         retrained, every = list(module.blocks), list(range(module.split_model.num_blocks))
         found: dict[str, list[int]] = {}
         for scope in self.scopes:
@@ -168,13 +168,13 @@ class MaskingRobustness(ProbeCallback):
         return _Dense(velocity, {layer: found[str(layer)] for layer in layers}, states)
 
     def _num_keys(self, call: AttentionCall) -> int | None:
-        """How many keys, from the first, may lose weights; None: all."""
+        """Number of leading keys whose weights may be removed; None for all keys."""
         return call.layout.num_vision if self.keys == "vision" else None
 
     def _masked(
         self, module: "RetrainBlocks", probes: ProbeBatch, dense: _Dense, layers: list[int], index: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Velocity of one masked pass, and realised ratio and dropped mass (B,), means over layers and heads."""
+        """Velocity of one masked pass; realised ratio and dropped mass, each (B,), means over layers and heads."""
         found: dict[str, Tensor] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -199,12 +199,12 @@ class MaskingRobustness(ProbeCallback):
         }
         return velocity, removed
 
-    # -- all of them ---------------------------------------------------------------------------------------------
+    # -- all batches ---------------------------------------------------------------------------------------------
 
     def summarise(
         self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        # tables: (P, S) dense, (P, S, K) uniform, (P, S, K, R) masked; means over probes before any quotient.
+        # tables: (P, S) dense, (P, S, K) uniform, (P, S, K, R) masked. Quotients are taken of means over probes.
         energy, dense_loss = tables["energy"].mean(axis=0), tables["dense_loss"].mean(axis=0)  # (S,)
         change = np.moveaxis(tables["change"].mean(axis=0), 0, 1)  # (K, S, R)
         increase = np.moveaxis(tables["loss"].mean(axis=0), 0, 1) - dense_loss[:, None]
@@ -248,7 +248,7 @@ class MaskingRobustness(ProbeCallback):
 def _rerun(
     module: "RetrainBlocks", trunk_cache: TrunkCache, probes: ProbeBatch, dense: _Dense, changed: TrunkForward
 ) -> Tensor:
-    """The velocity with the functions of `changed` in their layers; earlier layers are as in the dense pass."""
+    """Velocity with the attention functions of `changed`; layers before them are as in the dense pass."""
     split_model, at = module.split_model, min(changed.functions)
     if at in dense.states:
         state = dense.states[at]

@@ -24,7 +24,7 @@ from trainer.models.layout import AttentionCall, dense_attention
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
 
-#: A head is consistent if the share of prompts with a sink is at least this on at least this share of the sigmas.
+#: A head is consistent if at least this share of prompts has a sink, at no less than this share of the sigmas.
 CONSISTENT = 0.9
 
 _PER_HEAD = (
@@ -43,11 +43,11 @@ class SinkFrequency(ProbeCallback):
     """Measures attention sinks of every head: verdict per eps, alpha, value-norm ratios, position, frequency.
 
     Args:
-        layers: `retrained`, `all`, or block indices.
+        layers: layers to measure: `retrained`, `all`, or block indices.
         eps: thresholds above which an attention weight counts as heavy.
-        default_eps: the eps of the verdict that scalars and figures use; one of `eps`.
-        prompts: how many held-out samples.
-        settings: of the probes and stages, as `ProbeCallback` takes them.
+        default_eps: threshold for scalars and figures; one of `eps`.
+        prompts: number of held-out samples.
+        settings: arguments for `ProbeCallback`.
     """
 
     kind = "sinks"

@@ -1,4 +1,4 @@
-"""Samples and tokens per second of all ranks."""
+"""Logs samples and tokens per second of all ranks."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from trainer.models.mochi import SplitModel
 
 
 def tokens_of(batch: Batch, patch: int) -> int:
-    """Tokens of a batch that pass through the blocks: vision tokens and valid text tokens."""
+    """Number of tokens of a batch that pass through the blocks: vision tokens and valid text tokens."""
     _, frames, height, width = batch.latents.shape[1:]
     return len(batch) * frames * (height // patch) * (width // patch) + sum(batch.text_lengths)
 
@@ -27,7 +27,7 @@ class ThroughputLogger(Callback):
         self.window = window
 
     def _restart(self) -> None:
-        # Measurements and validation are no training time: the window starts again after them.
+        # Measurements and validation do not count as training time: the window restarts after them.
         self._counts = Throughput(window_size=self.window)
         self._start = time.perf_counter()
         self._batches = self._samples = self._tokens = 0

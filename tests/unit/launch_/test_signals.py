@@ -117,3 +117,9 @@ def test_encode_ends_at_once(name, status):
     said = python(AT_ONCE.format(name))
     assert said.returncode == status, said
     assert said.stdout == ("tidied up\n" if status > 0 else "")
+
+
+def test_the_stop_signal_ends_a_background_job_that_ignores_ctrl_c():
+    ignored = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    said = python(ignored + AT_ONCE.format("SIGUSR1"))
+    assert (said.returncode, said.stdout) == (75, "tidied up\n"), said
