@@ -1,6 +1,6 @@
-"""What a command says of options that it does not take: the fault, the nearest name and the names that exist.
+"""Short error messages for unknown options: the fault, the nearest name and all names that exist.
 
-jsonargparse prints pages of usage instead, and of a nested option only that it is not accepted.
+jsonargparse would print pages of usage, and would only say of a nested option that it is not accepted.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 _ACCEPTED = "accepted here: "
 
-#: Beginnings of lines that name no fault: what else a union's types would take, and values that are whole recipes.
+#: Prefixes of lines that name no fault: alternatives of a union type, and values that are whole recipes.
 _NOISE = (
     "Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value type",
     "Given value: Namespace(", "Given value: NestedArg(", "Given value: {", "Given value: [{",
@@ -23,18 +23,18 @@ _EVERYWHERE = {"help", "config", "print_config", "print_shtab"}
 
 
 class CommandParser(ArgumentParser):
-    """A parser whose errors are ValueErrors of a few lines."""
+    """A parser that raises its errors as ValueErrors with a short message."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(explain(message, self)) from ex
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
-    """A parser's message in a few lines; for an option that does not exist, with those that do.
+    """Shortens a parser's message; for an unknown option, adds the options that exist.
 
     Args:
-        message: of jsonargparse.
-        parser: that found the fault.
+        message: error message of jsonargparse.
+        parser: parser that raised the error.
     """
     return "\n".join([*fault_lines(message), *accepted(message, parser)])
 
@@ -45,20 +45,20 @@ def fault_lines(message: str) -> list[str]:
 
 
 def accepted(message: str, parser: ArgumentParser) -> list[str]:
-    """For an option that does not exist: the nearest name, and all names in the same part of the recipe.
+    """For an unknown option, lines with the nearest name and all names in the same part of the recipe.
 
-    A part that is a class has a parser of its own, whose message comes back inside the whole recipe's.
+    A class in a recipe has its own parser, whose message becomes part of the whole recipe's message.
 
     Args:
-        message: of jsonargparse.
-        parser: that found the fault.
+        message: error message of jsonargparse.
+        parser: parser that raised the error.
     """
     key = _unknown_option(message)
     if key is None or _ACCEPTED in message:
         return []
     known = {action.dest for action in parser._actions}
     words = key.split(".")
-    # The longest beginning of the option that is a part of the recipe; what follows it is the word at fault.
+    # The longest prefix of the option that is a part of the recipe; the next word is the unknown one.
     depth = len(words) - 1
     while depth and not any(name.startswith(".".join(words[:depth]) + ".") for name in known):
         depth -= 1
@@ -69,7 +69,7 @@ def accepted(message: str, parser: ArgumentParser) -> list[str]:
 
 
 def _unknown_option(message: str) -> str | None:
-    """The dotted name of an option that a message says does not exist."""
+    """Dotted name of the unknown option in a message, or None."""
     for pattern in (
         r"[Uu]nrecognized arguments: --(?P<key>[\w.-]+)",
         r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'",

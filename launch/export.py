@@ -1,4 +1,4 @@
-"""`reblock export`: a run's graft on its base, as a complete diffusers pipeline folder."""
+"""`reblock export`: writes a complete diffusers pipeline folder from a run's graft and its base."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from trainer.surgery import freeze_all_but, frozen_fingerprint
 
 
 def _check_base(base: Path, graft: Graft) -> None:
-    """The graft belongs to this base's frozen weights, as the fit held them."""
+    """Raises ValueError if the graft was not trained on this base, by the fingerprint of the frozen weights."""
     model = load_transformer(str(base), dtype=getattr(torch, graft.trunk_dtype), float32_from=graft.blocks[0])
     freeze_all_but(model, [model.transformer_blocks[i] for i in graft.blocks])
     found, expected = frozen_fingerprint(model), graft.base_fingerprint
@@ -38,14 +38,14 @@ def export(
     """Writes a complete diffusers pipeline folder that `MochiPipeline.from_pretrained` loads.
 
     Args:
-        run: run folder with a graft.safetensors, or the graft itself.
-        out: folder to write; complete or absent.
-        base: the base the graft was trained on; by default the one that the graft names.
-        weights: averaged or last weights of the retrained blocks.
-        dtype: dtype of the transformer that is written; in float32 the retrained blocks are exact.
+        run: run folder with a graft.safetensors, or the graft file itself.
+        out: folder to write; it must not exist.
+        base: base on which the graft was trained; by default the one that the graft names.
+        weights: weights of the retrained blocks: averaged (`ema`) or last (`raw`).
+        dtype: dtype of the written transformer; float32 keeps the retrained blocks exact.
 
     Raises:
-        ValueError: if `out` exists, the graft is missing, or the base is not the graft's.
+        ValueError: if `out` exists, the graft is missing, or the graft was trained on another base.
     """
     if out.exists():
         raise ValueError(
@@ -60,7 +60,7 @@ def export(
     beside = out.with_name(out.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     if (folder / "model_index.json").is_file():
-        # Every other part of the pipeline is the base's, file for file.
+        # All other parts of the pipeline are copies of the base's files.
         shutil.copytree(folder, beside, ignore=shutil.ignore_patterns("transformer", "planted.json"))
     model.save_pretrained(beside / "transformer", safe_serialization=True)
     write_json(

@@ -1,4 +1,4 @@
-"""The `reblock` command: finds the function behind a command's name, reads its arguments, calls it."""
+"""The `reblock` command: finds the function of a command, reads its arguments and calls it."""
 
 import importlib
 import importlib.util
@@ -15,7 +15,7 @@ from typing import Any
 
 from launch import signals
 
-#: Command -> where its function is, and what it does in one line. Modules are imported only when asked for.
+#: Command -> location of its function, and one line of description. Only the module of the given command is imported.
 COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("data.synth.command:synth", "make procedural captioned clips, real H.264 files"),
     "synth-latents": ("data.synth.latents:synth_latents", "make richer procedural clips, straight to latent shards"),
@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("launch.demo.command:demo", "the whole road on a tiny model, in minutes"),
 }
 
-#: Warnings of libraries that are known, harmless and repeated: they would hide what matters.
+#: Known, harmless and repeated warnings of libraries, which would hide important ones.
 KNOWN_WARNINGS = (
     "In CPU autocast, but the target dtype is not supported",
     "LightningCLI's args parameter is intended",
@@ -44,15 +44,15 @@ KNOWN_WARNINGS = (
     ".*`torch_dtype` is deprecated",
 )
 
-#: Logger and beginning of messages by which libraries recommend other packages.
+#: Logger and prefix of messages in which libraries recommend other packages.
 ADVERTISEMENTS = (("lightning.pytorch.utilities.rank_zero", "💡 Tip:"),)
 
-#: Commands that read their own arguments (LightningCLI; a benchmark has options of its own).
+#: Commands that parse their own arguments, with LightningCLI or with the options of a benchmark.
 RAW = ("plan", "fit", "validate", "submit", "bench")
 
 
 def check_packages() -> None:
-    """Raises ValueError if another installed package has taken the name of one of ours."""
+    """Raises ValueError if another installed package has the name of one of ours."""
     home = Path(__file__).resolve().parent.parent
     for name in ("trainer", "data"):
         spec = importlib.util.find_spec(name)
@@ -65,8 +65,8 @@ def check_packages() -> None:
 
 
 def quieten_libraries() -> None:
-    """Hides what libraries print beside our own lines: known warnings, advertisements, progress bars of loaders."""
-    # transformers reads it when it is imported.
+    """Hides output of libraries: known warnings, advertisements, progress bars of loaders."""
+    # Set before the import of transformers, which reads it.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for message in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -79,15 +79,15 @@ def _is_no_advertisement(start: str, record: logging.LogRecord) -> bool:
 
 
 def call(command: str, function: Callable, argv: list[str]) -> Any:
-    """Calls `function` with its arguments read from `argv`: positional ones as they stand, keyword-only as options.
+    """Calls `function` with arguments from `argv`; its keyword-only arguments are options, the others positional.
 
-    `--config FILE` reads options from YAML; what stands behind it on the command line wins. A switch may stand alone,
-    `--verify` for `--verify true`, and any option may be spelled with hyphens.
+    `--config FILE` reads options from YAML; later options on the command line override it. A switch needs no value,
+    `--verify` means `--verify true`, and any option may be spelled with hyphens.
     """
-    from launch.command_parser import CommandParser  # jsonargparse takes longer than everything else here
+    from launch.command_parser import CommandParser  # imported late, since jsonargparse is slow to import
 
     parameters = inspect.signature(function).parameters.values()
-    # str | int is what jsonargparse's `skip` takes
+    # str | int is the type of jsonargparse's `skip`
     names: set[str | int] = {p.name for p in parameters}
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is p.empty}
     parser = CommandParser(prog=f"reblock {command}", description=(inspect.getdoc(function) or "").split("\n\n")[0])
@@ -101,7 +101,7 @@ def call(command: str, function: Callable, argv: list[str]) -> Any:
 
 
 def spelled_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
-    """Arguments as the parser takes them: `--allow-pipe` becomes `--allow_pipe=true` if it is one of `switches`."""
+    """Rewrites arguments for the parser: `--allow-pipe` becomes `--allow_pipe=true` if it is one of `switches`."""
     words = []
     for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = word.partition("=")
@@ -120,19 +120,19 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; bad input, paths and disks are the user's to mend and exit with 2; faults of ours propagate."""
+    """Runs one command. Errors that a user can mend (input, paths, disks) exit with status 2; others propagate."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command == "--version":
-        from importlib.metadata import version  # takes longer than everything else here
+        from importlib.metadata import version  # imported late, since it is slow
 
         return print(f"reblock {version('reblock')}")
     if command in ("-h", "--help"):
         return print(usage())
     try:
-        if argv is None:  # the process is ours: first of all, since torch takes seconds to import
+        if argv is None:  # in a process of its own; done first, since torch takes seconds to import
             signals.block_signals(command)
-            # Read when torch is loaded. By default a thread spins while it waits for another, which on a machine with
-            # other work keeps that other one from its core. The number of threads, hence every sum, stays as it is.
+            # OpenMP reads this when torch is loaded. By default a waiting thread spins, and so may keep other work
+            # from its core. The number of threads does not change, and therefore neither do the results of sums.
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         quieten_libraries()
         check_packages()
@@ -152,5 +152,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # As the console script does: deprecation warnings are shown for code in `__main__`, to its author.
+    # Imported as the console script does, since Python shows deprecation warnings of code in `__main__`.
     importlib.import_module("launch.main").main()

@@ -1,4 +1,4 @@
-"""The `run` part of a recipe: name and place of the run folder, checkpoints, logging, deadlines."""
+"""The `run` part of a recipe: name and location of the run folder, checkpoints, logging, deadlines."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +8,21 @@ from launch.run_folder import RunFolder
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The run folder and what is kept in it.
+    """The run folder, and settings for checkpoints, logging and deadlines.
 
     Args:
         name: name of the run; its folder is ROOT/NAME.
-        root: folder that holds the runs.
-        resume: go on with a run of this name from its last checkpoint; without it, an existing name is refused.
-        save_every: optimiser steps between two saves of `last.ckpt`.
-        save_failures: writes of checkpoints that may fail in a row, on a full disk say; one more stops the run.
-        keep_best: how many checkpoints of lowest validation loss are kept.
-        wandb: also log to Weights & Biases (offline unless WANDB_MODE says otherwise).
-        watchdog_s: seconds in which a rank must finish a step, a validation batch, a measured batch or a checkpoint
-            (the first step may take four times as long); past it all ranks leave their stacks and end. 0 turns it off.
-        collective_timeout_s: seconds that a rank waits for the others in a collective, through a broken network too;
-            None leaves it to the strategy (30 minutes).
+        root: folder that contains the runs.
+        resume: whether to resume an existing run of this name from its last checkpoint; otherwise it is refused.
+        save_every: number of optimiser steps between two saves of `last.ckpt`.
+        save_failures: number of consecutive failed writes of checkpoints, e.g. on a full disk, before one more stops
+            the run.
+        keep_best: number of checkpoints with the lowest validation loss to keep; -1 keeps all.
+        wandb: whether to log to Weights & Biases too, offline unless WANDB_MODE says otherwise.
+        watchdog_s: deadline in seconds for each step, validation batch, measured batch and checkpoint, and four times
+            that for the first step. A rank that exceeds it writes its stacks and exits. 0 turns the watchdog off.
+        collective_timeout_s: seconds that a rank waits for the others in a collective, also if the network is down;
+            None takes the strategy's default (30 minutes).
     """
 
     name: str
@@ -54,12 +55,12 @@ class RunConfig:
 
     @property
     def folder(self) -> RunFolder:
-        """ROOT/NAME."""
+        """The run folder, ROOT/NAME."""
         return RunFolder(Path(self.root) / self.name)
 
 
 def refuse_taken(run: RunConfig) -> None:
-    """Raises ValueError if the run's name is taken and `resume` is off."""
+    """Raises ValueError if the run exists and `resume` is off."""
     folder = run.folder.path
     taken = folder.exists() and any(folder.iterdir())
     if taken and not run.resume:
@@ -70,10 +71,10 @@ def refuse_taken(run: RunConfig) -> None:
 
 
 def prepare_folder(run: RunConfig) -> None:
-    """Makes the run folder, or finds the one to resume.
+    """Creates the run folder unless a run is resumed, and checks that it is writable.
 
     Raises:
-        ValueError: if the name is taken and `resume` is off, or the folder cannot be written.
+        ValueError: if the run exists and `resume` is off, or the folder is not writable.
     """
     refuse_taken(run)
     folder = run.folder.path

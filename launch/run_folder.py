@@ -1,4 +1,4 @@
-"""The run folder: paths and readers of everything that a run leaves there."""
+"""The run folder: paths and readers of all files of a run."""
 
 import csv
 import json
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
     from trainer.graft import Graft
 
-#: Columns of metrics.csv that differ between two runs of one recipe though nothing is wrong.
+#: Columns of metrics.csv that legitimately differ between two runs of one recipe.
 TIMING_COLUMNS = ("train/samples_per_s", "train/tokens_per_s")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and readers of what a run leaves. A path says where a file belongs, not that it exists.
+    """Paths and readers of a run's files. A path does not imply that the file exists.
 
     Readers return None, or an empty collection, for a file that does not exist.
 
     Args:
-        path: the folder, ROOT/NAME.
+        path: path of the folder, ROOT/NAME.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """The table of logged values, one row for each logged step."""
+        """The table of logged values, with one row per logged step."""
         return self.path / "metrics.csv"
 
     @property
@@ -50,12 +50,12 @@ class RunFolder:
 
     @property
     def fingerprint(self) -> Path:
-        """Hashes of the frozen weights before and after training."""
+        """Fingerprints of the frozen weights before and after training."""
         return self.path / run_files.FINGERPRINT
 
     @property
     def graft(self) -> Path:
-        """The retrained blocks; there once training has ended."""
+        """The graft; it exists once training has ended."""
         return self.path / run_files.GRAFT
 
     @property
@@ -65,30 +65,30 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint that a resumed run goes on from."""
+        """The checkpoint from which a run resumes."""
         return self.checkpoints / run_files.LAST
 
     @property
     def previous_checkpoint(self) -> Path:
-        """The checkpoint before it, for when the last one is damaged."""
+        """The previous checkpoint, for resuming if the last one is damaged."""
         return self.checkpoints / run_files.PREVIOUS
 
     @property
     def measurements(self) -> Path:
-        """Folder of KIND-STAGE.npz."""
+        """Folder of the measurements' arrays, KIND-STAGE.npz."""
         return self.path / run_files.MEASUREMENTS
 
     @property
     def figures(self) -> Path:
-        """Folder of KIND-STAGE.png."""
+        """Folder of the measurements' figures, KIND-STAGE.png."""
         return self.path / run_files.FIGURES
 
     def stacks(self, rank: int) -> Path:
-        """Where the watchdog writes the stacks of a rank that it ends."""
+        """File for the stacks of a rank that the watchdog ends."""
         return self.path / "stacks" / f"rank-{rank}.txt"
 
     def faults(self, rank: int = 0) -> Path:
-        """The damaged samples that a rank has met."""
+        """The list of damaged samples that a rank has found."""
         from data.stream.fault_log import fault_file
 
         return fault_file(self.path, rank)
@@ -102,23 +102,23 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """Folder of videos that `reblock sample` draws for the report."""
+        """Folder of the videos that `reblock sample` writes for the report."""
         return self.path / "samples"
 
     @property
     def samples_index(self) -> Path:
-        """What each of them shows."""
+        """Index of these videos, with caption, seed and variant of each."""
         return self.samples / "samples.json"
 
     @property
     def pipeline(self) -> Path:
-        """The diffusers pipeline folder, where nothing else is asked of `reblock export`."""
+        """The diffusers pipeline folder that `reblock submit` has `reblock export` write by default."""
         return self.path / "pipeline"
 
     # -- written by `reblock submit` -----------------------------------------------------------------------------------
 
     def script(self, stage: str) -> Path:
-        """The batch script of a stage (encode, fit, export); the fit's is `job.sbatch`."""
+        """The batch script of a stage (encode, fit, export); that of the fit is `job.sbatch`."""
         return self.path / ("job.sbatch" if stage == "fit" else f"{stage}.sbatch")
 
     @property
@@ -128,35 +128,35 @@ class RunFolder:
 
     @property
     def job_config(self) -> Path:
-        """The resolved recipe that a job reads: not `config`, which the fit itself writes."""
+        """The resolved recipe that a job reads, in contrast to `config`, which the fit writes."""
         return self.path / "job" / "config.yaml"
 
     @property
     def job_versions(self) -> Path:
-        """Versions of what was submitted."""
+        """Versions of the submitted software."""
         return self.path / "job" / "versions.json"
 
     @property
     def job_changes(self) -> Path:
-        """How the code that was submitted differs from its commit."""
+        """Changes of the submitted code since its commit, as a patch."""
         return self.path / "job" / "changes.diff"
 
     @property
     def job_list(self) -> Path:
-        """A line of JSON for each job that was queued."""
+        """The list of queued jobs, one line of JSON per job."""
         return self.path / "job" / "jobs.jsonl"
 
     @property
     def idle_starts(self) -> Path:
-        """How many starts in a row have written no new checkpoint; the batch script counts."""
+        """Number of consecutive starts without a new checkpoint, which the batch script counts."""
         return self.path / "job" / "idle-starts"
 
     # -- readers -------------------------------------------------------------------------------------------------------
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved recipe: of the fit, or of the job that is to run it.
+        """The resolved recipe that the fit wrote, or else the one for the job.
 
-        A file that is no YAML mapping, because it is being written or was edited by hand, is passed over.
+        Skips a file that is no YAML mapping, for example one that is being written or was edited by hand.
         """
         for path in (self.config, self.job_config):
             try:
@@ -168,7 +168,7 @@ class RunFolder:
         return {}
 
     def read_metrics(self) -> tuple[list[str], list[dict[str, str]]]:
-        """Columns and rows of metrics.csv, all cells as text; a row that is being written may lack its last cells."""
+        """Columns and rows of metrics.csv, with cells as text; a row that is being written may lack its last cells."""
         if not self.metrics.is_file():
             return [], []
         with self.metrics.open(newline="") as file:
@@ -176,14 +176,14 @@ class RunFolder:
             return list(reader.fieldnames or []), list(reader)
 
     def read_measurements(self, kind: str) -> dict[str, dict[str, "np.ndarray"]]:
-        """Arrays of all measurements of a kind: stage (base, epoch-000, ..., validate) -> name -> array."""
+        """Arrays of all measurements of a kind, by stage (base, epoch-000, ..., validate) and then by name."""
         from trainer.callbacks.measurement_files import load_arrays
 
         paths = sorted(self.measurements.glob(f"{kind}-*.npz"))
         return {path.stem.removeprefix(f"{kind}-"): load_arrays(path) for path in paths}
 
     def read_graft(self) -> "Graft":
-        """The retrained blocks.
+        """Reads the graft.
 
         Raises:
             ValueError: if the file is missing or damaged.
@@ -193,11 +193,11 @@ class RunFolder:
         return load_graft(self.graft)
 
     def read_fingerprint(self) -> dict[str, Any] | None:
-        """{"before": hash, "after": hash, "equal": whether they are the same}."""
+        """Content of fingerprint.json: {"before": hash, "after": hash, "equal": whether they are equal}."""
         return _read_json(self.fingerprint)
 
     def read_versions(self) -> dict[str, Any] | None:
-        """As `launch.versions.versions` gives them."""
+        """Content of versions.json, the result of `launch.versions.versions`."""
         return _read_json(self.versions)
 
 

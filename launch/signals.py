@@ -1,8 +1,8 @@
-"""Signals that ask a run to end: blocked, looked at between steps, never acted on in the middle of one.
+"""Signals that ask a run to end. They are blocked, and a run checks for pending ones between steps.
 
-A signal that is blocked stays pending in the kernel: that is the flag. No handler runs in the middle of a backward
-pass, a write or a lock, nor does any that Lightning installs; and child processes inherit the block, so that a signal
-to a whole job (Slurm's, without cgroups) does not end loader workers. Imports nothing that takes long: signals must be
+A blocked signal stays pending in the kernel, which serves as the flag. So no handler, not even one of Lightning's,
+interrupts a backward pass, a write or a lock. Child processes inherit the block, so a signal to all processes of a job
+(from Slurm without cgroups) does not end loader workers. This module imports nothing slow, since signals must be
 blocked before torch is imported.
 """
 
@@ -12,14 +12,14 @@ import threading
 from collections.abc import Callable
 from enum import IntEnum
 
-#: Commands that end between two steps with a checkpoint.
+#: Commands that end between two steps, with a checkpoint.
 BETWEEN_STEPS = ("fit", "validate")
-#: Commands that end at once, as by Ctrl-C, and lose what they were making: finished shards stay, claims run out.
+#: Commands that end at once, as on Ctrl-C. They lose the unfinished shard; finished shards stay and leases expire.
 AT_ONCE = ("encode",)
 
 
 class SignalRequest(IntEnum):
-    """What a process has been asked to do by signals; of all ranks, the largest counts."""
+    """What signals have asked a process to do. The largest value over all ranks counts."""
 
     NOTHING = 0
     RESUME_LATER = 1  # by the stop signal
@@ -27,7 +27,7 @@ class SignalRequest(IntEnum):
 
     @property
     def status(self) -> int:
-        """Exit status of a process that has followed it: 75 (EX_TEMPFAIL: to be resumed) or 143 (as by SIGTERM)."""
+        """Exit status after the request: 75 (EX_TEMPFAIL, the run is to be resumed) or 143 (as after SIGTERM)."""
         return {
             SignalRequest.NOTHING: 0,
             SignalRequest.RESUME_LATER: 75,
@@ -35,18 +35,18 @@ class SignalRequest(IntEnum):
         }[self]
 
 
-#: Exit status of a rank that could not write the state that it stopped at; above 75, for srun returns the highest.
+#: Exit status of a rank that could not save its state; above 75, since srun returns the highest status.
 UNSAVED = 76
 
 
 class Stopped(SystemExit):
-    """Raised on every rank at the same place, once all have agreed to end; the process exits with the request's status.
+    """Raised on all ranks at the same point to end the run; the process exits with the request's status.
 
-    A rank that then fails to write the state exits with `UNSAVED`.
+    A rank that then fails to save its state exits with `UNSAVED`.
 
     Args:
-        request: that all ranks follow.
-        where: after what it stopped, in words.
+        request: the strongest request over all ranks.
+        where: point at which the run stopped, as text.
     """
 
     def __init__(self, request: SignalRequest, where: str) -> None:
@@ -56,10 +56,10 @@ class Stopped(SystemExit):
 
 
 def stop_signal() -> signal.Signals:
-    """SIGUSR1, or the one that REBLOCK_STOP_SIGNAL names.
+    """The stop signal: the one that REBLOCK_STOP_SIGNAL names, or SIGUSR1.
 
     Raises:
-        ValueError: if it names none that may be blocked.
+        ValueError: if the variable names no signal that may be blocked.
     """
     name = os.environ.get("REBLOCK_STOP_SIGNAL", "SIGUSR1")
     full = name if name.startswith("SIG") else f"SIG{name}"
@@ -74,12 +74,12 @@ def stop_signal() -> signal.Signals:
 
 
 def block_signals(command: str) -> None:
-    """Keeps the stop signal (and SIGTERM, where a checkpoint is written) from ending this process from here on.
+    """Blocks the stop signal, and SIGTERM too in commands that save a checkpoint.
 
-    Called once, before anything that takes long, in the process's only thread; threads and child processes inherit it.
+    Call it once, first and while the process has one thread, since later threads and child processes inherit the block.
 
     Raises:
-        ValueError: if REBLOCK_STOP_SIGNAL names no signal.
+        ValueError: if REBLOCK_STOP_SIGNAL names no signal that may be blocked.
     """
     if command in BETWEEN_STEPS:
         signal.pthread_sigmask(signal.SIG_BLOCK, {stop_signal(), signal.SIGTERM})
@@ -92,7 +92,7 @@ def block_signals(command: str) -> None:
 
 
 def requested() -> SignalRequest:
-    """What this process has been asked by signals so far."""
+    """The strongest request of the signals that this process has received."""
     pending = signal.sigpending()
     if signal.SIGTERM in pending:
         return SignalRequest.TERMINATE
@@ -103,12 +103,12 @@ _interrupted = threading.Event()
 
 
 def status_of_interrupt() -> int:
-    """The exit status after KeyboardInterrupt: 75 if the stop signal caused it, otherwise 130, as shells report it."""
+    """Exit status after KeyboardInterrupt: 75 if the stop signal caused it, otherwise 130, as after SIGINT."""
     return SignalRequest.RESUME_LATER.status if _interrupted.is_set() else 128 + signal.SIGINT
 
 
 def _interrupt(awaited: signal.Signals) -> None:
-    """Turns the stop signal into Ctrl-C for the main thread."""
+    """Waits for the stop signal, and then interrupts the main thread like Ctrl-C."""
     signal.sigwait({awaited})
     _interrupted.set()
     main = threading.main_thread().ident
@@ -123,10 +123,10 @@ def _interrupt_if_asked(number: int, frame: object) -> None:
 
 
 def _end_on_sigterm_of_parent() -> None:
-    """In a forked child, a loader worker: SIGTERM ends it if its parent sends it, and only then.
+    """Makes a forked child (a loader worker) exit on SIGTERM from its parent, but not from other processes.
 
-    Slurm may send SIGTERM to every process of a job. A worker that it ended would fail the step that the parent wants
-    to finish. Workers end with their parent anyway.
+    Slurm may send SIGTERM to every process of a job. If that ended a worker, the parent could not complete its step.
+    Workers end with their parent anyway.
     """
     parent, end = os.getppid(), os._exit
 

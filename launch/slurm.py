@@ -1,4 +1,4 @@
-"""Calls of Slurm's own commands. Where one is not installed, fails or does not answer in time, the result is None."""
+"""Calls of Slurm's commands. If a query is not installed, fails or does not answer in time, its result is None."""
 
 import re
 import shutil
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Seconds; a controller under load answers late.
+#: Seconds to wait for a command; a controller under load answers late.
 _PATIENCE = 60
 
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition allows.
+    """Limits of a partition.
 
     Args:
-        name: of the partition.
-        default: whether it is taken if none is named.
-        nodes: in it.
-        max_time: as Slurm writes it.
-        cpus: of its largest node.
-        gpus: of its best node; None if it lists none.
+        name: name of the partition.
+        default: whether it is the cluster's default partition.
+        nodes: number of nodes.
+        max_time: longest time limit, in Slurm's notation.
+        cpus: number of CPUs of the node with the most.
+        gpus: number of GPUs of the node with the most; None if the nodes list no GPUs.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Partition:
 
 
 def at_hand(command: str = "sbatch") -> bool:
-    """Whether a command of Slurm's is installed."""
+    """Whether a command of Slurm is installed."""
     return shutil.which(command) is not None
 
 
 def ask(*command: str) -> str | None:
-    """What a command prints; None if it is not there, fails or does not answer."""
+    """Output of a command; None if it is not installed, fails or does not answer in time."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
     except (OSError, subprocess.TimeoutExpired):
@@ -47,12 +47,12 @@ def ask(*command: str) -> str | None:
 
 
 def fields(line: str) -> dict[str, str]:
-    """A line of `scontrol --oneliner show`: KEY=VALUE, where a value may hold spaces."""
+    """Parses a line of `scontrol --oneliner show`, which has KEY=VALUE pairs whose values may contain spaces."""
     return {m[1]: m[2] for m in re.finditer(r"(\S+?)=(.*?)(?= [A-Za-z/:_]+=|$)", line.strip())}
 
 
 def partitions() -> list[Partition] | None:
-    """The partitions; None where Slurm does not answer."""
+    """The cluster's partitions; None if Slurm does not answer."""
     shown = ask("scontrol", "--oneliner", "show", "partition")
     nodes = ask("sinfo", "--noheader", "--Node", "--format=%R|%c|%G")
     if shown is None or nodes is None:
@@ -71,38 +71,39 @@ def partitions() -> list[Partition] | None:
 
 
 def _gpus(gres: str) -> int | None:
-    """Of `gpu:8`, `gpu:h100:8(S:0-1)`, `(null)`: how many GPUs."""
+    """Number of GPUs in a text like `gpu:8` or `gpu:h100:8(S:0-1)`; None for others, such as `(null)`."""
     counts = [int(m[1]) for m in re.finditer(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)]
     return sum(counts) if counts else None
 
 
 def has_pyxis() -> bool | None:
-    """Whether srun knows --container-image; None where there is no srun."""
+    """Whether srun has the option --container-image; None if srun is not installed."""
     said = ask("srun", "--help")
     return None if said is None else "--container-image" in said
 
 
 def node_timeout() -> int:
-    """SlurmdTimeout, seconds; Slurm's default where it does not answer."""
+    """SlurmdTimeout in seconds; Slurm's default if Slurm does not answer."""
     found = re.search(r"^SlurmdTimeout\s*=\s*(\d+)", ask("scontrol", "show", "config") or "", re.MULTILINE)
     return int(found[1]) if found else 300
 
 
 def dependency(after: Sequence[str], *, alone: bool) -> str:
-    """The option of sbatch that `submit` gives."""
+    """Option of sbatch for a job that waits for `after`, and with `alone` also for other jobs of its name."""
     return f"--dependency=afterok:{':'.join(after)}" + (",singleton" if alone else "")
 
 
 def submit(script: Path, after: Sequence[str], *, alone: bool = False) -> str:
-    """Queues a script, to start when the jobs `after` have succeeded; the new job's id.
+    """Queues a script and returns the new job's id.
 
     Args:
-        script: the file.
-        after: ids of jobs.
-        alone: also when no other job of its name runs, as its script says too; a dependency given here replaces that.
+        script: path of the script.
+        after: ids of the jobs that must succeed before this one starts.
+        alone: whether the job also waits for other jobs of its name. Its script asks for that too, but `after` replaces
+            the script's dependency.
 
     Raises:
-        ValueError: if Slurm refuses it, with what it said.
+        ValueError: if Slurm refuses the script; gives Slurm's message.
     """
     waits = [dependency(after, alone=alone), "--kill-on-invalid-dep=yes"] if after else []
     try:
@@ -117,17 +118,17 @@ def submit(script: Path, after: Sequence[str], *, alone: bool = False) -> str:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Takes jobs out of the queue."""
+    """Cancels jobs."""
     if jobs:
         ask("scancel", *jobs)
 
 
 def job(number: str) -> list[dict[str, str]]:
-    """What Slurm knows of a job, a dictionary for each task of an array; empty where it knows nothing any more."""
+    """Slurm's fields of a job, one dictionary for each task of an array; empty if Slurm has no record of it."""
     shown = ask("scontrol", "--oneliner", "show", "job", number)
     if shown is not None:
         return [fields(line) for line in shown.splitlines() if line.startswith("JobId=")]
-    # The controller forgets what ended some minutes ago; the accounting does not, where there is one.
+    # The controller forgets a job some minutes after its end; the accounting, if there is one, does not.
     rows = ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}",
                "--format=JobID,State,Start,End,NodeList,ExitCode")  # fmt: skip
     names = ("JobId", "JobState", "StartTime", "EndTime", "NodeList", "ExitCode")
@@ -135,7 +136,7 @@ def job(number: str) -> list[dict[str, str]]:
 
 
 def unfinished(number: str) -> str | None:
-    """PENDING, RUNNING or the like if a job is still in the queue."""
+    """State of a job that is still in the queue, such as PENDING or RUNNING; None if it is not."""
     states = [facts.get("JobState", "") for facts in job(number)]
     waiting = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "STOPPED")
     return next((state for state in states if state in waiting), None)

@@ -1,4 +1,4 @@
-"""What a process runs on: versions of Python and packages, the git commit, the hardware."""
+"""The environment of a process: versions of Python and packages, git commit, hardware."""
 
 import os
 import platform
@@ -16,12 +16,12 @@ PACKAGES = (
     "jsonargparse", "numpy", "wandb",
 )  # fmt: skip
 
-#: The folder that holds our packages: a checkout's root, or site-packages.
+#: Folder of our packages: the root of a checkout, or site-packages.
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def git_output(*command: str) -> str:
-    """What `git COMMAND` prints about the checkout that holds the code; empty outside one, or where there is no git."""
+    """Output of `git COMMAND` in the checkout of the code; empty outside a checkout or without git."""
     try:
         done = subprocess.run(["git", "-C", str(_ROOT), *command], capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -30,12 +30,12 @@ def git_output(*command: str) -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the code, with `+changes` if the tree differs; None outside a checkout."""
+    """Commit of the code, with `+changes` if the working tree differs from it; None outside a checkout."""
     return git_output("describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*").strip() or None
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -44,7 +44,7 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Python, packages, git commit, hardware and command of this process, as versions.json holds them."""
+    """Content of versions.json: Python, packages, git commit, hardware and command of this process."""
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -6,6 +6,7 @@ Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D 
 import copy
 import json
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -74,10 +75,15 @@ def _batch(
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Which tests share a worker of pytest-xdist (`--dist loadgroup`): those of one file, so that a run which several
     of them look at is made once, and all that take the Slurm lab, also by way of another fixture, so that there is one.
+    Groups with the most slow tests come first, or one worker would be left with them at the end.
     """
+    groups = {}
     for item in items:
         lab = "_session_lab" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("lab" if lab else item.location[0]))
+        groups[item] = "lab" if lab else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    slow = Counter(groups[item] for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[groups[item]])
     yield
     # pytest-xdist writes the group into the node id, and with a pytest that does not let it, groups nothing silently.
     if getattr(config.option, "loadgroup", False) and not all("@" in item.nodeid for item in items):

@@ -1,4 +1,4 @@
-"""The figures of an optimiser step, over its micro-batches and all ranks.
+"""Figures of an optimiser step, over its micro-batches and all ranks.
 
 Legend: B batch.
 """
@@ -13,28 +13,28 @@ from trainer.rank_sums import RankSums
 SIGMA_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _BANDS = tuple(zip(SIGMA_BANDS[:-1], SIGMA_BANDS[1:], strict=True))
-#: Names of the losses: of all samples, and of those of each band.
+#: Names of the losses: over all samples, and over those of each sigma band.
 LOSSES = ("train/loss", *(f"train/loss_sigma_{low:.2f}-{high:.2f}" for low, high in _BANDS))
-#: What else is counted: samples, tokens that passed through the blocks, damaged samples that were skipped.
+#: Names of the counts: samples, tokens that pass through the blocks, damaged samples that were skipped.
 COUNTS = ("samples", "tokens", "faults")
 
 
 def tokens_of(batch: Batch, patch: int) -> int:
-    """Tokens of a batch that pass through the blocks: vision tokens and valid text tokens."""
+    """Number of tokens of a batch that pass through the blocks: vision tokens and valid text tokens."""
     _, frames, height, width = batch.latents.shape[1:]
     return len(batch) * frames * (height // patch) * (width // patch) + sum(batch.text_lengths)
 
 
 class StepFigures:
-    """Adds up an optimiser step's micro-batches; nothing here waits for the device."""
+    """Adds up the micro-batches of an optimiser step. No method waits for the device."""
 
     def __init__(self) -> None:
         self._sums = RankSums((*COUNTS, *(f"samples of {name}" for name in LOSSES), *LOSSES))
-        #: Batches of this rank since the step before.
+        #: Number of micro-batches that were added since the last step.
         self.micro_batches = 0
 
     def restart(self) -> None:
-        """Forgets a step that was cut."""
+        """Drops what was added, after a step that was interrupted."""
         self._sums.reset()
         self.micro_batches = 0
 
@@ -43,9 +43,9 @@ class StepFigures:
 
         Args:
             losses: (B,) loss of each sample.
-            sigma: (B,) on the host.
-            tokens: of the batch.
-            faults: damaged samples that were skipped for it.
+            sigma: (B,) noise levels, on the host.
+            tokens: number of tokens of the batch.
+            faults: number of damaged samples that were skipped for the batch.
         """
         bands = [(sigma >= low) & (sigma < high) for low, high in _BANDS]
         inside = torch.stack([torch.ones_like(sigma, dtype=torch.bool), *bands])
@@ -56,10 +56,11 @@ class StepFigures:
         self.micro_batches += 1
 
     def finish(self, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The mean losses and the counts of the step, the same on every rank; begins the next step. Collective.
+        """Mean losses and counts of the step, the same on every rank; starts the next step. Collective.
 
         Returns:
-            Names of `LOSSES` -> () float32, NaN where no sample fell into the band; names of `COUNTS` -> () float64.
+            Losses by the names of `LOSSES`, each () float32, NaN if the band has no sample; counts by the names of
+            `COUNTS`, each () float64.
         """
         sums = self._sums.over_ranks(device)
         self.micro_batches = 0

@@ -1,4 +1,4 @@
-"""Clips out of video shards, decoded in the loader's processes.
+"""Reads clips from video shards and decodes them in the loader's processes.
 
 Legend: B batch, T video frames, H W pixels.
 """
@@ -25,12 +25,12 @@ class ClipSample:
     """A decoded clip with its caption.
 
     Args:
-        video: (T, H, W, 3) uint8; of a `VideoReader`, (3, T, H, W) float32 in [-1, 1].
-        caption: of the clip.
+        video: (T, H, W, 3) uint8; (3, T, H, W) float32 in [-1, 1] from a `VideoReader`.
+        caption: caption text of the clip.
         key: name of the sample inside its shard.
-        visit: what is drawn for it is keyed by this.
-        faults: damaged samples that were skipped before this one took their place.
-        counts: whether it counts in an evaluation.
+        visit: visit that the clip is read for; it seeds the random numbers of this sample.
+        faults: number of damaged samples that this one replaces.
+        counts: whether the sample counts in an evaluation.
     """
 
     video: Tensor
@@ -64,14 +64,14 @@ class ClipBatch:
 
 
 def clip_window(facts: Mapping[str, Any], frames: int | None = None) -> list[int]:
-    """The first `frames` frame indices of a clip's window; all of them without.
+    """The first frame indices of a clip's window.
 
     Args:
-        facts: what the clip's json says of it.
-        frames: how many; None takes all.
+        facts: content of the clip's json file.
+        frames: number of indices; None takes all.
 
     Raises:
-        ValueError: if the facts hold no such window.
+        ValueError: if the window is missing, malformed or shorter than `frames`.
     """
     indices = facts.get("indices")
     least = frames or 1
@@ -82,18 +82,18 @@ def clip_window(facts: Mapping[str, Any], frames: int | None = None) -> list[int
 
 
 def _decode(task: tuple[bytes, list[int], int, int]) -> NDArray[np.uint8]:
-    """(T, H, W, 3) of (clip, indices, H, W), in a process that can be killed."""
+    """Decodes (clip, indices, H, W) into (T, H, W, 3) uint8, in a process that can be killed."""
     content, indices, height, width = task
     return np.ascontiguousarray(decode_video(content, indices, height, width))
 
 
 class ClipReader(ShardReader[ClipSample]):
-    """Clips as `reblock encode` reads them: the window that packing chose, in the size of their bucket.
+    """Reads clips as `reblock encode` needs them: the window that packing chose, in the size of their bucket.
 
     Args:
-        locations: of video shards, or shards that were found.
-        store: that reads them.
-        max_fault_share: share of clips that may be damaged.
+        locations: locations of video shards, or `IndexedShards`.
+        store: store that reads the shards.
+        max_fault_share: share of clips that may be damaged, 0 to 1.
         deadline: seconds that decoding a clip may take.
     """
 
@@ -120,15 +120,15 @@ class ClipReader(ShardReader[ClipSample]):
 
 
 class VideoReader(ClipReader):
-    """Clips for training a VAE: all buckets are brought to one size, and pixels to [-1, 1].
+    """Reads clips for training a VAE, all scaled to one size, with pixels in [-1, 1].
 
     Args:
-        locations: of video shards, or shards that were found.
-        frames: T, the first frames of each clip's window.
-        height: H; clips of another size are scaled and cropped about the centre.
-        width: W; clips of another size are scaled and cropped about the centre.
-        store: that reads them.
-        max_fault_share: share of clips that may be damaged.
+        locations: locations of video shards, or `IndexedShards`.
+        frames: T; the first T frames of each clip's window are read.
+        height: H in pixels; clips of another size are scaled and cropped about the centre.
+        width: W in pixels; clips of another size are scaled and cropped about the centre.
+        store: store that reads the shards.
+        max_fault_share: share of clips that may be damaged, 0 to 1.
         deadline: seconds that decoding a clip may take.
 
     Raises:
@@ -156,6 +156,6 @@ class VideoReader(ClipReader):
 
     def decode(self, key: str, files: Mapping[str, bytes], visit: Visit, bucket: Bucket | None = None) -> ClipSample:
         video = self._decode(files, self.frames, self.height, self.width)
-        # In numpy: torch would use all cores for a small array, and several loaders then compete for them.
+        # numpy, since torch would use all cores even for a small array, and loader processes would compete for them.
         pixels = np.ascontiguousarray(video.transpose(3, 0, 1, 2), dtype=np.float32) / np.float32(127.5) - np.float32(1)
         return ClipSample(torch.from_numpy(pixels), files["txt"].decode(), key, visit)

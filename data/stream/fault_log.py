@@ -1,4 +1,4 @@
-"""Damaged samples of a run: each is named once in `faults.jsonl`; too many, over all processes, stop the run."""
+"""Lists each damaged sample of a run once in `faults.jsonl`; too many of them, over all processes, stop the run."""
 
 import json
 import logging
@@ -19,14 +19,13 @@ log = logging.getLogger(__name__)
 class FaultLog:
     """The damaged samples that a run has found so far.
 
-    With a path, the log is a file that all loader processes of a rank append to, and that a resumed run continues;
-    `faults*.jsonl` in the same folder are those of other ranks and count too. Without one, each process counts its own.
+    With a path, the log is a file. All loader processes of a rank append to it, and a resumed run continues it. The
+    files of the other ranks, `faults*.jsonl` in the same folder, count too. Without a path, each process counts alone.
 
     Args:
-        total: samples of the run's data.
-        limit: share of them that may be damaged, 0 to 1. One sample always may, since the share of a small set would
-            allow none.
-        path: of this rank's file; its folder is made when there is something to write.
+        total: number of samples in the run's data.
+        limit: share of the samples that may be damaged, 0 to 1. One sample is always allowed, even in a small set.
+        path: file of this rank; its folder is created at the first write.
     """
 
     def __init__(self, total: int, limit: float, path: Path | None = None) -> None:
@@ -34,13 +33,13 @@ class FaultLog:
         self.limit = limit
         self.path = path
         self._known: set[tuple[str, str]] = set()
-        self._bytes_read: dict[Path, int] = {}  # of each file
+        self._bytes_read: dict[Path, int] = {}  # file -> bytes read so far
 
     def add(self, fault: Fault) -> None:
-        """Writes a fault to the log unless it is known.
+        """Writes a fault to the log unless the log has it already.
 
         Raises:
-            ValueError: above the limit.
+            ValueError: if more samples are damaged than the limit allows.
         """
         item = (fault.shard, fault.key)
         if self.path is None:
@@ -61,11 +60,11 @@ class FaultLog:
             )
 
     def exceeded(self, count: int) -> bool:
-        """Whether so many damaged samples are too many."""
+        """Whether `count` damaged samples are more than the limit allows."""
         return count > max(1.0, self.limit * self.total)
 
     def _read_new_lines(self) -> None:
-        """Reads what other processes, other ranks and earlier starts of the run have written."""
+        """Reads the faults that other processes, other ranks and earlier starts of the run have written."""
         assert self.path is not None
         for path in self.path.parent.glob("faults*.jsonl"):
             with path.open("rb") as file:
@@ -78,19 +77,19 @@ class FaultLog:
                     found = json.loads(line)
                     self._known.add((found["shard"], found["key"]))
                 except (ValueError, KeyError, TypeError):
-                    continue  # a half line of a killed process
+                    continue  # a line that a killed process left incomplete
 
 
 def fault_file(folder: Path, rank: int) -> Path:
-    """Where a rank writes: `faults.jsonl`, `faults-rank3.jsonl`."""
+    """Path of a rank's file: `faults.jsonl` for rank 0, `faults-rank3.jsonl` for rank 3."""
     return folder / (f"faults-rank{rank}.jsonl" if rank else "faults.jsonl")
 
 
 def check_truncation(folders: Sequence[IndexedShards], store: Store, faults: FaultLog) -> None:
-    """Warns of samples beyond the end of a truncated shard.
+    """Warns of samples that lie beyond the end of a truncated shard.
 
     Raises:
-        ValueError: if they are too many.
+        ValueError: if there are more of them than the limit allows.
     """
     lost: list[Fault] = [fault for f in folders for fault in truncated_samples(f.folder, f.index, store)]
     if not lost:

@@ -1,4 +1,4 @@
-"""Which samples are trained on, and which are held out for validation."""
+"""Divides the samples into those for training and those held out for validation."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,20 @@ def everything(reader: ShardReader) -> Split:
 
 
 def hold_out(reader: ShardReader, samples: int) -> tuple[Split, Split]:
-    """Training samples, and the last ones of each group, as many as its share of the data set."""
+    """The training samples, and `samples` held-out ones: the last of each group, in proportion to its size."""
     trained, held_out = _counts(reader, samples, last=True)
     train = Split(reader, [0] * len(trained), trained)
     return train, Split(reader, trained, held_out, first_uid=len(train), once=True)
 
 
 def first_of(reader: ShardReader, samples: int) -> Split:
-    """The first samples of each group, as many as its share of the data set."""
+    """At most `samples` samples: the first of each group, in proportion to its size."""
     _, taken = _counts(reader, min(samples, sum(reader.shard_sizes)), last=False)
     return Split(reader, [0] * len(taken), taken, once=True)
 
 
 def _counts(reader: ShardReader, samples: int, *, last: bool) -> tuple[list[int], list[int]]:
-    """Samples of each shard that are left and that are taken."""
+    """Number of samples that remain in each shard, and number of samples taken from it."""
     sizes = reader.shard_sizes
     members = [[s for s in range(len(sizes)) if reader.group(s) == name] for name in reader.group_names]
     quotas = shares([sum(sizes[s] for s in shards) for shards in members], samples)
@@ -38,15 +38,15 @@ def _counts(reader: ShardReader, samples: int, *, last: bool) -> tuple[list[int]
 
 
 def shares(counts: Sequence[int], total: int) -> list[int]:
-    """`total` divided in proportion to `counts`: the largest remainders round up, and none gets more than it has.
+    """Divides `total` in proportion to `counts`; the largest remainders round up, and no share exceeds its count.
 
-    Where `total` is enough, each gets at least one if that leaves it one.
+    If `total` is at least the number of groups, each group with two or more samples gets a share of at least one.
     """
     whole = sum(counts)
     ideal = [total * count / whole for count in counts]
     found = [int(share) for share in ideal]
     by_remainder = sorted(range(len(counts)), key=lambda i: (found[i] - ideal[i], i))
-    for reserve in (1, 0):  # a group is emptied only where nothing else is left to take
+    for reserve in (1, 0):  # takes a group's last sample only if no other group can give one
         for i in by_remainder:
             if sum(found) < total and found[i] + reserve < counts[i] and found[i] < ideal[i]:
                 found[i] += 1
@@ -60,10 +60,10 @@ def shares(counts: Sequence[int], total: int) -> list[int]:
 
 
 def check_disjoint(train: Split, held_out: Split) -> None:
-    """Checks that no sample is in both parts, by the content of their shards.
+    """Checks that no sample is in both parts; compares shards by content, so copies are found too.
 
     Raises:
-        ValueError: naming a shard whose samples, or a copy's, are both trained on and held out.
+        ValueError: if a shard has samples in both parts; names the shard.
     """
     found: dict[str, list[tuple[int, int, str]]] = {}
     for shard, first, count in train.runs():

@@ -1,4 +1,4 @@
-"""Latents and captions as training takes them: normalised, drawn from the posterior, checked.
+"""Reads latents and caption embeddings for training: drawn from the posterior, normalised and checked.
 
 Legend: C channels, F latent frames, H W latent grid, L text tokens, D text width.
 """
@@ -19,20 +19,20 @@ from data.storage.store import Store
 from data.stream.reader import ShardReader, Visit
 from data.stream.shard_index import IndexedShards
 
-#: Separates draws from the posterior from others that are keyed by a visit.
+#: Separates draws from the posterior from other draws with a seed from the visit.
 _LATENT = 0x6C6174
 
-#: Fields of the index that must be equal in latent folders that are trained on together.
+#: Fields of the index that must be equal in all latent folders of one run.
 _COMMON_FIELDS = ("channels", "text_width", "latents_mean", "latents_std")
 
 
 class Normaliser:
-    """Raw latents to those of mean 0 and standard deviation 1 per channel, as the transformer takes them.
+    """Normalises raw latents to mean 0 and standard deviation 1 per channel, as the transformer expects.
 
     Args:
-        mean: (C,) of raw latents.
+        mean: (C,) mean of raw latents.
         std: (C,) standard deviation of raw latents.
-        sample: draw from the posterior, keyed by the visit, instead of taking its mean.
+        sample: whether to draw from the posterior, with a seed from the visit, instead of taking its mean.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], *, sample: bool) -> None:
@@ -41,7 +41,7 @@ class Normaliser:
         self.sample = sample
 
     def __call__(self, mean: Tensor, logvar: Tensor | None, visit: Visit) -> Tensor:
-        """(C, F, H, W) float32 of a posterior's mean and log-variance, both raw."""
+        """Normalised latent, (C, F, H, W) float32, from the raw mean and log-variance of the posterior."""
         raw = mean.float()
         if self.sample:
             assert logvar is not None
@@ -55,21 +55,21 @@ def _keyed_normal(visit: Visit, shape: Sequence[int]) -> Tensor:
 
 
 def _finite(values: Tensor) -> bool:
-    """Whether all numbers are finite: where their sum is, they are, and adding up is several times faster."""
+    """Whether all values are finite. Tests their sum first, which is several times faster."""
     return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 class LatentReader(ShardReader[Sample]):
-    """Normalised latents and caption embeddings.
+    """Reads normalised latents and caption embeddings.
 
     Args:
-        locations: of latent shards (folders, `.tar` files in them, wildcards, braces, URLs), or shards that were found.
-        sample_latents: draw from the VAE's posterior, keyed by the visit, instead of taking its mean.
-        store: that reads them.
-        max_fault_share: share of samples that may be damaged.
+        locations: latent shards (folders, `.tar` files in them, wildcards, braces, URLs), or `IndexedShards`.
+        sample_latents: whether to draw from the VAE's posterior, seeded from the visit, instead of taking its mean.
+        store: store that reads the shards.
+        max_fault_share: share of samples that may be damaged, 0 to 1.
 
     Raises:
-        ValueError: if there are no latent shards, or folders differ in channels, width or normalisation.
+        ValueError: if there are no latent shards, or if folders differ in channels, text width or normalisation.
     """
 
     extensions = ("safetensors", "text")
@@ -113,10 +113,10 @@ class LatentReader(ShardReader[Sample]):
 
 
 def common_fields(folders: Sequence[IndexedShards]) -> dict[str, Any]:
-    """The fields of the index that latent folders have in common: channels, text width, mean and deviation.
+    """The fields of the index that all latent folders share: channels, text width, means and standard deviations.
 
     Raises:
-        ValueError: if folders differ in them.
+        ValueError: if a field is missing, or differs between folders.
     """
     found: list[dict[str, Any]] = [{field: folder.index.get(field) for field in _COMMON_FIELDS} for folder in folders]
     for folder, fields in zip(folders, found, strict=True):

@@ -1,7 +1,7 @@
-"""The order in which samples are visited, and each rank's share of it: resumable, and the same for any layout.
+"""The order in which samples are visited, and each rank's share of it.
 
-A split is numbered by position; visit p * size + i is position i in pass p. Samples of one shape form a group; every
-global batch comes from one group.
+The order can be resumed, and does not depend on the number of ranks or workers. Visit p * size + i of a split is its
+sample at position i in pass p. Samples of one shape form a group; every global batch comes from one group.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-#: Separates draws of the order of groups from those of samples, whose keys are small numbers.
+#: Part of the seed for the order of groups. Seeds for the order of samples hold small numbers only.
 _GROUPS = 0x67726F757073
 
 Array = NDArray[np.int64]
@@ -22,9 +22,9 @@ class BatchGroup:
     """Samples of a split that may share a batch.
 
     Args:
-        name: of their bucket.
-        starts: position in the split of each shard's first sample.
-        sizes: samples of each shard, at least 1.
+        name: name of their bucket.
+        starts: position in the split of each shard's first sample, (shards,).
+        sizes: number of samples in each shard, at least 1, (shards,).
     """
 
     name: str
@@ -46,19 +46,19 @@ def epoch_order(
     window: int = 16,
     group: int = 0,
 ) -> Array:
-    """The visits of one nominal epoch to some shards, each sample once per pass.
+    """The visits of one nominal epoch to the given shards, each sample once per pass.
 
-    Shards are shuffled, and samples inside windows of so many shards: archives are read nearly sequentially, which is
-    fast on shared file systems. Each pass is shuffled by itself.
+    Each pass shuffles the shards, and then the samples within each window of consecutive shards. So archives are read
+    nearly sequentially, which is fast on shared file systems.
 
     Args:
-        seed: of the shuffle.
-        epoch: nominal epoch.
+        seed: seed of the shuffle.
+        epoch: number of the nominal epoch.
         shard_sizes: samples per shard, in the order of the data set.
-        starts: position of each shard's first sample; by default they follow one another.
-        stride: what a pass adds to a position; by default the number of samples.
-        passes: how often a nominal epoch visits each sample.
-        window: shards whose samples are shuffled together.
+        starts: position of each shard's first sample; by default the shards follow one another.
+        stride: difference between a sample's visit numbers in consecutive passes; by default the number of samples.
+        passes: number of visits to each sample in a nominal epoch.
+        window: number of shards whose samples are shuffled together.
         group: number of the group; groups of equal sizes get different orders.
 
     Returns:
@@ -85,17 +85,17 @@ def global_batches(
 ) -> Array:
     """The global batches of one nominal epoch, (batches, size) visits; a function of its arguments alone.
 
-    Each group's visits, over all passes, are cut into batches. What is left at the end of a group's order and fills no
-    batch is not visited in this epoch; which samples these are changes with the epoch. The batches of a group keep
-    their order; from which group the next one comes is drawn, each group as often as it has batches.
+    Each group's visits, over all passes, are cut into batches. Visits at the end that do not fill a batch are dropped;
+    they concern other samples in each epoch. The batches of all groups are interleaved at random; those of one group
+    keep their order.
 
     Args:
-        seed: of the shuffle.
-        epoch: nominal epoch.
-        groups: of the split.
-        size: samples of a global batch.
-        passes: how often a nominal epoch visits each sample.
-        window: shards of a group whose samples are shuffled together.
+        seed: seed of the shuffle.
+        epoch: number of the nominal epoch.
+        groups: groups of the split.
+        size: number of samples in a global batch.
+        passes: number of visits to each sample in a nominal epoch.
+        window: number of shards of a group whose samples are shuffled together.
 
     Raises:
         ValueError: if no group fills a global batch.
@@ -118,10 +118,10 @@ def global_batches(
 
 
 def batch_counts(groups: Sequence[BatchGroup], size: int, passes: int) -> list[int]:
-    """Global batches of a nominal epoch that each group fills.
+    """Number of global batches that each group fills in a nominal epoch.
 
     Raises:
-        ValueError: if no group fills one.
+        ValueError: if no group fills a global batch.
     """
     counts = [len(group) * passes // size for group in groups]
     if not any(counts):
@@ -134,16 +134,16 @@ def batch_counts(groups: Sequence[BatchGroup], size: int, passes: int) -> list[i
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
-    """One rank's share of each global batch, from a given batch on: consecutive columns of its row.
+    """Yields one rank's share of each global batch, consecutive columns of its row, starting at a given batch.
 
     Args:
-        batches: global batches of the epoch, (batches, size).
-        rank: this rank.
+        batches: global batches of the epoch, (batches, size) visits.
+        rank: number of this rank.
         world_size: number of ranks.
-        start_batch: global batches that were consumed already; they are never loaded.
+        start_batch: number of global batches to skip because the run has consumed them; they are never loaded.
 
     Raises:
-        ValueError: if the ranks do not divide a global batch, or there is no such rank.
+        ValueError: if the number of ranks does not divide the size, or `rank` is out of range.
     """
 
     def __init__(self, batches: Array, rank: int = 0, world_size: int = 1, start_batch: int = 0) -> None:
@@ -165,10 +165,10 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
 
 def rank_size(global_size: int, world_size: int) -> int:
-    """Samples of a global batch that one rank takes.
+    """Number of samples of a global batch that one rank takes.
 
     Raises:
-        ValueError: if the ranks do not divide it; names the nearest sizes that they do.
+        ValueError: if the number of ranks does not divide the size; names the nearest multiples.
     """
     if global_size % world_size:
         below = global_size - global_size % world_size
@@ -180,10 +180,10 @@ def rank_size(global_size: int, world_size: int) -> int:
 
 
 def evaluation_batches(groups: Sequence[BatchGroup], size: int, rank: int, world_size: int) -> list[list[int]]:
-    """One rank's batches of a split that is seen once: positions, each batch of one group.
+    """One rank's batches of a split that is visited once, as positions; each batch comes from one group.
 
-    Ranks get batches of equal number and size, or collectives would hang. Where the ranks do not divide a group, its
-    first samples come again as visits of a second pass (`position + samples of the split`), which do not count.
+    All ranks get the same number of batches of the same sizes, or collectives would hang. A group is padded to a
+    multiple of the ranks with repeated samples: visits of a second pass (`position + len(split)`), which do not count.
     """
     total = sum(len(group) for group in groups)
     batches = []

@@ -1,4 +1,4 @@
-"""Reads samples by shard and row: records hold the byte range of each file of a sample, so no archive is scanned."""
+"""Reads samples by shard and row. Byte ranges come from the sample table, so no archive is scanned."""
 
 import logging
 import os
@@ -19,18 +19,18 @@ from data.stream.shard_index import IndexedShards, find_shards
 
 log = logging.getLogger(__name__)
 
-#: What a damaged sample raises.
+#: Exceptions that reading a damaged sample raises.
 DAMAGE = (ValueError, KeyError, OSError, SafetensorError)
-#: Samples of one shard, one after another, that a store fails to read before the rest of the shard counts as lost.
+#: After this many consecutive samples that the store fails to read, the rest of the shard counts as lost.
 _MAX_STORE_FAILURES = 3
 
 
 class Visit(NamedTuple):
-    """One use of a sample: all that is drawn for it is keyed by this.
+    """One use of a sample. All random numbers for this sample are seeded from it.
 
     Args:
-        uid: of the visit.
-        draw: (seed, epoch); None in validation and measurements, which draw the same in every epoch and run.
+        uid: number of the visit.
+        draw: (seed, epoch). None in validation and measurements, whose draws are the same in every epoch and run.
     """
 
     uid: int
@@ -38,11 +38,11 @@ class Visit(NamedTuple):
 
 
 class StreamSample(Protocol):
-    """What every kind of sample tells of its visit.
+    """Fields that every kind of sample has.
 
     Args:
-        faults: damaged samples that were skipped before this one took their place.
-        counts: whether it counts in an evaluation.
+        faults: number of damaged samples that this one replaces.
+        counts: whether the sample counts in an evaluation.
     """
 
     faults: int
@@ -53,21 +53,21 @@ T = TypeVar("T", bound=StreamSample)
 
 
 class ShardReader(ABC, Generic[T]):
-    """Reads samples of shards, which are numbered in the order of their folders; rows number the samples of a shard.
+    """Reads samples by shard number, in the order of the folders, and by row within the shard.
 
     Args:
-        locations: of shards of one kind (folders, `.tar` files, wildcards, braces, URLs), or shards that were found.
-        format: of their index.
-        store: that reads them.
-        max_fault_share: share of samples that may be damaged.
+        locations: shards of one format (folders, `.tar` files, wildcards, braces, URLs), or `IndexedShards`.
+        format: name of the format that their index must have.
+        store: store that reads the shards.
+        max_fault_share: share of samples that may be damaged, 0 to 1.
 
     Raises:
         ValueError: if there are no shards of this format.
     """
 
-    #: Whether samples of different buckets have different shapes, and so may not share a batch.
+    #: Whether samples of different buckets differ in shape and therefore cannot share a batch.
     grouped = True
-    #: Extensions of the files of a sample that `decode` needs; None for all of them.
+    #: Extensions of the sample's files that `decode` needs; None needs all of them.
     extensions: tuple[str, ...] | None = None
 
     def __init__(
@@ -87,34 +87,34 @@ class ShardReader(ABC, Generic[T]):
         self.shards = [join(folder, entry["name"]) for folder, entry in entries]
         self.shard_sizes: list[int] = [entry["samples"] for _, entry in entries]
         self._digests = [entry.get("sha256") for _, entry in entries]
-        self._names = [(folder, entry["name"]) for folder, entry in entries]
+        self._locations = [(folder, entry["name"]) for folder, entry in entries]
         self.buckets = [Bucket.parse(entry["bucket"]) for _, entry in entries]
         self.group_names = [b.name for b in sorted(set(self.buckets))] if self.grouped else ["all"]
         self.remote = any(is_remote(folder.folder) for folder in self.folders)
         self.faults = FaultLog(sum(self.shard_sizes), max_fault_share)
         self._tables = TableCache()
         self._damaged: set[tuple[int, int]] = set()
-        self._lost: dict[int, str] = {}  # shard -> why none of its samples is read any more
-        self._store_failures: Counter[int] = Counter()  # of each shard, since its last sample that was read
+        self._lost: dict[int, str] = {}  # shard that is no longer read -> reason
+        self._store_failures: Counter[int] = Counter()  # shard -> failures since its last successful read
 
     def group(self, shard: int) -> str:
-        """Name of the group of samples that those of a shard may share a batch with."""
+        """Name of the shard's group. Samples of one group may share a batch."""
         return self.buckets[shard].name if self.grouped else "all"
 
     def identity(self, shard: int) -> str:
-        """What a shard and its copies have in common: the hash of their bytes; without one in the index, the path."""
+        """The same string for a shard and its copies: the hash of its bytes, or its path if the index has no hash."""
         return self._digests[shard] or os.path.realpath(self.shards[shard])
 
     def try_load(self, shard: int, row: int, visit: Visit) -> T | None:
-        """A sample; None if it is damaged, which the fault log then names.
+        """Reads a sample. If it is damaged, records it in the fault log and returns None.
 
         Args:
-            shard: its number.
-            row: of the sample in its shard.
-            visit: for which it is read.
+            shard: number of the shard.
+            row: row of the sample in the shard.
+            visit: visit that the sample is read for; it seeds the random numbers of this sample.
 
         Raises:
-            ValueError: past the share of damaged samples.
+            ValueError: if more samples are damaged than `max_fault_share` allows.
         """
         if (shard, row) in self._damaged:
             return None
@@ -126,11 +126,11 @@ class ShardReader(ABC, Generic[T]):
             return None
 
     def _read(self, shard: int, row: int) -> tuple[str, dict[str, bytes]]:
-        """Key and files of a sample."""
+        """Key of a sample, and its files by extension."""
         if shard in self._lost:
             raise StoreError(self._lost[shard])
         try:
-            table = self._tables.read(shard, *self._names[shard], self.store)
+            table = self._tables.read(shard, *self._locations[shard], self.store)
         except DAMAGE as error:
             self._lost[shard] = str(error)
             raise
@@ -140,7 +140,7 @@ class ShardReader(ABC, Generic[T]):
         try:
             files = self.read_files(self.shards[shard], members)
         except StoreError as error:
-            # Requests for every sample of the shard, each with its retries, would take hours.
+            # Retrying every sample of the shard would take hours.
             self._store_failures[shard] += 1
             if self._store_failures[shard] >= _MAX_STORE_FAILURES:
                 self._lost[shard] = f"its store failed for {_MAX_STORE_FAILURES} samples in a row: {error}"
@@ -149,15 +149,15 @@ class ShardReader(ABC, Generic[T]):
         return key, files
 
     def read_files(self, shard: str, members: Members) -> dict[str, bytes]:
-        """The files of a sample that `decode` needs.
+        """Reads the files of a sample that `decode` needs, by extension.
 
         Args:
             shard: path or URL of the archive.
-            members: of the sample.
+            members: files of the sample in the archive, by extension.
 
         Raises:
-            KeyError: if one of them is not in the record.
-            ValueError, OSError: if one cannot be read.
+            KeyError: if the sample lacks a needed file.
+            ValueError, OSError: if a file cannot be read.
         """
         return read_members(shard, {name: members[name] for name in self.extensions or members}, self.store)
 
@@ -173,31 +173,31 @@ class ShardReader(ABC, Generic[T]):
 
     @abstractmethod
     def decode(self, key: str, files: Mapping[str, bytes], visit: Visit, bucket: Bucket | None = None) -> T:
-        """A sample of its files.
+        """Decodes a sample from its files.
 
         Args:
-            key: of the sample.
-            files: extension -> content.
-            visit: for which it is read.
-            bucket: that it has to be of; None takes any of the reader's.
+            key: name of the sample inside its shard.
+            files: content of each file, by extension.
+            visit: visit that the sample is read for; it seeds the random numbers of this sample.
+            bucket: bucket that the sample must belong to; None accepts any bucket of the reader.
 
         Raises:
-            ValueError, KeyError, OSError, SafetensorError: if it is damaged.
+            ValueError, KeyError, OSError, SafetensorError: if the sample is damaged.
         """
 
 
 def read_members(shard: str, members: Members, store: Store, gap: int = 1 << 14) -> dict[str, bytes]:
-    """The bytes of several files of an archive by extension; files that lie close together are read at once.
+    """Reads several files of an archive, by extension; files that lie close together take one request.
 
     Args:
         shard: path or URL of the archive.
-        members: extension -> member.
-        store: that reads them.
-        gap: bytes between the files that may be read in vain, in all.
+        members: files to read, by extension.
+        store: store that reads the archive.
+        gap: largest total of unneeded bytes between the files that a single request may read.
 
     Raises:
-        ValueError: if the archive ends before.
-        OSError: if it cannot be read.
+        ValueError: if the archive ends before the last file does.
+        OSError: if the archive cannot be read.
     """
     start, end = min(m.offset for m in members.values()), max(m.offset + m.size for m in members.values())
     if end - start > sum(m.size for m in members.values()) + gap:

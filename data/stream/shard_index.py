@@ -18,8 +18,8 @@ class IndexedShards:
     """A folder of shards with its index.
 
     Args:
-        folder: path or URL.
-        index: what `index.json` holds; its "shards" are those that are used.
+        folder: path or URL of the folder.
+        index: content of `index.json`; "shards" lists only the shards in use.
     """
 
     folder: str
@@ -27,15 +27,15 @@ class IndexedShards:
 
 
 def find_shards(locations: str | Sequence[str], format: str, store: Store) -> list[IndexedShards]:
-    """Folders of shards by path, URL, wildcard or brace notation; of a `.tar` only that shard of its folder is used.
+    """Finds folders of shards by path, URL, wildcard or braces; a `.tar` selects only that shard of its folder.
 
     Args:
-        locations: one or several.
-        format: of the index.
-        store: that reads it.
+        locations: one or several locations.
+        format: name of the format that the index must have.
+        store: store that reads the index.
 
     Raises:
-        ValueError: if one matches nothing, holds no shards of this format, or comes twice.
+        ValueError: if a location matches nothing, holds no shards of this format, or is given twice.
         StoreError: if a store does not answer.
     """
     locations = [str(location) for location in ([locations] if isinstance(locations, (str, Path)) else locations)]
@@ -55,9 +55,9 @@ def find_shards(locations: str | Sequence[str], format: str, store: Store) -> li
 
 
 def _chosen(locations: Sequence[str]) -> dict[str, list[str] | None]:
-    """Folder -> names of its shards that the locations name, None for all."""
+    """The folders that the locations name, each with the names of its chosen shards, or None for all."""
     chosen: dict[str, list[str] | None] = {}
-    spelled: dict[str, str] = {}  # real path of a folder -> the name that it was given first
+    spelled: dict[str, str] = {}  # real path of a folder -> its first spelling
     for location in locations:
         for name in expand(location):
             parent, _, shard = name.rstrip("/").rpartition("/") if name.endswith(".tar") else (name, "", "")
@@ -83,17 +83,17 @@ def _normal_name(folder: str) -> str:
 
 
 def sample_count(folders: Sequence[IndexedShards]) -> int:
-    """Samples of some folders."""
+    """Number of samples in the folders."""
     return sum(entry["samples"] for folder in folders for entry in folder.index["shards"])
 
 
 def bucket_names(folders: Sequence[IndexedShards]) -> list[str]:
-    """Names of the buckets of some folders, each once, sorted."""
+    """Sorted names of the buckets in the folders, without repetition."""
     return sorted({entry["bucket"] for folder in folders for entry in folder.index["shards"]})
 
 
 def warn_of_copies(folders: Sequence[IndexedShards]) -> None:
-    """Warns of shards with the same content, whose samples are visited as often as there are copies."""
+    """Warns of shards with the same content, since each copy adds another visit to the same samples."""
     seen: dict[str, str] = {}
     for folder in folders:
         for entry in folder.index["shards"]:
@@ -103,10 +103,10 @@ def warn_of_copies(folders: Sequence[IndexedShards]) -> None:
 
 
 def check_cache(folder: Path) -> None:
-    """Checks that the folder of a cache exists, or can be made.
+    """Checks that the cache folder is writable, or can be created.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if neither is the case.
     """
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

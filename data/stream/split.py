@@ -1,4 +1,4 @@
-"""Parts of a data set: how a visit finds its sample, and what replaces a damaged one."""
+"""Parts of a data set: maps a visit to its sample, and replaces damaged samples."""
 
 import bisect
 import copy
@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from data.stream.order import BatchGroup
 from data.stream.reader import ShardReader, Visit
 
-#: Separates draws of replacements from others that are keyed by a uid.
+#: Part of the seed for replacements, so that they differ from other random numbers seeded by the uid.
 _REPLACEMENT = 0x7265706C616365
-#: Replacements that are drawn for a visit before the remaining samples are tried one after another.
+#: Number of random replacements to try for a visit before the remaining samples are tried in order.
 _MAX_DRAWS = 64
-#: Threads of each loader process that read a remote store.
+#: Number of threads in each loader process that read a remote store.
 _THREADS = 16
 
 
@@ -26,7 +26,7 @@ class Run(NamedTuple):
     """Consecutive samples of a shard.
 
     Args:
-        shard: its number.
+        shard: number of the shard.
         first: row of the first sample.
         size: number of samples.
     """
@@ -37,19 +37,19 @@ class Run(NamedTuple):
 
 
 class Split(Dataset):
-    """Part of a data set: of each shard, a run of its samples.
+    """Part of a data set: a run of consecutive samples from each shard.
 
-    Positions number the samples in the order of the shards. Visit i is the sample at position i % size, and its uid is
-    `first_uid` + i, so that several passes over the data differ in what is keyed by it. A damaged sample is replaced,
-    under the same uid, by one of its group that is drawn by that uid: the visits of a lost shard spread over the group,
-    and are the same on any number of ranks and processes. It is never replaced by a sample of another split.
+    Positions number the samples in the order of the shards. Visit i reads the sample at position i % size under the
+    uid `first_uid` + i, so each pass has its own random numbers. A damaged sample is replaced by a random one of the
+    same group and split, under the same uid, which also seeds the choice. So the visits of a lost shard spread over the
+    group, and the replacements do not depend on the number of ranks and processes.
 
     Args:
-        reader: of all shards.
-        firsts: of each shard, the row of its first sample that belongs to this part.
-        counts: of each shard, how many do.
-        first_uid: of the first visit.
-        once: visits of a second pass do not count in an evaluation.
+        reader: reader of all shards.
+        firsts: row of the first sample of this part in each shard, (shards,).
+        counts: number of samples of this part in each shard, (shards,).
+        first_uid: uid of the first visit.
+        once: whether visits of a second pass are left out of evaluations.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Split(Dataset):
         self._counts = np.array(counts, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64).tolist()
         runs: dict[str, list[Run]] = {name: [] for name in reader.group_names}
-        self._number: dict[int, int] = {}  # shard -> number of its run in its group
+        self._number: dict[int, int] = {}  # shard -> index of its run within the group
         for run in (Run(*run) for run in zip(range(len(counts)), firsts, counts, strict=True) if run[-1]):
             group = runs[reader.group(run.shard)]
             self._number[run.shard] = len(group)
@@ -76,7 +76,7 @@ class Split(Dataset):
         self._runs = {name: group for name, group in runs.items() if group}
 
     def in_epoch(self, seed: int, epoch: int) -> "Split":
-        """The same samples, for which is drawn what belongs to an epoch; without, it is always the same."""
+        """The same samples with the random draws of one epoch; without it the draws are the same in every epoch."""
         own = copy.copy(self)
         own._draw = (seed, epoch)
         return own
@@ -86,13 +86,13 @@ class Split(Dataset):
 
     @property
     def groups(self) -> list[BatchGroup]:
-        """Samples of one shape, in the order of their buckets."""
+        """Groups of samples of one shape, in the order of their buckets."""
         starts = np.array(self._starts[:-1], dtype=np.int64)
         shards = {name: [run.shard for run in group] for name, group in self._runs.items()}
         return [BatchGroup(name, starts[numbers], self._counts[numbers]) for name, numbers in shards.items()]
 
     def runs(self) -> list[Run]:
-        """The run of each shard that this part has samples of."""
+        """The runs of all shards that have samples in this part."""
         return [run for group in self._runs.values() for run in group]
 
     def __getitem__(self, visit: int) -> Any:
@@ -100,7 +100,7 @@ class Split(Dataset):
 
         Raises:
             IndexError: if the split is empty.
-            ValueError: past the share of damaged samples, or if no sample can be read.
+            ValueError: if more samples are damaged than the limit allows, or if no sample can be read.
         """
         if not len(self):
             raise IndexError("the split is empty")
@@ -117,7 +117,7 @@ class Split(Dataset):
         raise ValueError(f"no sample of {folders} can be read; make the shards again.")
 
     def __getitems__(self, visits: list[int]) -> list[Any]:
-        """The samples of a batch; those of a remote store are read at the same time."""
+        """The samples of a batch; reads from a remote store run in parallel."""
         if not self.reader.remote or len(visits) < 2:
             return [self[visit] for visit in visits]
         return list(_threads(os.getpid()).map(self.__getitem__, visits))
@@ -125,21 +125,21 @@ class Split(Dataset):
 
 @lru_cache(maxsize=1)
 def _threads(process: int) -> ThreadPoolExecutor:
-    """The threads of a process: those of its parent do not survive a fork."""
+    """The thread pool of a process. Its id is the cache key, since a parent's threads do not survive a fork."""
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="reblock-read")
 
 
 def candidates(runs: Sequence[Run], number: int, offset: int, uid: int) -> Iterator[tuple[int, int]]:
-    """(shard, row) of the samples of some runs, each once: the sample of a visit, then its replacements.
+    """Yields (shard, row) of the visit's sample, then of its replacements; each sample of the runs comes once.
 
-    Replacements are drawn, keyed by uid and attempt alone: the visits of a lost shard spread over all that is left, and
-    every rank and process draws the same. After `_MAX_DRAWS` of them come all others, from the last one drawn on.
+    The first replacements are random with a seed from the uid alone, so every rank and process draws the same. After
+    `_MAX_DRAWS` draws, all other samples follow in order, from the last one drawn on.
 
     Args:
-        runs: of one group.
-        number: of the run of the visit's sample.
-        offset: of the sample in that run.
-        uid: of the visit.
+        runs: runs of one group.
+        number: index in `runs` of the run that holds the visit's sample.
+        offset: offset of the sample in that run.
+        uid: number of the visit.
     """
     given = {(runs[number].shard, runs[number].first + offset)}
     yield from given
@@ -155,7 +155,7 @@ def candidates(runs: Sequence[Run], number: int, offset: int, uid: int) -> Itera
 
 
 def _wrapping(runs: Sequence[Run], number: int, offset: int) -> Iterator[tuple[int, int]]:
-    """(shard, row) of all samples of some runs, from one of them to the last, then from the first on."""
+    """Yields (shard, row) of all samples of the runs in order, from the given one to the last, then from the first."""
     for step in range(len(runs) + 1):
         shard, first, size = runs[(number + step) % len(runs)]
         begin = offset if step == 0 else 0

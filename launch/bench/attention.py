@@ -1,9 +1,9 @@
 """`reblock bench attention`: time, memory and error of the attention engine, against one dense forward.
 
-Times are divided by that of `F.scaled_dot_product_attention` on the same q, k and v, on CUDA in the fastest of its back
-ends. A round runs the dense forward and every operation once, and ratios are taken within a round, so that a busy
-machine slows all of them alike. Results are compared with weights in float64: of all heads where that is cheap, else of
-one head. Each row is printed to standard error as soon as it is measured.
+Times are divided by that of `F.scaled_dot_product_attention` on the same q, k and v, with the fastest back end on CUDA.
+A round runs the dense forward and every operation once, and ratios are taken within a round, so that a busy machine
+slows all of them alike. Errors are relative to float64 weights, of all heads if that is cheap and otherwise of one.
+Each row is printed to standard error as soon as it is measured.
 
 Legend: N tokens (queries and keys), h heads, d head width, R ratios, E eps values.
 """
@@ -32,26 +32,26 @@ from trainer.attention.api import choose_backend
 
 MEDIAN = RATIOS.index(0.5)
 
-#: By device: lengths, heads, number format, back ends.
+#: Default lengths, heads, dtype and back ends by device.
 TOKENS = {"cpu": (2048, 4096, 8192), "cuda": (11_130, 23_850, 44_776)}
 HEADS = {"cpu": 4, "cuda": 24}
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 BACKENDS = {"cpu": ("chunked", "dense"), "cuda": ("triton", "chunked")}
 
-#: Up to this many tokens the dense back end runs and every head is compared with float64; above, one head.
+#: Largest number of tokens for the dense back end and for errors of all heads; with more, one head is compared.
 _REFERENCE = 2048
-#: Seconds after which no further round of a back end and length begins.
+#: Seconds after which no further round of a back end and length starts.
 _SECONDS = {"cpu": 120.0, "cuda": 10.0}
-#: Tokens with which a fresh process sets up libraries and threads before its memory is read.
+#: Tokens of a first call, which sets up libraries and threads of a fresh process before its memory is read.
 _WARM = 64
-#: Of glibc's mallopt: its key for the size from which a buffer is mapped and, once freed, given back; and that size.
+#: Arguments of glibc's mallopt: M_MMAP_THRESHOLD in bytes. Larger buffers return to the system when they are freed.
 _MMAP_THRESHOLD = (-3, 2**20)
-#: PyTorch's own choice among its dense kernels; the only one on a CPU.
+#: Name for PyTorch's own choice among its dense kernels, the only option on a CPU.
 CHOSEN = "default"
 
 
 def dense_forward(x: AttentionInputs, name: str) -> list[Tensor]:
-    """Attention by PyTorch; `name` is one of `SDPBackend`'s kernels, or `CHOSEN`."""
+    """PyTorch's attention with the kernel `name`, which is one of `SDPBackend` or `CHOSEN`."""
     if name == CHOSEN:
         return [scaled_dot_product_attention(x.q, x.k, x.v)]
     with sdpa_kernel(SDPBackend.__members__[name]):
@@ -59,7 +59,7 @@ def dense_forward(x: AttentionInputs, name: str) -> list[Tensor]:
 
 
 def all_statistics(x: AttentionInputs, backend: str) -> list[Tensor]:
-    """Column sums, counts for five eps, and the statistics of every row."""
+    """Column sums, counts for each eps, and statistics of every row."""
     found = layer_statistics(x.q, x.k, eps=EPS, backend=backend)
     return [found.mass, found.counts, found.rows.lse, found.rows.maximum, found.rows.entropy]
 
@@ -70,7 +70,7 @@ def nine_quantiles(x: AttentionInputs, backend: str) -> list[Tensor]:
 
 
 def statistics_and_quantiles(x: AttentionInputs, backend: str) -> list[Tensor]:
-    """Statistics and thresholds in one call, which shares passes where the back end can."""
+    """Statistics and thresholds in one call, in which a back end may share passes."""
     found = layer_statistics(x.q, x.k, eps=EPS, ratios=RATIOS, backend=backend)
     return [found.mass, found.counts, found.thresholds, found.rows.lse, found.rows.maximum, found.rows.entropy]
 
@@ -94,9 +94,9 @@ def _bytes(found: Sequence[Tensor]) -> int:
 
 
 def host_added(operation: str, backend: str, tokens: int, heads: int, head_dim: int, dtype: str, threads: int) -> int:
-    """Bytes that an operation adds to the peak memory of this process, its results left out.
+    """Bytes that an operation adds to the peak memory of this process, without its results.
 
-    Freed buffers go back to the system at once: glibc would keep those of up to 32 MiB, a different number in each run.
+    Freed buffers return to the system at once. Otherwise glibc would keep a varying number of buffers up to 32 MiB.
     """
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(*_MMAP_THRESHOLD)
@@ -109,7 +109,7 @@ def host_added(operation: str, backend: str, tokens: int, heads: int, head_dim: 
 
 
 def added_bytes(operation: str, backend: str, x: AttentionInputs, dtype: str) -> int:
-    """Peak memory of an operation beyond its inputs and results; on a CPU that of a process of its own."""
+    """Bytes of an operation's peak memory beyond inputs and results; on a CPU they are measured in a new process."""
     _, heads, tokens, head_dim = x.q.shape
     if not x.q.is_cuda:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -134,7 +134,7 @@ def _seconds(operation: str, backend: str, x: AttentionInputs) -> float:
 
 
 def dense_kernels(x: AttentionInputs) -> dict[str, float]:
-    """Best seconds of each dense kernel that can take x, the fastest first; on a CPU PyTorch's own choice."""
+    """Best seconds of each dense kernel that supports x, fastest first; on a CPU only of PyTorch's own choice."""
     names = [CHOSEN]
     if x.q.is_cuda:
         names = ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"]
@@ -152,7 +152,7 @@ def device_kind(device: str) -> str:
     """`cpu` or `cuda`.
 
     Raises:
-        ValueError: for another device, or one that torch does not see.
+        ValueError: if it is another device, or torch does not see it.
     """
     kind = device.split(":")[0]
     if kind not in TOKENS or (kind == "cuda" and not torch.cuda.is_available()):
@@ -161,7 +161,7 @@ def device_kind(device: str) -> str:
 
 
 def check_sizes(tokens: Sequence[int], dtype: str, **sizes: int) -> None:
-    """Raises ValueError for sizes below one, or an unknown number format."""
+    """Raises ValueError for sizes below 1 or an unknown dtype."""
     if any(size < 1 for size in sizes.values()) or not tokens or min(tokens) < 1:
         raise ValueError(f"got tokens {list(tokens)} and {sizes}, expected at least 1 of each.")
     if dtype not in DTYPES:
@@ -171,10 +171,10 @@ def check_sizes(tokens: Sequence[int], dtype: str, **sizes: int) -> None:
 def measured_lengths(
     device: str, tokens: Sequence[int], backends: Sequence[str], *, all: bool
 ) -> list[tuple[str, int]]:
-    """Back ends and lengths to be measured; what would take too long or too much memory only with `all`.
+    """Pairs of back end and length to measure; pairs that need much time or memory only with `all`.
 
     Raises:
-        ValueError: for an unknown back end, or if nothing is left to be measured.
+        ValueError: if a back end is unknown, or there is nothing to measure.
     """
     kind, one = device_kind(device), torch.zeros(1, 1, 1, 1, device=device)
     for backend in backends:
@@ -194,11 +194,11 @@ def measured_lengths(
 
 
 def measure(x: AttentionInputs, backend: str, dense: str, *, repeats: int, dtype: str) -> Iterator[list[str]]:
-    """The rows of a back end and a length; the same operations and divisor in every round."""
+    """Measures a back end at one length; yields one row of the table per operation."""
     tokens, device = x.q.shape[2], x.q.device.type
     which = {name: dense if name == DENSE else backend for name in OPERATIONS}
     x = replace(x, thresholds=nine_quantiles(x, backend)[0][..., MEDIAN])
-    found = {name: OPERATIONS[name](x, which[name]) for name in OPERATIONS}  # compiles, allocates
+    found = {name: OPERATIONS[name](x, which[name]) for name in OPERATIONS}  # compiles kernels and allocates memory
     start, rounds = time.perf_counter(), list[dict[str, float]]()
     while not rounds or (len(rounds) < repeats and time.perf_counter() - start < _SECONDS[device]):
         rounds.append({name: _seconds(name, which[name], x) for name in OPERATIONS})
@@ -242,17 +242,17 @@ def run(
     """Measures the attention engine's back ends at several lengths, against one dense forward.
 
     Args:
-        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: timed rounds at each length, interleaved.
-        tokens: lengths; None: 2,048 to 8,192 on a CPU, 11,130 to 44,776 on a GPU.
-        heads: attention heads; None: 4 on a CPU, 24 on a GPU.
+        device: `cpu`, `cuda`, or `auto` for cuda if there is a GPU.
+        repeats: number of timed, interleaved rounds at each length.
+        tokens: lengths in tokens; None for 2,048 to 8,192 on a CPU, 11,130 to 44,776 on a GPU.
+        heads: number of attention heads; None for 4 on a CPU, 24 on a GPU.
         head_dim: width of a head.
-        dtype: float32, bfloat16 or float16; None: float32 on a CPU, bfloat16 on a GPU.
-        backends: of `dense`, `chunked`, `triton`; None: chunked and dense on a CPU, triton and chunked on a GPU.
-        all: measure `dense` above 2,048 tokens too, and `chunked` on a GPU above the smallest length.
+        dtype: float32, bfloat16 or float16; None for float32 on a CPU, bfloat16 on a GPU.
+        backends: any of `dense`, `chunked`, `triton`; None for chunked, dense on a CPU and triton, chunked on a GPU.
+        all: whether to measure `dense` above 2,048 tokens too, and `chunked` on a GPU above the smallest length.
 
     Raises:
-        ValueError: for an option that cannot be, before anything is measured.
+        ValueError: if an option is invalid; raised before anything is measured.
     """
     device = choose_device(device)
     kind = device_kind(device)

@@ -1,6 +1,6 @@
-"""Inputs of the attention benchmark, and how far its results are from attention weights in float64.
+"""Inputs of the attention benchmark, and errors of its results against attention weights in float64.
 
-The reference holds the weights of a slice of queries at a time, so that any number of tokens can be compared.
+The reference computes the weights of one slice of queries at a time, so it supports any number of tokens.
 
 Legend: N tokens (queries and keys), h heads, d head width, R ratios, E eps values.
 """
@@ -16,15 +16,15 @@ from trainer.attention import dense as reference
 RATIOS = tuple(tenth / 10 for tenth in range(1, 10))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Weights of a slice of the float64 comparison: 32 MiB on a CPU, 256 MiB on CUDA.
+#: Number of float64 weights in a slice: 32 MiB on a CPU, 256 MiB on CUDA.
 _SLICE = {"cpu": 2**22, "cuda": 2**25}
-#: Standard deviations of the heads' logits lie between these, evenly spaced: the first head is the flattest.
+#: Range of the standard deviations of the heads' logits, evenly spaced; the first head is the flattest.
 _SPREAD = (1.0, 5.0)
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """q, k, v (1, h, N, d), and the thresholds (1, h) of the masking."""
+    """q, k, v (1, h, N, d), and the thresholds (1, h) for masking."""
 
     q: Tensor
     k: Tensor
@@ -33,35 +33,35 @@ class AttentionInputs:
 
 
 def make_inputs(tokens: int, heads: int, head_dim: int, dtype: str, device: str) -> AttentionInputs:
-    """Random heads from flat to peaked; the thresholds are the expected medians of their weights."""
+    """Creates random heads from flat to peaked; the thresholds are the expected medians of their weights."""
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, tokens, head_dim, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(3)
     )
     spread = torch.linspace(*_SPREAD, heads + 2, device=device)[1:-1]
     q *= spread[:, None, None]
-    # The weights of a row are log-normal: exp(x) over a sum of N whose mean is exp(spread^2 / 2).
+    # The weights of a row are log-normal: exp(x) divided by a sum of N values with mean exp(spread^2 / 2).
     return AttentionInputs(q, k, v, (-spread.square() / 2).exp()[None] / tokens)
 
 
 def errors(
     x: AttentionInputs, mass: Tensor, counts: Tensor, thresholds: Tensor, out: Tensor, dense: Tensor
 ) -> dict[str, float]:
-    """How far results are from those of weights in float64.
+    """Errors of results against those of float64 weights.
 
     Args:
-        x: what they were computed from.
-        mass: (1, h, N) column sums.
-        counts: (1, h, E, N) of `EPS`.
-        thresholds: (1, h, R) of `RATIOS`.
-        out: (1, h, N, d) attention masked at x.thresholds.
-        dense: (1, h, N, d) attention.
+        x: inputs of the results.
+        mass: column sums, (1, h, N).
+        counts: counts for each of `EPS`, (1, h, E, N).
+        thresholds: thresholds at `RATIOS`, (1, h, R).
+        out: attention output masked at x.thresholds, (1, h, N, d).
+        dense: dense attention output, (1, h, N, d).
 
     Returns:
-        `sums`, largest relative error of a column sum; `counts`, sum of the differences in counts beyond the weights
-        within 1e-6 of an eps; `rank`, realised minus wanted share below a threshold, the one furthest from 0;
-        `output`, largest absolute error of an entry of the masked output, over rows of which no weight lies within
-        1e-6, relative, of the threshold: rounding decides there; `dense`, that of the dense output, over all rows.
+        `sums`: largest relative error of a column sum. `counts`: sum of the differences in counts, without weights
+        within 1e-6 of an eps. `rank`: realised minus wanted share below a threshold, the value furthest from 0.
+        `output`: largest absolute error of the masked output, without rows that have a weight within a relative 1e-6
+        of the threshold, where rounding decides. `dense`: largest absolute error of the dense output, over all rows.
     """
     _, heads, tokens, _ = x.q.shape
     rows = max(1, _SLICE[x.q.device.type] // (heads * tokens))

@@ -1,9 +1,9 @@
 """`reblock bench checkpoint`: how long a checkpoint delays training, written in the background or in the foreground.
 
-A real fit is divided into intervals of steps: without a save, with a save in the background, with a save in the
-foreground, in turn, so that a busy machine slows all alike. An interval begins with its save. The delay is measured
-twice: as the time of the save itself, in which no step can run, and as the time by which the whole interval is longer
-than one without a save, which includes what the writing thread takes from the steps after it.
+A real fit is divided into intervals of steps. They start with no save, a background save or a foreground save, in
+turn, so that a busy machine slows all alike. The delay is measured in two ways: the time of the save itself, in which
+no step can run, and the extra time of the whole interval over one without a save. The latter includes the slowdown of
+later steps by the writing thread.
 """
 
 import statistics
@@ -28,14 +28,14 @@ from trainer.run_files import LAST
 
 NONE, BACKGROUND, FOREGROUND = "no checkpoint", "written in the background", "written in the foreground"
 MODES = (NONE, BACKGROUND, FOREGROUND)
-#: Steps of an interval; a write may take most of it.
+#: Number of steps in an interval; a write may take most of an interval.
 INTERVAL = 12
-#: (C, F, H, W): 64 vision tokens, which make a step short beside its checkpoint.
+#: (C, F, H, W) with 64 vision tokens, so that a step is short relative to its checkpoint.
 LATENT = (12, 4, 8, 8)
 
 
 class _RepeatedBatch(IterableDataset):
-    """The same batch without end."""
+    """Repeats one batch endlessly."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -47,12 +47,12 @@ class _RepeatedBatch(IterableDataset):
 
 @dataclass
 class SaveTimes:
-    """Seconds of each interval of a mode.
+    """Times of a mode, with one value per interval.
 
     Args:
-        save: of its save.
-        whole: of the whole interval.
-        written: until the file was on the disk.
+        save: seconds of the save.
+        whole: seconds of the whole interval.
+        written: seconds until the file was on disk.
     """
 
     save: list[float] = field(default_factory=list)
@@ -61,11 +61,11 @@ class SaveTimes:
 
 
 class _TimedSaves(Callback):
-    """Saves at the start of each interval as its mode says, and records the times."""
+    """Saves at the start of each interval according to its mode, and records the times."""
 
     def __init__(self, files: BackgroundCheckpointIO, path: Path, rounds: int) -> None:
         self.files, self.path = files, path
-        # The first round is not counted: it makes the optimiser's state and the snapshot's memory.
+        # The first round does not count, since it allocates the optimiser's state and the snapshot's memory.
         self.modes = list(MODES) * (rounds + 1)
         self.times = {mode: SaveTimes() for mode in MODES}
         self._left = 1
@@ -95,12 +95,12 @@ class _TimedSaves(Callback):
         times = self.times[self._mode]
         times.save.append(self._saved)
         times.whole.append(whole)
-        # An upper bound: the write may have ended before the wait began.
+        # An upper bound, since the write may have ended before the wait started.
         times.written.append(time.perf_counter() - self._begun)
 
 
 def measure(config: dict, latent: tuple, captions: tuple, *, last: int, device: str, rounds: int) -> dict[str, Any]:
-    """Times of `rounds` intervals of each mode: mode -> SaveTimes; and "bytes" of the file."""
+    """Measures `rounds` intervals of each mode; returns `SaveTimes` by mode, and the file's size under "bytes"."""
     torch.manual_seed(0)
     with config_file(config) as base, tempfile.TemporaryDirectory(prefix="reblock-bench-") as folder:
         files, path = BackgroundCheckpointIO(), Path(folder) / "checkpoints" / LAST
@@ -128,8 +128,8 @@ def run(*, device: str = "auto", repeats: int = 7) -> BenchResult:
     """Measures by how many steps a checkpoint delays training, written in the background and in the foreground.
 
     Args:
-        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: intervals of each kind, interleaved.
+        device: `cpu`, `cuda`, or `auto` for cuda if there is a GPU.
+        repeats: number of interleaved intervals of each mode.
     """
     device = choose_device(device)
     found = measure(CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=device, rounds=repeats)
@@ -137,7 +137,7 @@ def run(*, device: str = "auto", repeats: int = 7) -> BenchResult:
     rows = []
     for mode in (BACKGROUND, FOREGROUND):
         times = found[mode]
-        # Each interval against the one without a save of the same round.
+        # Compares each interval with the interval without a save of the same round.
         longer = [
             (with_save - without) / step for with_save, without in zip(times.whole, found[NONE].whole, strict=True)
         ]

@@ -1,6 +1,6 @@
-"""`reblock bench NAME`: finds the module of a benchmark, reads its options and prints its table.
+"""`reblock bench NAME`: imports a benchmark's module, reads its options and prints its table.
 
-The keyword arguments of a benchmark's `run` are its options on the command line.
+The keyword arguments of a benchmark's `run` are its command-line options.
 """
 
 import importlib
@@ -34,10 +34,10 @@ def usage() -> str:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs `bench NAME [OPTIONS]` and prints the figures with versions and hardware.
+    """Runs `bench NAME [OPTIONS]` and prints the results with versions and hardware.
 
     Raises:
-        ValueError: if there is no such benchmark, or an option that it cannot take.
+        ValueError: if the benchmark or an option is unknown or invalid.
     """
     from launch.main import call
 

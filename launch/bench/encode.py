@@ -1,7 +1,7 @@
-"""`reblock bench encode`: the whole encoding stage against the bare model calls on the same batches.
+"""`reblock bench encode`: compares the whole encoding stage with the bare model calls on the same batches.
 
 The stage reads and decodes video shards in other processes, runs both encoders, and writes and hashes latent shards.
-The bare calls take decoded batches from memory and discard the results. Rounds of both are interleaved, so that a busy
+The bare calls get decoded batches from memory and discard the results. Rounds of both are interleaved, so that a busy
 machine slows both alike. The weights are loaded once, before the rounds.
 """
 
@@ -36,13 +36,13 @@ from launch.bench.result import BenchResult, choose_device
 BATCH, SHARD = 8, 32
 _TEXT_TOKENS, _DEADLINE = 256, 60.0
 _DEMO_BASE = Path(__file__).resolve().parents[2] / "recipes" / "demo_base"
-#: More would only take longer on a CPU: a round is far longer than what starting the decoders takes.
+#: Largest number of clips on a CPU; with these a round already takes far longer than the start of the decoders.
 _CPU_CLIPS = 128
 STAGE, BARE = "whole stage", "bare model calls"
 
 
 def make_shards(folder: Path, clips: int, bucket: Bucket) -> str:
-    """Video shards of generated clips, which are square and cover the bucket."""
+    """Writes video shards of generated clips, which are square and cover the bucket; returns their folder."""
     with contextlib.redirect_stdout(io.StringIO()):
         synth(folder / "clips", clips=clips, size=max(bucket.height, bucket.width), frames=bucket.frames)
         pack(str(folder / "clips"), folder / "shards", buckets=[bucket.name], shard_samples=SHARD)
@@ -50,7 +50,7 @@ def make_shards(folder: Path, clips: int, bucket: Bucket) -> str:
 
 
 def decode_all(shards: str, processes: int) -> list[DecodedBatch]:
-    """The batches of the stage, decoded into memory."""
+    """Decodes the batches of the stage into memory."""
     store = Store()
     works = [open_shard(shards, entry, store) for entry in read_index(shards, store, VIDEO_FORMAT)["shards"]]
     with WorkerPool(processes, _DEADLINE) as pool:
@@ -58,7 +58,7 @@ def decode_all(shards: str, processes: int) -> list[DecodedBatch]:
 
 
 def new_captions(batches: list[DecodedBatch]) -> list[list[str]]:
-    """Captions that the stage encodes with each batch: every caption once for each shard."""
+    """Captions that the stage encodes with each batch; a shard encodes each of its captions once."""
     seen: dict[str, set[str]] = {}
     found = []
     for batch in batches:
@@ -71,7 +71,7 @@ def new_captions(batches: list[DecodedBatch]) -> list[list[str]]:
 
 @torch.inference_mode()
 def call_models(batches: list[DecodedBatch], captions: list[list[str]], encoders: Encoders) -> None:
-    """The VAE over every batch, and T5 over its new captions, padded to the longest."""
+    """Runs the VAE on every batch, and T5 on its new captions, padded to the longest."""
     for batch, texts in zip(batches, captions, strict=True):
         assert batch.pixels is not None
         pixels = batch.pixels.to(encoders.device).permute(0, 4, 1, 2, 3).to(encoders.dtype)
@@ -84,7 +84,7 @@ def call_models(batches: list[DecodedBatch], captions: list[list[str]], encoders
 
 
 def run_stage(shards: str, out: Path, encoders: Encoders, processes: int) -> EncodeTimings:
-    """Runs the stage into an empty folder, with loaded encoders; it starts its decoders itself."""
+    """Runs the stage into an empty folder with loaded encoders; the time includes the start of the decoders."""
     shutil.rmtree(out, ignore_errors=True)
     store = Store()
     with Leases(out / "claims") as leases, contextlib.redirect_stdout(io.StringIO()):
@@ -107,13 +107,13 @@ def run(
     """Times the whole encoding stage against the bare model calls.
 
     Args:
-        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: timed rounds of each, interleaved.
-        base: pipeline folder whose encoders run.
-        clips: clips that are generated; on a CPU at most 128.
-        frames: on a GPU: clip length, the first of them; 6k + 1.
-        height: on a GPU: of the clips, in pixels, a multiple of 16.
-        width: on a GPU: of the clips, in pixels, a multiple of 16.
+        device: `cpu`, `cuda`, or `auto` for cuda if there is a GPU.
+        repeats: number of timed, interleaved rounds of each.
+        base: pipeline folder of the encoders.
+        clips: number of clips to generate; at most 128 on a CPU.
+        frames: frames per clip on a GPU, 6k + 1; only the first value is used.
+        height: height of the clips on a GPU in pixels, a multiple of 16.
+        width: width of the clips on a GPU in pixels, a multiple of 16.
     """
     device = choose_device(device)
     cuda = device.startswith("cuda")
@@ -130,7 +130,7 @@ def run(
         batches = decode_all(shards, processes)
         captions = new_captions(batches)
         count = sum(len(batch.clips) for batch in batches)
-        call_models(batches[:1], captions[:1], encoders)  # allocations, kernels
+        call_models(batches[:1], captions[:1], encoders)  # allocates memory and compiles kernels
         for _ in range(repeats):
             start = time.perf_counter()
             measured += run_stage(shards, Path(name) / "latents", encoders, processes)

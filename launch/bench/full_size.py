@@ -1,4 +1,4 @@
-"""`reblock bench full`: a few real training steps of a full-size model with random weights, one after another."""
+"""`reblock bench full`: times a few real training steps of a full-size model with random weights."""
 
 import resource
 import time
@@ -18,10 +18,10 @@ _RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def latent_shape(channels: int, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """(C, F, H, W) of the latent of a clip.
+    """Shape (C, F, H, W) of the latent of a clip.
 
     Raises:
-        ValueError: if the clip is not one that Mochi's VAE and patches can take.
+        ValueError: if Mochi's VAE and patches do not support the clip's size.
     """
     if frames < 1 or frames % 6 != 1 or height % 16 or width % 16 or height < 16 or width < 16:
         raise ValueError(
@@ -31,7 +31,7 @@ def latent_shape(channels: int, frames: int, height: int, width: int) -> tuple[i
 
 
 def random_batch(shape: tuple[int, ...], text_tokens: int, text_width: int, uid: int) -> Batch:
-    """One sample of noise with a caption of noise."""
+    """A batch with one sample, whose latent and caption embedding are noise."""
     generator = torch.Generator().manual_seed(uid)
     latent = torch.randn(shape, generator=generator)
     text = torch.randn(text_tokens, text_width, generator=generator)
@@ -39,7 +39,7 @@ def random_batch(shape: tuple[int, ...], text_tokens: int, text_width: int, uid:
 
 
 class StepClock(Callback):
-    """Wall time of each step and peak memory of each latent shape."""
+    """Measures seconds of each step, and peak memory in GiB of each latent shape."""
 
     def __init__(self) -> None:
         self.seconds: dict[tuple[int, ...], list[float]] = {}
@@ -89,14 +89,14 @@ def run(
     """Builds a full-size model with random weights and trains it for some steps at each clip length.
 
     Args:
-        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        config_json: the transformer's config.
-        frames: clip lengths, each 6k + 1.
-        height: of the clips, in pixels, a multiple of 16.
-        width: of the clips, in pixels, a multiple of 16.
-        text_tokens: caption length.
-        steps: training steps at each clip length.
-        last: blocks retrained, from the end.
+        device: `cpu`, `cuda`, or `auto` for cuda if there is a GPU.
+        config_json: JSON file with the transformer's config.
+        frames: clip lengths in frames, each 6k + 1.
+        height: height of the clips in pixels, a multiple of 16.
+        width: width of the clips in pixels, a multiple of 16.
+        text_tokens: number of tokens of a caption.
+        steps: number of training steps at each clip length.
+        last: number of last blocks to retrain.
     """
     device = choose_device(device)
     config = read_config(str(config_json))
@@ -121,7 +121,7 @@ def run(
     print(f"building {config['num_layers']} blocks with random weights on {device}", flush=True)
     module.build(trainer.strategy.root_device)
     print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
-    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type] # a list serves as a data set
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type] # a list works as a data set
     rows = []
     for count, shape in zip(frames, shapes, strict=True):
         seconds = clock.seconds[shape]

@@ -1,4 +1,4 @@
-"""Peak memory of a process."""
+"""Measures the peak memory of a process."""
 
 import resource
 import sys
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def host_peak(*, reset: bool = False) -> int:
-    """Peak resident bytes of this process; `reset` starts counting from what is resident now, where Linux allows it."""
+    """Peak resident bytes of this process; `reset` first lowers the peak to the current value, if Linux allows it."""
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    # A child process inherits its parent's ru_maxrss on Linux; VmHWM is a process's own.
+    # On Linux a child process inherits its parent's ru_maxrss, but not VmHWM.
     if reset:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")

@@ -1,8 +1,8 @@
-"""`reblock bench pack`: packing against FFmpeg's own probing: files per second, and memory of all processes.
+"""`reblock bench pack`: compares packing with FFmpeg's own probing, by files per second and memory of all processes.
 
 Probing opens each file, reads its stream information (`avformat_open_input`, `avformat_find_stream_info`) and closes
-it, which every packer has to do. Packing does more: it counts and times every packet, decodes the first frame, hashes
-the file, and copies it into a shard that is hashed and forced to the disk.
+it, as every packer must. Packing also counts and times every packet, decodes the first frame, hashes the file, and
+copies it into a shard, which is hashed and synced to disk.
 """
 
 import json
@@ -22,7 +22,7 @@ from data.pack.command import pack
 from data.synth.command import synth
 from launch.bench.result import BenchResult
 
-#: Of the clips: small, because generating them takes longest, and because costs per file show best.
+#: Frames, pixels and frame rate of the clips: small, to save time and to show the costs per file.
 FRAMES, SIZE, FPS = 19, 128, 12
 PACK = "reblock pack"
 PROBE = "FFmpeg's library (PyAV): open, find stream info, close"
@@ -38,7 +38,7 @@ def _probe(path: str) -> int:
 
 
 def probe_all(src: Path, workers: int) -> None:
-    """Probes every clip of a folder, in processes that are started like those of `pack`."""
+    """Probes every clip of a folder, in processes that start like those of `pack`."""
     paths = sorted(map(str, src.glob("*.mp4")))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -58,7 +58,7 @@ def ffprobe_all(src: Path, workers: int) -> None:
 
 
 def pack_all(src: Path, workers: int) -> None:
-    """Packs a folder into one that is removed afterwards."""
+    """Packs a folder into a temporary folder."""
     with tempfile.TemporaryDirectory(dir=src.parent) as out:
         pack(str(src), Path(out), buckets=[f"{FRAMES}x{SIZE}x{SIZE}"], processes=workers)
 
@@ -67,7 +67,7 @@ _RUNS: dict[str, Callable[[Path, int], None]] = {PACK: pack_all, PROBE: probe_al
 
 
 def timed(name: str, workers: str, *sources: str) -> None:
-    """Runs one of `_RUNS` on each folder and prints the seconds of the last one; called in a process of its own."""
+    """Runs one of `_RUNS` on each folder and prints the seconds of the last run; called in a new process."""
     for src in sources:
         start = time.perf_counter()
         _RUNS[name](Path(src), int(workers))
@@ -76,14 +76,14 @@ def timed(name: str, workers: str, *sources: str) -> None:
 
 
 def measure(name: str, workers: int, sources: Sequence[Path], *, watch: bool) -> float:
-    """Runs one of `_RUNS` on some folders, in a fresh process.
+    """Runs one of `_RUNS` on some folders in a new process.
 
     Returns:
-        Seconds of the last folder; or, with `watch`, the most bytes that the process and all that it started held at a
-        time, pages that they share counted once. Watching costs time, so a run gives one of the two.
+        Seconds of the last folder; with `watch`, peak bytes of the process and its descendants together, with shared
+        pages counted once. Watching takes time, so one run measures only one of the two.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError: if the process fails.
     """
     code = f"import sys; from {__name__} import timed; timed(*sys.argv[1:])"
     home = str(Path(__file__).resolve().parents[2])
@@ -103,10 +103,10 @@ def measure(name: str, workers: int, sources: Sequence[Path], *, watch: bool) ->
 
 
 def _family(root: int) -> Iterator[int]:
-    """A process and all that descend from it."""
+    """Yields the ids of a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, IndexError):  # it has ended
+        with suppress(OSError, IndexError):  # the process has ended
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
     waiting = [root]
@@ -116,7 +116,7 @@ def _family(root: int) -> Iterator[int]:
 
 
 def _resident(process: int) -> int:
-    """Bytes of a process in memory; a page that n processes share counts as an n-th."""
+    """Resident bytes of a process; a page that n processes share counts 1/n."""
     with suppress(OSError):
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -125,15 +125,15 @@ def _resident(process: int) -> int:
 
 
 def run(*, repeats: int = 7, clips: int = 1000, workers: int = 2) -> BenchResult:
-    """Packs generated clips, and probes the same files: a tenth of them, and all of them.
+    """Packs generated clips and probes the same files, first a tenth of them and then all.
 
     Args:
-        repeats: timed rounds of each, interleaved.
-        clips: clips that are generated.
-        workers: processes.
+        repeats: number of timed, interleaved rounds of each.
+        clips: number of clips to generate.
+        workers: number of processes.
 
     Raises:
-        ValueError: for fewer than 20 clips, or no worker.
+        ValueError: if there are fewer than 20 clips, or no worker.
     """
     if clips < 20 or workers < 1:
         raise ValueError(f"got clips {clips}, workers {workers}; expected at least 20, and 1.")
@@ -149,7 +149,7 @@ def run(*, repeats: int = 7, clips: int = 1000, workers: int = 2) -> BenchResult
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(repeats):
             for name in names:
-                # The first folder brings up what both load once, for example torch.
+                # The first folder takes the one-time costs, such as the import of torch.
                 seconds[name].append(measure(name, workers, folders, watch=False))
         peaks = {name: [measure(name, workers, [src], watch=True) for src in folders] for name in names}
     best = {name: many / min(times) for name, times in seconds.items()}

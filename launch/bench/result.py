@@ -1,4 +1,4 @@
-"""A benchmark's table, and how it is printed with hardware and versions."""
+"""A benchmark's table, printed with hardware and versions."""
 
 import platform
 import sys
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """A table.
+    """The table of a benchmark.
 
     Args:
-        title: above the table.
+        title: title above the table.
         columns: names of the columns.
-        rows: cells as text.
+        rows: cells of each row as text.
         notes: lines below the table.
         device: torch device that the benchmark ran on.
     """
@@ -26,14 +26,14 @@ class BenchResult:
 
 
 def choose_device(device: str) -> str:
-    """`device`, or for `auto` cuda where torch sees a GPU and cpu elsewhere."""
+    """Returns `device`; for `auto`, cuda if torch sees a GPU, otherwise cpu."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def environment(device: str) -> str:
-    """Versions and hardware, in one line."""
+    """Versions and hardware as one line of text."""
     import torch
 
     from launch.versions import cpu_model
@@ -49,7 +49,7 @@ def environment(device: str) -> str:
 
 
 def show(result: BenchResult) -> None:
-    """Prints a result."""
+    """Prints a result with its notes and environment."""
     from rich.console import Console
     from rich.table import Table
 
@@ -60,7 +60,7 @@ def show(result: BenchResult) -> None:
         table.add_row(*row)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=150)  # a file has no width
+        console = Console(width=150)  # a file has no width of its own
     console.print(table)
     for line in (*result.notes, environment(result.device)):
         console.print(line, soft_wrap=True, highlight=False)

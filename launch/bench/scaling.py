@@ -1,7 +1,7 @@
-"""`reblock bench scaling`: seconds and bytes on the wire of a training step, on 1, 2, 4 processes of this machine.
+"""`reblock bench scaling`: seconds and communicated bytes of a training step on 1, 2, 4 processes of this machine.
 
-Each process is a rank with a batch of its own, of the same size on any number of ranks, over gloo. Bytes are those of
-the tensors that torch's profiler sees go into gloo's collectives in one step, beside the bytes of the gradients.
+Each process is a rank; the batch per rank is the same for any number of ranks. Bytes are the input sizes of gloo's
+collectives in one step, as torch's profiler records them; the table also gives the bytes of the gradients.
 """
 
 import json
@@ -27,15 +27,15 @@ from launch.bench.step import CAPTIONS, CONFIG, LATENT, RETRAINED, config_file, 
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 from trainer.parallel.strategies import ShardedStrategy
 
-#: Steps that are not timed: allocations, the optimiser's state, and DDP's second look at its buckets.
+#: Number of steps before timing, which allocate memory and optimiser state, and in which DDP rebuilds its buckets.
 _WARM = 3
-#: Seconds for all ranks of one run together, from their start to their end.
+#: Largest duration of a run in seconds.
 _DEADLINE = 1800
 _BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8, "unsigned char": 1}
 
 
 class StepProfiler(Callback):
-    """Measures the seconds of each step after the warm-up, then the bytes that one more step sends."""
+    """Measures seconds of each step after the warm-up, and then communicated bytes of one more step."""
 
     def __init__(self, repeats: int) -> None:
         self.counted = _WARM + repeats
@@ -59,7 +59,7 @@ class StepProfiler(Callback):
 
 
 def collective_bytes(profiled: profile) -> dict[str, int]:
-    """Bytes that this process put into gloo's collectives, by their name."""
+    """Input bytes of this process in gloo's collectives, by the collective's name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
@@ -93,7 +93,7 @@ def train_rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[profiler],
         use_distributed_sampler=False, default_root_dir=tempfile.gettempdir(),
     )  # fmt: skip
-    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type] # a list serves as a data set
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type] # a list works as a data set
     if trainer.is_global_zero:
         named = module.retrained_parameters().values()
         gradients = sum(p.numel() * p.element_size() for p in named)
@@ -107,10 +107,10 @@ def train_rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -
 
 
 def measure(strategy: str, ranks: int, repeats: int, model: dict[str, Any] = CONFIG) -> dict[str, Any]:
-    """Seconds and bytes that `ranks` processes measured on a model of this config.
+    """Trains a model of this config on `ranks` processes; returns the measurements of rank zero.
 
     Raises:
-        RuntimeError: if one failed or they took too long.
+        RuntimeError: if a process fails, or the run takes too long.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -149,8 +149,8 @@ def run(*, repeats: int = 7, processes: tuple[int, ...] = (1, 2, 4)) -> BenchRes
     """Times a training step on several processes of this machine, and counts the bytes that they exchange.
 
     Args:
-        repeats: timed steps of each strategy.
-        processes: numbers of ranks, one run each.
+        repeats: number of timed steps of each strategy.
+        processes: numbers of ranks, with one run for each.
     """
     rows = []
     for ranks in processes:

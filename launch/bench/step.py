@@ -1,8 +1,8 @@
-"""`reblock bench step`: one training step, trunk / head against the same model through diffusers' own forward.
+"""`reblock bench step`: compares a training step of trunk and head with one of diffusers' own forward.
 
-Every variant holds the same weights, retrains the same blocks and sees the same batch; the losses are compared before
-anything is timed. Steps of the variants are interleaved, so that a busy machine slows all of them alike. Memory is
-measured in a process of its own per variant, as what one step adds to the built model.
+All variants have the same weights, retrained blocks and batch; their losses are compared before anything is timed.
+Steps of the variants are interleaved, so that a busy machine slows all of them alike. The memory that a step adds to
+the built model is measured in a new process for each variant.
 """
 
 import json
@@ -25,7 +25,7 @@ from launch.bench.host_memory import host_peak
 from launch.bench.result import BenchResult, choose_device
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
-#: The model that is timed: large enough that matrix products, not Python, take the time on a CPU.
+#: Config of the timed model, large enough that matrix products dominate the time on a CPU, and not Python.
 CONFIG: dict[str, Any] = {
     "_class_name": "MochiTransformer3DModel",
     "patch_size": 2,
@@ -52,7 +52,7 @@ VARIANTS = (TRUNK_HEAD, STOCK, TRAP)
 
 @contextmanager
 def config_file(config: dict) -> Iterator[str]:
-    """A config.json on the disk, as a base with random weights."""
+    """Writes a temporary config.json, as a base with random weights; yields its path."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config))
@@ -60,7 +60,7 @@ def config_file(config: dict) -> Iterator[str]:
 
 
 def make_batch(config: dict, latent: tuple[int, ...], captions: tuple[int, ...]) -> Batch:
-    """Latents and captions of noise."""
+    """A batch whose latents and caption embeddings are noise."""
     generator = torch.Generator().manual_seed(0)
     return Batch.collate([
         Sample(
@@ -79,13 +79,13 @@ class StepVariant:
     Args:
         name: one of `VARIANTS`.
         base: path of a config.json.
-        batch: what every step sees.
-        last: blocks retrained, from the end.
-        device: where.
+        batch: batch of every step.
+        last: number of last blocks to retrain.
+        device: torch device to train on.
     """
 
     def __init__(self, name: str, base: str, batch: Batch, *, last: int, device: str) -> None:
-        # Initialised by `torch`: with `dit`, only the gates of a fresh block have a gradient at first.
+        # Initialised by `torch`, since with `dit` only the gates of a new block have a nonzero gradient at first.
         self.module = RetrainBlocks(
             base=base, surgery=SurgeryConfig(last=last, init="torch"), optim=OptimConfig(warmup_steps=1),
             caption_dropout=0.0, stock_attention=name != TRUNK_HEAD,
@@ -106,20 +106,20 @@ class StepVariant:
         return self.module.split_model.transformer(x, batch.text, timestep, batch.text_mask, return_dict=False)[0]
 
     def loss(self) -> Tensor:
-        """The loss with autograd."""
+        """Computes the loss with autograd."""
         x = self.module.flow.mix(self.batch.latents, self.noise, self.sigma)
         target = self.module.flow.target(self.batch.latents, self.noise)
         return (self.velocity(x, self.sigma, self.batch) - target).square().mean()
 
     def step(self) -> None:
-        """Forward, backward, clip, AdamW."""
+        """Runs one step: forward, backward, clipping, AdamW."""
         self.loss().backward()
         torch.nn.utils.clip_grad_norm_(list(self.module.retrained_parameters().values()), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def seconds(self) -> float:
-        """Wall time of a step."""
+        """Runs one step and returns its seconds."""
         _synchronize(self.batch.latents.device)
         start = time.perf_counter()
         self.step()
@@ -133,7 +133,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def saved_bytes(variant: StepVariant) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once and without the weights."""
+    """Bytes that autograd saves for the backward pass, without the weights; each storage counts once."""
     weights = {p.untyped_storage().data_ptr() for p in variant.module.split_model.transformer.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -148,7 +148,7 @@ def saved_bytes(variant: StepVariant) -> int:
 
 
 def step_memory(name: str, config: dict, latent: tuple, captions: tuple, last: int, device: str, threads: int) -> int:
-    """Bytes that the first step adds to the peak memory of this process, optimiser state included."""
+    """Bytes that the first step adds to the peak memory of this process, with the optimiser state."""
     torch.set_num_threads(threads)
     with config_file(config) as base:
         variant = StepVariant(name, base, make_batch(config, latent, captions), last=last, device=device)
@@ -167,8 +167,8 @@ class StepCost:
     """Cost of a variant.
 
     Args:
-        seconds: of each step.
-        saved: bytes that autograd keeps for the backward pass.
+        seconds: seconds of each step.
+        saved: bytes that autograd saves for the backward pass.
     """
 
     seconds: list[float]
@@ -178,10 +178,10 @@ class StepCost:
 def compare(
     config: dict, latent: tuple, captions: tuple, *, last: int, device: str, repeats: int
 ) -> dict[str, StepCost]:
-    """Cost of each of `VARIANTS`.
+    """Measures the cost of each of `VARIANTS`.
 
     Raises:
-        RuntimeError: if the variants' losses differ: they would not do the same work.
+        RuntimeError: if the losses of the variants differ, since they then do different work.
     """
     with config_file(config) as base:
         batch = make_batch(config, latent, captions)
@@ -201,7 +201,7 @@ def compare(
 
 
 def added_memory(name: str, config: dict, latent: tuple, captions: tuple, *, last: int, device: str) -> int:
-    """`step_memory` in a process of its own, since the peak of a process never falls."""
+    """`step_memory` in a new process, since the peak of a process never falls."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(step_memory, name, config, latent, captions, last, device, torch.get_num_threads()).result()
 
@@ -210,8 +210,8 @@ def run(*, device: str = "auto", repeats: int = 7) -> BenchResult:
     """Times a training step of trunk and head against diffusers' own forward.
 
     Args:
-        device: `cpu`, `cuda`, or `auto` for cuda where there is one.
-        repeats: timed steps of each variant, interleaved.
+        device: `cpu`, `cuda`, or `auto` for cuda if there is a GPU.
+        repeats: number of timed, interleaved steps of each variant.
     """
     device = choose_device(device)
     measured = compare(CONFIG, LATENT, CAPTIONS, last=RETRAINED, device=device, repeats=repeats)

@@ -1,7 +1,7 @@
-"""`reblock bench stream`: samples per second of the stream, and the cost of a resume in the middle of an epoch.
+"""`reblock bench stream`: samples per second of the loader, and the cost of a resume within an epoch.
 
-The same latent shards are read by our loader, by plain webdataset, and as bare bytes; rounds are interleaved,
-so that a busy machine slows all of them alike. Everything lies in the page cache: what is compared is the software.
+The same latent shards are read by our loader, by plain webdataset, and as raw bytes. Rounds are interleaved, so that a
+busy machine slows all of them alike. All files are in the page cache, so the software is compared and not the disk.
 """
 
 import json
@@ -31,7 +31,7 @@ from launch.bench.result import BenchResult
 BUCKET, CHANNELS, TEXT_WIDTH, TOKENS = Bucket(19, 128, 128), 12, 1024, (20, 76)
 BATCH, PER_SHARD = 16, 250
 SHUFFLED = 500  # samples in webdataset's shuffle buffer
-#: Of the resume row: samples, and their size.
+#: Number of samples, samples per shard and bucket for the measurement of a resume.
 SMALL_SAMPLES, SMALL_PER_SHARD, SMALL_BUCKET = 100_000, 1000, Bucket(1, 32, 32)
 RESUMED_AT = 0.9
 
@@ -44,12 +44,12 @@ def write_shards(folder: Path, samples: int, bucket: Bucket, per_shard: int, tok
     """Writes latent shards of noise.
 
     Args:
-        folder: to write.
+        folder: folder to write.
         samples: number of samples.
-        bucket: their size.
-        per_shard: samples of a shard.
-        tokens: shortest and longest caption; without it the samples of a shard share one caption of 4 tokens and have
-            no metadata.
+        bucket: bucket of the samples.
+        per_shard: number of samples per shard.
+        tokens: lengths of the shortest and longest caption. None gives all samples of a shard the same caption of 4
+            tokens, and no metadata.
     """
     generator = torch.Generator().manual_seed(0)
     shape = bucket.latent_shape(CHANNELS)
@@ -81,12 +81,12 @@ def _module(folder: Path, workers: int, batch_size: int = BATCH) -> LatentDataMo
 
 
 def read_ours(folder: Path, workers: int) -> int:
-    """Samples of an epoch of our loader."""
+    """Reads an epoch with our loader; returns the number of samples."""
     return sum(len(batch) for batch in _module(folder, workers).train_dataloader())
 
 
 def _with_captions(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A caption's embedding comes before the first sample that uses it."""
+    """Adds its caption embedding to each sample; shards store an embedding before the first sample that uses it."""
     texts: dict[str, bytes] = {}
     prefix = caption_key("")
     for sample in samples:
@@ -100,7 +100,7 @@ def _with_captions(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
 
 
 class _Decode:
-    """Bytes to a normalised sample."""
+    """Decodes bytes into a normalised sample."""
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         self.mean, self.std = mean, std
@@ -112,7 +112,7 @@ class _Decode:
 
 
 def plain_pipeline(folder: Path, workers: int) -> Iterable[Batch]:
-    """The pipeline that webdataset's documentation recommends: shuffled shards, and a buffer of shuffled samples."""
+    """The pipeline that webdataset's documentation recommends: shuffled shards, and a shuffle buffer of samples."""
     index = json.loads((folder / "index.json").read_text())
     mean = torch.tensor(index["latents_mean"]).view(-1, 1, 1, 1)
     std = torch.tensor(index["latents_std"]).view(-1, 1, 1, 1)
@@ -128,7 +128,7 @@ def plain_pipeline(folder: Path, workers: int) -> Iterable[Batch]:
 
 
 def read_plain(folder: Path, workers: int) -> int:
-    """Samples of an epoch of the plain pipeline."""
+    """Reads an epoch with the plain pipeline; returns the number of samples."""
     return sum(len(batch) for batch in plain_pipeline(folder, workers))
 
 
@@ -141,7 +141,7 @@ def _read_bytes(shard: Path) -> int:
 
 
 def read_bytes(folder: Path, workers: int) -> int:
-    """Samples whose bytes were read, by as many processes."""
+    """Reads the bytes of all shards in `workers` processes; returns the number of samples."""
     index = json.loads((folder / "index.json").read_text())
     shards = [folder / entry["name"] for entry in index["shards"]]
     with ProcessPoolExecutor(max(1, workers), mp_context=get_context("fork")) as pool:
@@ -152,7 +152,7 @@ def read_bytes(folder: Path, workers: int) -> int:
 
 
 def rates(folder: Path, workers: int, repeats: int) -> dict[str, list[float]]:
-    """Samples per second of each way of reading, round by round."""
+    """Samples per second of each way of reading in each round."""
     ways: dict[str, Callable[[Path, int], int]] = {OURS: read_ours, PLAIN: read_plain, BYTES: read_bytes}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(repeats + 1):
@@ -165,7 +165,7 @@ def rates(folder: Path, workers: int, repeats: int) -> dict[str, list[float]]:
 
 
 def resume_cost(folder: Path, workers: int, repeats: int, batch_size: int = 64) -> tuple[float, float]:
-    """Seconds from nothing to the first batch at nine tenths of an epoch, and of reading the whole epoch."""
+    """Seconds from the start to the first batch at 90 % of an epoch, and seconds to read the whole epoch."""
     start = time.perf_counter()
     batches = sum(1 for _ in _module(folder, workers, batch_size).train_dataloader())
     whole = time.perf_counter() - start
@@ -183,9 +183,9 @@ def run(*, repeats: int = 7, samples: int = 4000, workers: int = 2) -> BenchResu
     """Measures samples per second of the stream against plain webdataset and bare reading, and the cost of a resume.
 
     Args:
-        repeats: timed rounds of each, interleaved.
-        samples: latents that are generated and read.
-        workers: loader processes.
+        repeats: number of timed, interleaved rounds of each.
+        samples: number of latents to generate and read.
+        workers: number of loader processes.
     """
     with tempfile.TemporaryDirectory(prefix="reblock-bench-") as folder:
         latents, small = Path(folder) / "latents", Path(folder) / "small"

@@ -1,7 +1,7 @@
-"""The text of a batch script: what it is made of, and how values of the user's are quoted in it.
+"""Renders a batch script, with quotes around the user's values.
 
-A script is read twice: by sbatch, which takes the #SBATCH lines with quoting rules of its own, and by bash. Whatever
-comes from the user goes through `directive` for the one and `shlex.quote` for the other.
+Two programs read a script: sbatch, with its own quoting rules for #SBATCH lines, and bash. Every value of the user
+passes through `directive` for sbatch and `shlex.quote` for bash.
 """
 
 import re
@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from launch.run_folder import RunFolder
 
-#: A comment, or an option of sbatch with its value; None for one that takes none.
+#: A comment, or an option of sbatch with its value; None for an option without a value.
 Line = str | tuple[str, str | None]
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@:,./+=\[\]%^*-]+")
@@ -31,29 +31,29 @@ class DirectiveGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchScript:
-    """What one script is made of.
+    """Content of one batch script.
 
     Args:
         stage: encode, fit or export.
-        title: what it does, in one line.
-        written: when.
-        versions: of what it was submitted with, in one line.
-        by_hand: how it is submitted again, lines of comment.
-        path: of the script.
-        groups: what is asked of Slurm.
-        modules: to load.
-        setup: lines of shell, as they are.
-        env: of the tasks.
-        ranks: whether its tasks are ranks of one training.
+        title: purpose of the script in one line.
+        written: date and time of the submission.
+        versions: versions of the submitted software in one line.
+        by_hand: lines of comment that explain how to submit the script again.
+        path: path of the script.
+        groups: #SBATCH lines in groups.
+        modules: environment modules to load.
+        setup: lines of shell, which are copied verbatim.
+        env: environment variables of the tasks.
+        ranks: whether the tasks are ranks of one training run.
         run: the run folder.
-        signal: that announces the end of the time to the tasks.
-        stops: what they do on the signal, for a comment; empty if they ignore it.
-        verb: what is run, for a heading.
-        job_id: how the shell writes what `scontrol requeue` takes.
-        max_requeues: by the script.
-        wait_seconds: as `Submission.wait_seconds`.
-        srun: srun's options, in the shell's own spelling.
-        command: what srun runs, in the shell's own spelling: one line of the script each.
+        signal: signal that announces the time limit to the tasks.
+        stops: what the tasks do on the signal, for a comment; empty if they ignore it.
+        verb: name of the program, for a heading.
+        job_id: shell expression for the argument of `scontrol requeue`.
+        max_requeues: largest number of requeues by the script.
+        wait_seconds: seconds as in `Submission.wait_seconds`.
+        srun: options of srun, quoted for the shell.
+        command: lines of the command that srun runs, quoted for the shell.
     """
 
     stage: str
@@ -79,10 +79,10 @@ class BatchScript:
 
 
 def quote_directive(value: str) -> str:
-    """A value as sbatch reads it in a #SBATCH line: inside double quotes, a backslash takes the next character as is.
+    """Quotes a value for a #SBATCH line, where a backslash inside double quotes escapes the next character.
 
     Raises:
-        ValueError: for a line break, which nothing can quote there.
+        ValueError: if the value has a line break, which cannot be quoted there.
     """
     if "\n" in value or "\r" in value:
         raise ValueError(f"got {value!r} for a line of a script, expected text without line breaks.")
@@ -92,7 +92,7 @@ def quote_directive(value: str) -> str:
 
 
 def directive(line: Line) -> str:
-    """A comment or a #SBATCH line."""
+    """Renders a comment or a #SBATCH line."""
     if isinstance(line, str):
         return f"# {line}"
     name, value = line
@@ -100,12 +100,12 @@ def directive(line: Line) -> str:
 
 
 def file_pattern(path: str) -> str:
-    """A path for an option that takes a file name pattern: its own percent signs stay what they are."""
+    """Escapes the percent signs of a path for an option that takes a file name pattern."""
     return path.replace("%", "%%")
 
 
 def render(script: BatchScript) -> str:
-    """The script's text."""
+    """Text of the script."""
     environment = Environment(
         loader=PackageLoader("launch"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,

@@ -1,6 +1,6 @@
-"""Faults of recipe, options and cluster together, found before anything is written or queued.
+"""Checks recipe, options and cluster against each other, before anything is written or queued.
 
-Each function gives a line for each fault; nothing here raises for what a user can mend.
+Each function returns one line per fault, and raises nothing for faults that a user can mend.
 """
 
 import os
@@ -25,14 +25,14 @@ from launch.fit.checks import check_fit
 from launch.plan import estimate
 from launch.run_config import RunConfig
 
-#: Names that Lightning takes for a shell someone types into: it then starts no ranks.
+#: Job names for which Lightning assumes an interactive shell and starts no ranks.
 _INTERACTIVE = ("bash", "interactive")
 _ONE_DEVICE = ("single_device", "single_xla")
 _ONE_NODE = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 def name_faults(run: RunConfig) -> list[str]:
-    """The run's name and folder, as a job's name and in a script."""
+    """Faults of the run's name and folder, as a job's name and as text in a script."""
     found = control_faults({"run.name": run.name, "run.root": run.root, "the current folder": str(Path.cwd())})
     if run.name in _INTERACTIVE:
         found.append(
@@ -42,7 +42,7 @@ def name_faults(run: RunConfig) -> list[str]:
 
 
 def layout_faults(submission: Submission) -> list[str]:
-    """Nodes and devices against the recipe's strategy."""
+    """Faults of nodes and devices with the recipe's strategy."""
     trainer, found = submission.recipe["trainer"], []
     strategy = trainer.get("strategy", "auto")
     name = strategy if isinstance(strategy, str) else strategy.get("class_path", "").rpartition(".")[2]
@@ -60,12 +60,12 @@ def layout_faults(submission: Submission) -> list[str]:
 def content_faults(
     submission: Submission, model: LightningModule, data: LightningDataModule, callbacks: Sequence[Callback]
 ) -> list[str]:
-    """Base, shards, batches and probes, as `reblock fit` checks them; what the stage encode makes, by its sources."""
+    """Faults of base, shards, batches and probes, as `reblock fit` finds them; for the stage encode, of its sources."""
     found, stages = [], submission.options.stage_list
     if "encode" in stages:
         found += _encode_faults(submission)
     if "fit" in stages:
-        # The batch first: `check_fit` comes to it only where the shards are in order, and this is known without them.
+        # The batch first: it needs no shards, while `check_fit` checks it only after the shards are found valid.
         if isinstance(data, ShardDataModule) and data.config.global_batch_size is not None:
             size = data.config.global_batch_size
             found += _lines(lambda: rank_size(size, submission.ranks))
@@ -105,7 +105,7 @@ def _lines(check: Any) -> list[str]:
 
 
 def cluster_faults(submission: Submission) -> list[str]:
-    """The options against what Slurm says of its partitions; nothing where it does not answer."""
+    """Faults of the options with Slurm's partitions; skips the partitions if Slurm does not answer."""
     options, found = submission.options, []
     if options.container_image and slurm.has_pyxis() is False:
         found.append(
@@ -122,7 +122,7 @@ def cluster_faults(submission: Submission) -> list[str]:
 
 @dataclass(frozen=True)
 class _Requirements:
-    """What a stage asks of a partition; GPUs of each node, or none."""
+    """Resources that a stage requests from a partition; tasks and GPUs are per node."""
 
     nodes: int
     tasks: int
@@ -141,10 +141,10 @@ def _requirements(submission: Submission, stage: str, own: Mapping[str, str | No
 
 
 def _partition_faults(submission: Submission, stage: str, known: Sequence[slurm.Partition]) -> list[str]:
-    """Of the partitions that a stage may run in, none can take it."""
+    """Faults of a stage if none of its possible partitions can run it."""
     options = submission.options
     own = raw_options([*options.slurm, *(getattr(options, stage).slurm if stage != "fit" else [])])
-    # sbatch takes the environment's before the script's.
+    # sbatch prefers the environment variable to the script's option.
     named = os.environ.get("SBATCH_PARTITION") or own.get("partition") or options.partition
     every = ", ".join(partition.name for partition in known)
     if named is None:
@@ -162,7 +162,7 @@ def _partition_faults(submission: Submission, stage: str, known: Sequence[slurm.
 
 
 def _refusal(required: _Requirements, partition: slurm.Partition) -> str | None:
-    """Why a partition cannot take what is asked, or None."""
+    """Reason why a partition cannot provide the resources, or None."""
     against = []
     if required.nodes > partition.nodes:
         against.append(f"{required.nodes} nodes of {partition.nodes}")
@@ -182,14 +182,14 @@ def _refusal(required: _Requirements, partition: slurm.Partition) -> str | None:
 
 
 def memory_faults(submission: Submission, recipe: Path) -> tuple[list[str], str | None]:
-    """The estimate of `reblock plan` against a GPU's memory.
+    """Compares the estimate of `reblock plan` with a GPU's memory.
 
     Args:
-        submission: what is submitted.
-        recipe: the resolved recipe, as a file.
+        submission: the submission.
+        recipe: path of the resolved recipe.
 
     Returns:
-        Faults, and what the estimate says where there is none.
+        Faults, and the estimate as text; None without an estimate.
     """
     if not submission.gpus or "fit" not in submission.options.stage_list:
         return [], None
@@ -208,7 +208,7 @@ def memory_faults(submission: Submission, recipe: Path) -> tuple[list[str], str 
 
 
 def _clip_size(submission: Submission) -> list[str]:
-    """The largest clip of the video shards, for a submission whose latents the stage encode has yet to make."""
+    """Options for the size of the largest clip in the video shards, if the stage encode will write the latents."""
     if "encode" not in submission.options.stage_list:
         return []
     sources = find_shards([str(submission.options.encode.shards)], VIDEO_FORMAT, Store())

@@ -1,11 +1,11 @@
-"""What `reblock submit` writes into the run folder: scripts, the resolved recipe, versions, the code's state, job ids.
+"""Files that `reblock submit` writes into the run folder.
 
-job.sbatch, encode.sbatch, export.sbatch   the scripts
-job/config.yaml                            the recipe, as the job reads it
-job/versions.json                          packages, commit, command
-job/changes.diff                           how the code differed from that commit
-job/jobs.jsonl                             a line for each job that was queued
-logs/                                      of scripts and tasks
+job.sbatch, encode.sbatch, export.sbatch   scripts
+job/config.yaml                            resolved recipe that the job reads
+job/versions.json                          versions of packages, commit, command
+job/changes.diff                           changes of the code since that commit
+job/jobs.jsonl                             one line for each queued job
+logs/                                      logs of scripts and tasks
 """
 
 import json
@@ -22,20 +22,20 @@ from launch.versions import git_output
 
 
 def changes() -> str:
-    """How the code differs from its commit, as a patch; new files too. Empty outside a checkout."""
+    """Changes of the code since its commit as a patch, with new files; empty outside a checkout."""
     new = [name for name in git_output("ls-files", "--others", "--exclude-standard", "-z").split("\0") if name]
     patches = [git_output("diff", "--no-index", "--", os.devnull, name) for name in new]
     return "".join([git_output("diff", "--binary", "HEAD"), *patches])
 
 
 def write_folder(submission: Submission, recipe: str, scripts: Sequence[BatchScript], versions: dict[str, Any]) -> None:
-    """Writes all but the job ids.
+    """Writes all files except the list of jobs.
 
     Args:
-        submission: what is submitted.
+        submission: the submission.
         recipe: text of the resolved recipe.
-        scripts: of its stages.
-        versions: as `launch.versions.versions` gives them.
+        scripts: scripts of its stages.
+        versions: result of `launch.versions.versions`.
 
     Raises:
         ValueError: if the folder cannot be written.
@@ -55,15 +55,16 @@ def write_folder(submission: Submission, recipe: str, scripts: Sequence[BatchScr
 
 
 def note_job(run: RunFolder, stage: str, number: str, after: Sequence[str], nodes: int) -> None:
-    """Appends a job to the run's list."""
+    """Appends a job to the run's list of jobs."""
     entry = {"job": number, "stage": stage, "after": list(after), "nodes": nodes, "time": f"{datetime.now():%F %T}"}
     append_line(run.job_list, json.dumps(entry))
 
 
 def noted_jobs(run: RunFolder) -> list[dict[str, Any]]:
-    """The jobs of a run, the first one first; lines that are cut short are left out.
+    """The jobs of a run, oldest first; skips incomplete lines.
 
-    A job is noted by who submits it, and by its script where that was done by hand: whichever comes first counts.
+    Both `reblock submit` and the script itself list a job, since a user may submit the script by hand. The first entry
+    of a job counts.
     """
     found: dict[str, dict[str, Any]] = {}
     path = run.job_list

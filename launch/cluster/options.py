@@ -1,4 +1,4 @@
-"""The options of `reblock submit` beside the recipe, and their faults."""
+"""Options of `reblock submit` besides the recipe, and their checks."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from launch.plan.hardware import GPU_GIB
 
-#: In the order in which they depend on each other.
+#: Stages of a submission; each depends on the one before it.
 STAGES = ("encode", "fit", "export")
 SIGNALS = ("USR1", "USR2", "HUP", "CONT", "URG", "WINCH")
 
@@ -15,7 +15,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MEMORY = re.compile(r"\d+[KMGT]?")
 _AFTER = re.compile(r"\d+(_\d+)?")
 
-#: Options of sbatch that the script depends on -> what to use instead of a raw one.
+#: Options of sbatch that the user must not give directly -> what to use instead.
 _TAKEN = {
     "nodes": "--nodes",
     "ntasks": "trainer.devices: there is one task for each device",
@@ -38,14 +38,14 @@ _TAKEN = {
 
 @dataclass(kw_only=True)
 class EncodeStage:
-    """The stage that makes the recipe's latents: an array of jobs that share the shards among them.
+    """The stage that encodes the recipe's latents: an array of jobs that divide the shards among them.
 
     Args:
-        shards: video shards, as `reblock encode` takes them.
-        tasks: jobs in the array, each with one device.
-        at_once: how many of them may run at a time; None: all.
+        shards: location of the video shards, as for `reblock encode`.
+        tasks: number of jobs in the array, each with one device.
+        at_once: largest number of jobs that run at a time; None for all.
         options: more options of `reblock encode`, each as `--key=value`.
-        slurm: as `slurm` of the whole submission, for this stage; e.g. --partition=small.
+        slurm: more options of sbatch for this stage, e.g. --partition=small.
     """
 
     shards: str | None = None
@@ -60,9 +60,9 @@ class ExportStage:
     """The stage that writes the pipeline folder, on one node without a GPU.
 
     Args:
-        out: folder; None: `pipeline` in the run folder.
+        out: folder to write; None for `pipeline` in the run folder.
         options: more options of `reblock export`, each as `--key=value`.
-        slurm: as `slurm` of the whole submission, for this stage.
+        slurm: more options of sbatch for this stage, each as `--key=value` or `--key`.
     """
 
     out: str | None = None
@@ -72,41 +72,42 @@ class ExportStage:
 
 @dataclass(kw_only=True)
 class JobConfig:
-    """How a recipe runs on a Slurm cluster; every option may stand in a `--config` file beside the recipe's.
+    """Options for a recipe's run on a Slurm cluster. A `--config` file may hold them together with the recipe.
 
     Args:
-        nodes: how many; None: the recipe's trainer.num_nodes.
-        stages: of encode, fit, export, separated by commas; each waits for the one before it.
-        dry_run: print what would be submitted, write and queue nothing.
-        partition: as sbatch.
-        account: as sbatch.
-        qos: as sbatch.
-        time: limit, as sbatch; [D-]HH:MM:SS, or minutes. A run that is not finished then goes on in a new allocation.
-        gpus_per_node: as sbatch, and the recipe's trainer.devices; None: trainer.devices on a GPU recipe.
-        cpus_per_task: as sbatch, for each device of fit and encode; None: what the cluster gives.
-        mem: of a node of the fit, as sbatch: 512G; 0 is all of it.
-        constraint: as sbatch.
-        exclude: as sbatch.
-        reservation: as sbatch.
-        exclusive: no other job on the nodes of the fit.
-        slurm: more options of sbatch for every stage, each as `--key=value` or `--key`; they win over the ones above.
-        after: id of a job that must have succeeded before the first stage starts; several by commas.
-        signal: which signal announces the end of the time; another one where NCCL or a container claims it.
-        signal_seconds: how long before the end. The longest step or measurement, and a checkpoint, must fit in.
-        max_requeues: how often the script queues its job again; 0: never, and neither does Slurm.
-        wait_seconds: how long the other tasks may go on when one has ended, before Slurm ends them; None: until Slurm
-            has given up a node that has died and queued the job again, twice its SlurmdTimeout and a minute.
-        modules: to load.
-        setup: lines of shell that prepare the environment, put into the script as they are.
-        env: environment of the tasks, NCCL's settings above all: {NCCL_SOCKET_IFNAME: ib0}.
+        nodes: number of nodes; None takes the recipe's trainer.num_nodes.
+        stages: stages to run, of encode, fit and export, separated by commas; each waits for the one before it.
+        dry_run: print what would be submitted, but write and queue nothing.
+        partition: partition, as for sbatch; several are separated by commas.
+        account: account to charge, as for sbatch.
+        qos: quality of service, as for sbatch.
+        time: time limit, [D-]HH:MM:SS or minutes, as for sbatch. An unfinished run continues in a new allocation.
+        gpus_per_node: GPUs per node, which replace the recipe's trainer.devices; None keeps those of a GPU recipe.
+        cpus_per_task: CPUs for each device of fit and encode; None takes the cluster's default.
+        mem: memory of a node of the fit, as for sbatch, e.g. 512G; 0 requests all of it.
+        constraint: required features of the nodes, as for sbatch.
+        exclude: nodes to avoid, as for sbatch.
+        reservation: reservation to use, as for sbatch.
+        exclusive: allow no other job on the nodes of the fit.
+        slurm: more options of sbatch for every stage, each as `--key=value` or `--key`; they override those above.
+        after: id of a job that must succeed before the first stage starts; several are separated by commas.
+        signal: signal that announces the time limit; choose another if NCCL or a container uses it.
+        signal_seconds: seconds from the signal to the time limit; enough for the longest step or measurement and a
+            checkpoint.
+        max_requeues: largest number of requeues by the script; 0 turns requeues off, those by Slurm too.
+        wait_seconds: seconds that other tasks may run after one has ended, before Slurm kills them. None takes twice
+            SlurmdTimeout and a minute, in which Slurm detects a dead node and requeues the job.
+        modules: environment modules to load.
+        setup: lines of shell that prepare the environment; the script holds them verbatim.
+        env: environment variables of the tasks, such as NCCL's settings: {NCCL_SOCKET_IFNAME: ib0}.
         container_image: image or URI for pyxis (`srun --container-image`).
         apptainer_image: image for `apptainer exec --nv`.
-        container_mounts: FROM:TO, by commas, for either; None: the current folder, the run's, and those of base
-            and shards, each under its own name.
-        command: how `reblock` is called on the nodes; None: the one that is running now, in a container `reblock`.
-        gpu_memory: of one GPU, in GiB, which the plan's estimate must fit.
-        encode: the stage encode.
-        export: the stage export.
+        container_mounts: mounts for either image, FROM:TO separated by commas; None mounts the current folder, the
+            run folder, and those of base and shards, each at the same path.
+        command: command that runs `reblock` on the nodes; None takes this installation's, or `reblock` in a container.
+        gpu_memory: memory of one GPU in GiB; the plan's estimate must fit into it.
+        encode: options of the stage encode.
+        export: options of the stage export.
     """
 
     nodes: int | None = None
@@ -142,17 +143,17 @@ class JobConfig:
 
     @property
     def stage_list(self) -> list[str]:
-        """The stages that are asked for, in their order."""
+        """The requested stages in order."""
         asked = [name.strip() for name in self.stages.split(",")]
         return [name for name in STAGES if name in asked]
 
     @property
     def after_list(self) -> list[str]:
-        """The jobs that are waited for."""
+        """Ids of the jobs to wait for."""
         return [] if self.after is None else [job.strip() for job in str(self.after).replace(":", ",").split(",")]
 
     def faults(self) -> list[str]:
-        """What is wrong with these options alone, a line each."""
+        """Faults of these options by themselves, one line each."""
         return [*self._number_faults(), *self._word_faults(), *self._raw_faults(), *self._control_faults()]
 
     def _number_faults(self) -> list[str]:
@@ -224,7 +225,7 @@ class JobConfig:
         return found
 
     def _control_faults(self) -> list[str]:
-        """Line breaks end a directive and begin a command: nothing of the user's may hold one, but for `setup`."""
+        """Faults of texts with line breaks, which would start a new command; only `setup` may have them."""
         words = {name: value for name, value in vars(self).items() if isinstance(value, str)}
         words |= {f"modules[{i}]": word for i, word in enumerate(self.modules)}
         words |= {f"env.{name}": str(value) for name, value in self.env.items()}
@@ -233,7 +234,7 @@ class JobConfig:
 
 
 def control_faults(texts: dict[str, str]) -> list[str]:
-    """A line for each text with control characters."""
+    """One line for each text with control characters."""
     return [
         f"got {name} {text!r}, expected text without line breaks and other control characters."
         for name, text in texts.items()
@@ -242,21 +243,21 @@ def control_faults(texts: dict[str, str]) -> list[str]:
 
 
 def has_control(text: str) -> bool:
-    """Whether there are characters that a line of a script cannot hold."""
+    """Whether the text has characters that cannot be part of a script's line."""
     return any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 def raw_options(options: Sequence[str]) -> dict[str, str | None]:
-    """`--key=value` and `--key` as {key: value or None}."""
+    """Parses `--key=value` and `--key` into {key: value or None}."""
     found = (_RAW.fullmatch(option) for option in options)
     return {m[1]: m[2] for m in found if m}
 
 
 def seconds(limit: str) -> int | None:
-    """A time limit of Slurm's in seconds; None for no limit.
+    """Parses a time limit in Slurm's notation into seconds; None means no limit.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the text is not a time limit.
     """
     if limit.upper() in ("UNLIMITED", "INFINITE", "0"):
         return None

@@ -1,4 +1,4 @@
-"""From a recipe and `JobConfig` to the scripts: what each stage asks of Slurm, and what it runs."""
+"""Builds the script of each stage from a recipe and `JobConfig`: its Slurm options and its command."""
 
 import shlex
 import sys
@@ -14,19 +14,19 @@ from launch.run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What the scripts are made from.
+    """Inputs of the scripts.
 
     Args:
-        options: of the command line.
+        options: options of the command line.
         recipe: the resolved recipe.
-        run: the run folder, absolute.
-        here: the current folder, absolute: what relative paths of the recipe start from.
-        nodes: of the fit.
-        devices: of a node, hence tasks of it.
-        gpus: of a node that are asked of Slurm; None: none.
-        versions: of what is submitted, in one line.
-        written: when.
-        node_timeout: seconds after which Slurm gives up a node that does not answer.
+        run: the run folder with an absolute path.
+        here: absolute path of the current folder, which relative paths of the recipe refer to.
+        nodes: number of nodes of the fit.
+        devices: devices per node, with one task each.
+        gpus: GPUs per node to request from Slurm, or None.
+        versions: versions of the submitted software in one line.
+        written: date and time of the submission.
+        node_timeout: seconds after which Slurm marks an unresponsive node as down.
     """
 
     options: JobConfig
@@ -42,32 +42,32 @@ class Submission:
 
     @property
     def wait_seconds(self) -> int:
-        """How long other tasks may go on when one has ended.
+        """Seconds that other tasks may run after one has ended.
 
-        Ranks of a node that has died leave the others with an error soon. Ended at once, the job would have failed
-        before Slurm gives the node up, and not be queued again.
+        If a node dies, ranks on other nodes soon fail. If Slurm ended the job at once, the job would fail before Slurm
+        marks the node as down, and would not be requeued.
         """
         return self.options.wait_seconds or 2 * self.node_timeout + 60
 
     @property
     def ranks(self) -> int:
-        """Processes that train together."""
+        """Number of training processes."""
         return self.nodes * self.devices
 
     @property
     def name(self) -> str:
-        """The run's name, and the job's."""
+        """Name of the run and of its job."""
         return self.run.path.name
 
     @property
     def latents(self) -> str:
-        """Where the recipe expects the latents that the stage encode makes."""
+        """Folder in which the recipe expects the latents of the stage encode."""
         shards = self.recipe["data"]["init_args"]["shards"]
         return str(shards[0] if isinstance(shards, list) else shards)
 
 
 def make_scripts(submission: Submission) -> list[BatchScript]:
-    """The scripts of the stages that are asked for."""
+    """Builds the scripts of the requested stages."""
     makers = {"encode": _encode, "fit": _fit, "export": _export}
     return [makers[stage](submission) for stage in submission.options.stage_list]
 
@@ -161,7 +161,7 @@ def _script(
     ends: Sequence[Line], slurm: Sequence[str], ranks: bool, srun: Sequence[str], verb: str, command: Sequence[str],
     stops: str = "",
 ) -> BatchScript:  # fmt: skip
-    """What all stages have in common; raw options win over the others."""
+    """Builds a script from the parts that all stages share; raw options override the others."""
     options, own = submission.options, raw_options([*submission.options.slurm, *slurm])
     number = "%A_%a" if stage == "encode" else "%j"
     logs = file_pattern(str(submission.run.logs))
@@ -185,7 +185,7 @@ def _script(
         ("output", f"{logs}/%x-{number}.log"),
         ("open-mode", "append"),
     ]
-    # One log for each task and each start: what a rank said before a requeue is not written over.
+    # One log for each task and each start, so that a requeue does not overwrite earlier output.
     task_log = f'--output={shlex.quote(logs)}/%x-{number}-r"$restarts"-%t.log'
     groups = [
         DirectiveGroup(title="who and where", lines=_without(where, own)),
@@ -210,7 +210,7 @@ def _options(*given: tuple[str, object]) -> list[Line]:
 
 
 def _without(lines: Sequence[Line], own: dict[str, str | None]) -> list[Line]:
-    # GPUs may be asked for in another way: some clusters want --gres.
+    # A raw option may request GPUs instead: some clusters require --gres.
     gone = {*own, *(("gpus-per-node",) if own.keys() & {"gres", "gpus", "gpus-per-task"} else ())}
     return [line for line in lines if isinstance(line, str) or line[0] not in gone]
 
@@ -225,7 +225,7 @@ def _requeue(options: JobConfig) -> list[Line]:
 
 
 def _reblock(submission: Submission) -> list[str]:
-    """How the nodes call reblock."""
+    """Words of the command that runs reblock on the nodes."""
     options = submission.options
     inside = bool(options.container_image or options.apptainer_image)
     command = shlex.split(options.command) if options.command else ["reblock"] if inside else [usual_command()]
@@ -238,7 +238,7 @@ def _reblock(submission: Submission) -> list[str]:
 
 
 def usual_command() -> str:
-    """The `reblock` of this installation, by its full path."""
+    """Full path of this installation's `reblock`."""
     return str(Path(sys.executable).with_name("reblock"))
 
 
@@ -256,7 +256,7 @@ def _mounts(submission: Submission) -> str:
     data, model = submission.recipe["data"]["init_args"], submission.recipe["model"]["init_args"]
     listed = [data.get("shards"), data.get("val_shards"), submission.options.encode.shards, model.get("base")]
     named = [name for value in listed for name in (value if isinstance(value, list) else [value]) if name]
-    # What is no path, such as a hub id or a URL, does not exist; one with a colon or comma cannot be mounted so.
+    # Names that are no paths, such as hub ids and URLs, do not exist. Paths with a colon or comma cannot be mounted.
     paths = [submission.run.path, *(path.absolute() for name in named if (path := Path(str(name))).exists())]
     folders = [
         submission.here,

@@ -1,4 +1,4 @@
-"""`reblock status RUN`: what a run's jobs do and what it has come to. Reads files and asks Slurm; changes nothing."""
+"""`reblock status RUN`: shows a run's jobs, progress, checkpoint and errors. It reads files and asks Slurm only."""
 
 import math
 import re
@@ -11,26 +11,26 @@ from launch import slurm
 from launch.cluster.job_folder import noted_jobs
 from launch.run_folder import RunFolder
 
-#: In this order; of the measurements, what the retraining is for.
+#: Logged values to show, in this order; of the measurements only the main results.
 _FIGURES = (
     "train/loss", "val/loss", "train/grad_norm", "train/lr", "train/skipped", "data/faults", "sinks/heads",
     "sinks/max_frequency", "masking/retrained/critical_ratio", "masking/all/critical_ratio",
 )  # fmt: skip
 _TROUBLE = re.compile(r"Traceback \(most recent|\berror:|\bError\b|CANCELLED|DUE TO|oom.kill|Killed|Segmentation", re.I)
 _START = re.compile(r"job (\S+): start (\d+) \((\d+) requeued\)")
-#: Of a log's end, bytes: a Traceback fits, gigabytes of progress do not matter.
+#: Bytes to read from the end of a log, enough for a traceback.
 _END = 1 << 16
 
 
 def status(run: Path, *, lines: int = 12) -> None:
-    """Prints what runs, since when, how often it was requeued, how fast it is, its last figures, checkpoint and errors.
+    """Prints the state of a run: its jobs and requeues, speed, latest logged values, checkpoint and errors.
 
     Args:
         run: the run folder.
-        lines: of each log with errors, at most.
+        lines: largest number of lines to show from each log with errors.
 
     Raises:
-        ValueError: if there is no such run.
+        ValueError: if the folder does not exist.
     """
     if not run.is_dir():
         raise ValueError(
@@ -50,7 +50,7 @@ def status(run: Path, *, lines: int = 12) -> None:
 
 
 def job_lines(run: RunFolder) -> list[str]:
-    """A line for each job that was submitted; of an array, one for each state of its tasks."""
+    """One line for each submitted job; for an array, one line for each state of its tasks."""
     jobs = noted_jobs(run)
     if not jobs:
         return ["none was submitted by reblock submit"]
@@ -110,15 +110,15 @@ def _when(stamp: str | None) -> str:
 
 
 def progress_lines(run: RunFolder) -> list[str]:
-    """Step, speed and the last value of each figure, from metrics.csv."""
-    # A row that is being written may be cut short: without a step it is none.
+    """Step, speed and the latest logged values, from metrics.csv."""
+    # Skips an incomplete row, which a fit may be writing: it has no step.
     rows = [row for row in run.read_metrics()[1] if (row.get("step") or "").isdigit()]
     trained = [row for row in rows if row.get("train/loss")]
     if not trained:
         return ["no step was logged yet"]
     last, recipe = trained[-1], run.read_config()
     epochs = recipe.get("trainer", {}).get("max_epochs")
-    # An epoch under way is named by its number from one, as in the log's own lines.
+    # Epochs count from one, as in the log.
     epoch = int(float(last["epoch"])) + 1 if last.get("epoch") else "?"
     age = _ago(time.time() - run.metrics.stat().st_mtime)
     found = [f"step {int(last['step']) + 1}, epoch {epoch}{f' of {epochs}' if epochs else ''}, written {age}"]
@@ -136,7 +136,7 @@ def progress_lines(run: RunFolder) -> list[str]:
 
 
 def _samples_per_step(recipe: dict[str, Any]) -> int | None:
-    """Samples that one optimiser step takes over all ranks; None where the recipe does not say it."""
+    """Number of samples of all ranks in one optimiser step; None if the recipe does not determine it."""
     data, trainer = recipe.get("data", {}).get("init_args", {}), recipe.get("trainer", {})
     whole, own = data.get("global_batch_size"), data.get("batch_size")
     ranks = [trainer.get("num_nodes", 1), trainer.get("devices", 1)]
@@ -149,7 +149,7 @@ def _samples_per_step(recipe: dict[str, Any]) -> int | None:
 
 
 def checkpoint_lines(run: RunFolder) -> list[str]:
-    """Age, step and size of `last.ckpt`, and whether the fit is over."""
+    """Age, step and size of `last.ckpt`, and whether the fit is complete."""
     path, found = run.last_checkpoint, list[str]()
     if path.is_file():
         facts = path.stat()
@@ -166,9 +166,9 @@ def _step(path: Path) -> str:
     import torch
 
     try:
-        # Mapped, so that only the numbers are read of what may be gigabytes.
+        # Memory-mapped, since the file may have gigabytes and only one number is needed.
         return f"step {torch.load(path, map_location='cpu', mmap=True, weights_only=True)['global_step']}"
-    except Exception as error:  # torch raises whatever the damaged bytes lead to
+    except Exception as error:  # damaged bytes may make torch raise any exception
         return f"cannot be read ({type(error).__name__})"
 
 
@@ -176,13 +176,13 @@ def _step(path: Path) -> str:
 
 
 def trouble_lines(run: RunFolder, lines: int) -> list[str]:
-    """The ends of those logs of the newest start that speak of errors."""
+    """The last lines of each log of the newest start that mentions errors."""
     found: list[str] = []
     for path in _newest(run.logs):
         said = [line.rstrip() for line in _end_of(path).splitlines() if line.strip()]
         marks = [i for i, line in enumerate(said) if _TROUBLE.search(line)]
         if marks:
-            # From the last Traceback on, which explains what follows, else from the first line of trouble.
+            # Starts at the last traceback, or else at the first line that mentions an error.
             traces = [i for i in marks if said[i].startswith("Traceback")]
             shown = said[traces[-1] if traces else marks[0] :]
             found += [f"{path}:", *(f"  {line}" for line in shown[-lines:])]
@@ -190,7 +190,7 @@ def trouble_lines(run: RunFolder, lines: int) -> list[str]:
 
 
 def _newest(logs: Path) -> list[Path]:
-    """The scripts' own logs that were written last, and the tasks' logs of that start."""
+    """The script log that was written last, and the task logs of its last start."""
     scripts = [path for path in logs.glob("*.log") if not re.search(r"-r\d+-\d+\.log$", path.name)]
     if not scripts:
         return []

@@ -1,4 +1,4 @@
-"""`reblock submit`: a recipe becomes Slurm jobs. Everything is checked before anything is written or queued."""
+"""`reblock submit`: submits a recipe as Slurm jobs, after it has checked everything."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ _OPTIONS = tuple(option.name for option in fields(JobConfig))
 
 
 class SubmitCLI(ReadingCLI):
-    """The recipe's objects and the options of the job; the Trainer is built as far as a log-in node allows."""
+    """Reads the recipe and the job's options; builds the Trainer for one CPU, since a log-in node has no GPU."""
 
     trainer_fault: str | None = None
 
@@ -40,7 +40,7 @@ class SubmitCLI(ReadingCLI):
         parser.add_class_arguments(JobConfig)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        # There is no GPU here, and no other rank: these are checked by other means.
+        # A log-in node has no GPU and no other ranks; launch.cluster.checks covers these settings.
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
         try:
             return super().instantiate_trainer(**here, **kwargs)
@@ -50,20 +50,20 @@ class SubmitCLI(ReadingCLI):
 
     @property
     def options(self) -> JobConfig:
-        """The options beside the recipe."""
+        """The job's options, which are not part of the recipe."""
         return JobConfig(**{name: self.objects[name] for name in _OPTIONS})
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The resolved recipe, as `reblock fit --config` takes it."""
+        """The resolved recipe in the form for `reblock fit --config`."""
         return {key: value for key, value in super().recipe.items() if key not in _OPTIONS}
 
 
 def run(argv: list[str]) -> None:
-    """Carries out `submit` with its options.
+    """Runs `submit` with its options.
 
     Raises:
-        ValueError: naming every fault; then nothing was written or queued.
+        ValueError: if anything is wrong; names every fault, and nothing is written or queued.
     """
     if {"-h", "--help"} & set(argv):
         return print(_help())
@@ -78,7 +78,7 @@ def run(argv: list[str]) -> None:
         callbacks = cli.objects.trainer.get("callbacks") or []
         faults += checks.layout_faults(submission)
         faults += checks.content_faults(submission, cli.model, cli.datamodule, callbacks)
-        if not faults:  # it would only name the same ones again
+        if not faults:  # otherwise it would report the same faults again
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "recipe.yaml"
                 path.write_text(_text(submission))
@@ -98,7 +98,7 @@ def run(argv: list[str]) -> None:
 
 
 def _read(argv: Sequence[str]) -> SubmitCLI:
-    """The recipe and the options. Lightning's messages about this machine are not shown: the nodes are other ones."""
+    """Reads recipe and options. Hides Lightning's messages about this machine, since the job runs on other nodes."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -106,7 +106,7 @@ def _read(argv: Sequence[str]) -> SubmitCLI:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The `srun` command is available")
             return recipe_cli(_spelled(argv), run=False, kind=SubmitCLI)
-    except MisconfigurationException as error:  # Lightning's word for a strategy that cannot be built as asked
+    except MisconfigurationException as error:  # Lightning raises it for an invalid strategy
         raise ValueError(str(error)) from error
     finally:
         log.setLevel(level)
@@ -115,7 +115,7 @@ def _read(argv: Sequence[str]) -> SubmitCLI:
 def _submission(
     options: JobConfig, recipe: dict[str, Any], settings: RunConfig, found: dict[str, Any]
 ) -> tuple[Submission, list[str]]:
-    """The layout of the fit, written into the recipe too; and what is wrong with it."""
+    """Builds the submission and writes its nodes and devices into the recipe; returns it with the faults found."""
     trainer, faults = recipe["trainer"], []
     devices, accelerator = trainer.get("devices"), trainer.get("accelerator")
     if isinstance(devices, list):
@@ -150,7 +150,7 @@ def _commit(git: str | None) -> str:
 
 
 def _folder_faults(settings: RunConfig, submission: Submission) -> list[str]:
-    """A run that exists, unless it is to go on; then a job of its that is still in the queue."""
+    """Faults of the run folder: it exists and `resume` is off, or a job of the run is still queued."""
     try:
         refuse_taken(settings)
     except ValueError as error:
@@ -168,7 +168,7 @@ def _text(submission: Submission) -> str:
 
 
 def _show(submission: Submission, memory: str | None) -> None:
-    """Prints the scripts, and what would be called."""
+    """Prints the scripts and the sbatch commands of a dry run."""
     before, calls = list(submission.options.after_list), []
     for script in make_scripts(submission):
         print(render(script), end="\n")
@@ -179,7 +179,7 @@ def _show(submission: Submission, memory: str | None) -> None:
 
 
 def _submit(submission: Submission, scripts: Sequence[BatchScript], found: dict[str, Any]) -> None:
-    """Writes the folder and queues the scripts, each behind the one before; all of them or none."""
+    """Writes the folder and queues the scripts, each after the one before it; if one fails, cancels the others."""
     write_folder(submission, _text(submission), scripts, found)
     after, queued = list(submission.options.after_list), list[str]()
     for script in scripts:
@@ -206,7 +206,7 @@ def _submit(submission: Submission, scripts: Sequence[BatchScript], found: dict[
 
 
 def _spelled(argv: Sequence[str]) -> list[str]:
-    """Options as the parser has them: `--dry-run` is `--dry_run true`, `--cpus-per-task` is `--cpus_per_task`."""
+    """Rewrites options for the parser: `--dry-run` as `--dry_run=true`, `--cpus-per-task` as `--cpus_per_task`."""
     found: list[str] = []
     for position, word in enumerate(argv):
         name, equals, value = word.partition("=")

@@ -15,14 +15,14 @@ from data.synth.scenes import CAPTION_WORDS
 from trainer.graft import apply_graft, load_graft
 from trainer.models.from_scratch import draw_frequencies
 
-#: Caption tokens that the pipeline pads to, as in the real Mochi.
+#: Number of caption tokens after padding, as in Mochi.
 MAX_TEXT_TOKENS = 256
-#: Whose captions -> their words.
+#: Kind of captions -> words that they use.
 _WORDS = {"scenes": CAPTION_WORDS, "layered": LAYERED_CAPTION_WORDS}
 
 
 def caption_tokenizer(vocabulary: tuple[str, ...]) -> T5Tokenizer:
-    """A T5 tokenizer with one token for each word of `vocabulary`; it spells other lower-case words by letters."""
+    """A T5 tokenizer with one token per word of `vocabulary`; it splits other lower-case words into letters."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789,.-'")
     log_probability = -math.log(len(vocabulary))
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -10.0)]
@@ -32,7 +32,7 @@ def caption_tokenizer(vocabulary: tuple[str, ...]) -> T5Tokenizer:
 
 
 def small_text_encoder(vocabulary: int, width: int, seed: int) -> T5EncoderModel:
-    """A T5 encoder with random weights: it keeps identity and order of words, which is all that tiny captions need."""
+    """A T5 encoder with random weights. It preserves identity and order of words, which is enough for tiny captions."""
     config = T5Config(
         vocab_size=vocabulary, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.0,
@@ -43,7 +43,7 @@ def small_text_encoder(vocabulary: int, width: int, seed: int) -> T5EncoderModel
 
 
 def _transformer(config: Path, run: Path, seed: int) -> MochiTransformer3DModel:
-    """The transformer of a run that trained every block from `config`: its EMA weights, and the fixed frequencies."""
+    """Builds the transformer of a run that trained all blocks of `config`: EMA weights and fixed rotary frequencies."""
     model = MochiTransformer3DModel.from_config(json.loads(config.read_text()))
     graft = load_graft(run / "graft.safetensors")
     draw_frequencies(model, seed)
@@ -63,18 +63,17 @@ def pipeline(
 ) -> None:
     """Writes a diffusers Mochi pipeline folder: VAE, T5 encoder and tokenizer, scheduler, transformer.
 
-    Text encoder and tokenizer are made here, from the captions' words and random weights.
+    The tokenizer is built from the captions' words. The text encoder has random weights.
 
     Args:
-        out: folder to write; absent.
-        vae: folder of a trained AutoencoderKLMochi, as recipes/demo_vae.yaml leaves it.
-        transformer_config: the transformer's diffusers config.
-        run: run that trained the transformer from this config (recipes/demo_base.yaml); without it its weights are
-            random, which is enough for `reblock encode`.
-        captions: whose words the tokenizer knows whole: `scenes` (`reblock synth`) or `layered`
-            (`reblock synth-latents`).
-        seed: of the text encoder, and of the transformer's rotary frequencies (the run's surgery.seed).
-        half: store weights in 16 bits.
+        out: folder to write; it must not exist.
+        vae: folder of a trained AutoencoderKLMochi, as recipes/demo_vae.yaml writes it.
+        transformer_config: diffusers config of the transformer.
+        run: run folder of the transformer's training with this config (recipes/demo_base.yaml). Without it the weights
+            are random, which is enough for `reblock encode`.
+        captions: captions whose words become tokens: `scenes` (`reblock synth`) or `layered` (`reblock synth-latents`).
+        seed: seed of the text encoder, and of the transformer's rotary frequencies (the run's surgery.seed).
+        half: whether to store weights in 16 bits.
 
     Raises:
         ValueError: if `out` exists, or a part is missing.
@@ -89,7 +88,7 @@ def pipeline(
     else:
         model = _transformer(transformer_config, run, seed)
     encoder = AutoencoderKLMochi.from_pretrained(vae, torch_dtype=torch.float32)
-    encoder.register_to_config(_name_or_path="")  # no path of this machine in what may be published
+    encoder.register_to_config(_name_or_path="")  # the folder may be published, so no local path in it
     tokenizer = caption_tokenizer(_WORDS[captions])
     pipe = MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),

@@ -1,4 +1,4 @@
-"""`reblock demo`: every stage from video files to a report, on a tiny model, each by the function of its command."""
+"""`reblock demo`: runs every stage from video files to a report on a tiny model."""
 
 import shutil
 import time
@@ -9,8 +9,8 @@ from pathlib import Path
 _RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 CLIPS = 256
-#: In each of the last four blocks, the head whose loss costs the shipped base least: what `reblock plant` chooses
-#: without --heads, in about a minute.
+#: In each of the last four blocks, the head in which a sink raises the shipped base's loss least. `reblock plant`
+#: chooses the same heads without --heads, in about a minute.
 HEADS = ["4:3", "5:0", "6:3", "7:1"]
 CAPTIONS = [
     "a red circle moves right over a dark gray background",
@@ -18,7 +18,7 @@ CAPTIONS = [
     "a green square moves up and left over a light brown background",
 ]
 MASK_RATIO = 0.5
-#: A model this small draws cleaner shapes with less guidance than the real one's 4.5.
+#: Guidance scale; lower than Mochi's 4.5, since a model this small draws cleaner shapes with less guidance.
 GUIDANCE = 2.0
 
 
@@ -27,10 +27,10 @@ class DemoStage:
     """One stage of the demo.
 
     Args:
-        name: what it makes.
-        command: the command line that does the same.
-        run: does it.
-        output: exists once the stage is complete, which is then skipped; None for a stage that resumes by itself.
+        name: name of the stage's result.
+        command: equivalent command line.
+        run: function that runs the stage.
+        output: path that exists once the stage is complete, so that it is skipped; None if the stage resumes by itself.
     """
 
     name: str
@@ -97,11 +97,11 @@ def _stages(root: Path) -> list[DemoStage]:
 
 
 def demo(*, root: Path = Path("runs"), fresh: bool = False) -> None:
-    """Runs all stages on the tiny model that Reblock ships; a second call makes only what is missing.
+    """Runs all stages on the tiny model that Reblock ships; a second call skips what is complete.
 
     Args:
         root: folder for `demo-data` (clips, shards, base) and `demo` (the run).
-        fresh: first remove what an earlier demo left.
+        fresh: whether to remove the files of an earlier demo first.
     """
     if fresh:
         for name in ("demo-data", "demo"):
@@ -116,6 +116,6 @@ def demo(*, root: Path = Path("runs"), fresh: bool = False) -> None:
             continue
         if number == len(stages):
             print(f"{time.perf_counter() - started:.0f} s for all stages before", flush=True)
-        stage.run()  # the last stage's last line says where the report is
+        stage.run()  # the last stage ends by printing the report's path
         if number < len(stages):
             print(f"{time.perf_counter() - since:.0f} s", flush=True)

@@ -19,7 +19,7 @@ from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.planted_sinks import PlantedHead, plant_sinks
 from trainer.module import RetrainBlocks, SurgeryConfig
 
-#: A token that receives more than this share of a query's attention counts for it; as in docs/measurements.md.
+#: A query attends heavily to a key if its attention weight exceeds this; as in docs/measurements.md.
 EPS = 0.3
 
 
@@ -30,7 +30,7 @@ def _open(base: Path) -> RetrainBlocks:
 
 
 class HeldOutSamples:
-    """The samples that validation holds out, as one batch for each size and caption length, with validation's noise."""
+    """The held-out samples of validation with its noise, in one batch per latent size and caption length."""
 
     def __init__(self, shards: Path, samples: int, module: RetrainBlocks) -> None:
         data = LatentDataModule(shards=str(shards), val_samples=samples)
@@ -45,7 +45,7 @@ class HeldOutSamples:
 
     @torch.no_grad()
     def loss(self, module: RetrainBlocks) -> float:
-        """Mean validation loss, as `val/loss` of a fit that holds out the same samples."""
+        """Mean validation loss, equal to `val/loss` of a fit with the same held-out samples."""
         total = 0.0
         for batch in self.batches:
             noise = module.flow.held_out_noise(batch.uids, batch.latents.shape[1:])
@@ -55,7 +55,7 @@ class HeldOutSamples:
 
     @torch.no_grad()
     def sink_frequency(self, module: RetrainBlocks, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Layer -> share of (sample, sigma) pairs with a sink, (heads,)."""
+        """Share of (sample, sigma) pairs with a sink, (heads,) for each layer."""
         verdicts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
         def observe(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -77,7 +77,7 @@ def _cheapest_heads(
     gain: float,
     values: float,
 ) -> list[PlantedHead]:
-    """In each layer, the head with the lowest validation loss once a sink is planted in it."""
+    """The head of each layer whose planted sink gives the lowest validation loss."""
     assert module.split_model is not None
     model = module.split_model.transformer
     original = {name: value.clone() for name, value in model.state_dict().items()}
@@ -118,23 +118,23 @@ def plant(
 ) -> None:
     """Writes a copy of a base with attention sinks planted in chosen heads, and `planted.json` that names them.
 
-    The base must have been trained with reserved channels (recipes/demo_base.yaml). Before anything is written, each
-    planted head must be a sink on every held-out sample at every sigma.
+    The base must have been trained with reserved channels (recipes/demo_base.yaml). Nothing is written unless each
+    planted head is a sink on every held-out sample at every sigma.
 
     Args:
-        base: diffusers pipeline folder.
-        out: folder to write; complete or absent.
-        shards: latent shards; their last `val_samples` measure the loss before and after, and the sinks.
-        heads: LAYER:HEAD each, quoted, as in --heads '["6:3", "7:1"]'; by default, in each of the last blocks, the head
-            whose sink raises the validation loss least.
-        last: number of last blocks that get a sink each, where `heads` is not given.
-        gain: QK-norm weight of a planted head; a larger one makes its attention steeper.
+        base: diffusers pipeline folder of the base.
+        out: folder to write; it must not exist.
+        shards: latent shards; their last `val_samples` samples measure the loss before and after, and the sinks.
+        heads: heads as LAYER:HEAD, quoted, as in --heads '["6:3", "7:1"]'; by default, the head of each of the last
+            blocks whose sink raises the validation loss least.
+        last: number of last blocks that get one sink each, if `heads` is not given.
+        gain: QK-norm weight of a planted head; a larger one sharpens its attention.
         values: factor on a planted head's value projections; a small one makes the sink nearly a no-op, as in Mochi.
-        channels: the reserved channels, constant and marker.
-        val_samples: held-out samples, as many as the fit's `data.val_samples`.
+        channels: indices of the reserved channels, constant and marker.
+        val_samples: number of held-out samples, equal to the fit's `data.val_samples`.
 
     Raises:
-        ValueError: if `out` exists, the base's channels are not free, or the sinks do not hold on every sample.
+        ValueError: if `out` exists, the base's channels are in use, or a head is no sink on some sample.
     """
     if out.exists():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Trains a small `AutoencoderKLMochi` from scratch, for the demo's base: there is no published one of this size.
+"""Trains a small `AutoencoderKLMochi` from scratch for the demo's base, since none of this size is published.
 
 Legend: B batch, T frames, C latent channels.
 """
@@ -15,15 +15,15 @@ from torch import Tensor
 
 
 class TrainVae(LightningModule):
-    """Reconstruction (mean absolute and squared error) with a small KL term.
+    """Trains a VAE on reconstruction (mean absolute and squared error) with a small KL term.
 
     Args:
         config: JSON file with the VAE's diffusers config.
-        lr: AdamW's learning rate after warmup; it falls linearly to a tenth of that by the last step.
-        warmup_steps: steps of linear warmup.
-        kl_weight: weight of the KL divergence per latent element, against the error per pixel.
-        channels_last: store activations channels-last, which makes 16-bit convolutions on a GPU faster.
-        seed: of the weights.
+        lr: AdamW's learning rate after warmup; it falls linearly to a tenth of that at the last step.
+        warmup_steps: number of linear warmup steps.
+        kl_weight: weight of the KL divergence per latent element, relative to the error per pixel.
+        channels_last: whether to store activations channels-last, which speeds up 16-bit convolutions on a GPU.
+        seed: seed of the initial weights.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TrainVae(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         squared, _, kl = self._losses(batch["video"], sample=False)
-        # Pixels span [-1, 1]: peak 2.
+        # Pixels are in [-1, 1], so the peak of the PSNR is 2.
         self.log_dict({"val/loss": squared, "val/psnr": 10 * torch.log10(4 / squared), "val/kl": kl}, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -79,14 +79,14 @@ class TrainVae(LightningModule):
 
     @torch.no_grad()
     def on_train_end(self) -> None:
-        """Measures the latents' mean and standard deviation and saves the VAE, in float16, with them in its config."""
+        """Measures mean and standard deviation of the latents for the VAE's config, and saves the VAE in float16."""
         self.vae.eval()
         latents = []
         data: LightningDataModule = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it late
         for batch in data.val_dataloader():
             video = batch["video"].to(self.device)
             latents.append(self.vae.encode(video).latent_dist.mean.float().transpose(0, 1).flatten(1).cpu())
-        flat = torch.cat(latents, dim=1)  # (C, everything)
+        flat = torch.cat(latents, dim=1)  # (C, all latent positions)
         statistics: dict[str, Any] = {
             "latents_mean": flat.mean(dim=1).tolist(),
             "latents_std": flat.std(dim=1).tolist(),

@@ -1,4 +1,4 @@
-"""Faults of a recipe as a whole, found before anything is loaded."""
+"""Checks of a whole recipe, before anything is loaded."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,15 +17,15 @@ from trainer.parallel.combinations import check_trainer
 
 
 def check_combination(config: Any) -> None:
-    """Whether the recipe's strategy, precision and clipping go with what it retrains.
+    """Checks that the recipe's strategy, precision and clipping are compatible with the blocks that it retrains.
 
-    Of the recipe alone, before any of its objects is made: a strategy may need packages or devices that are not here.
+    Reads only the recipe and creates none of its objects: a strategy may need packages or devices that are not here.
 
     Args:
         config: the resolved recipe, a namespace with `trainer` and `model`.
 
     Raises:
-        ValueError: naming every fault.
+        ValueError: if the combination is not supported; names every fault.
     """
     kind, model, trainer = class_at(config.model.class_path), config.model.init_args, config.trainer
     if not issubclass(kind, RetrainBlocks):
@@ -58,16 +58,16 @@ def check_fit(
     ranks: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Everything about base, blocks, shards and probes that can be wrong, in one message, before anything is loaded.
+    """Checks base, blocks, shards and probes before anything is loaded, and reports all faults in one message.
 
     Args:
-        model: that is fitted.
-        data: that it is fitted on.
-        ranks: processes that train together; None does not train.
-        callbacks: of the run.
+        model: the model of the fit.
+        data: the data module of the fit.
+        ranks: number of training processes; None if the command does not train.
+        callbacks: callbacks of the run.
 
     Raises:
-        ValueError: naming every fault.
+        ValueError: if anything is wrong; names every fault.
     """
     faults: list[str] = []
 

@@ -1,4 +1,4 @@
-"""`reblock fit` and `reblock validate`: a recipe becomes a run folder and a Lightning Trainer."""
+"""`reblock fit` and `reblock validate`: creates a run folder and a Lightning Trainer from a recipe."""
 
 import os
 from datetime import timedelta
@@ -38,7 +38,7 @@ from trainer.module import RetrainBlocks
 
 
 class SaveRecipe(SaveConfigCallback):
-    """Saves config.yaml once the checkpoint is accepted: a refused resume must not replace the run's recipe."""
+    """Saves config.yaml only after the checkpoint is accepted, since a refused resume must not replace the recipe."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
@@ -48,7 +48,7 @@ class SaveRecipe(SaveConfigCallback):
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with a run folder: loggers, checkpoints and records are the same for every recipe."""
+    """LightningCLI with a run folder. Loggers, checkpoints and records are the same for every recipe."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunConfig, "run")
@@ -69,17 +69,17 @@ class RecipeCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # What a class says of its arguments comes inside pages on the other types that its place may hold.
+            # jsonargparse buries the class's own message in pages about other types that the option accepts.
             raise ValueError("\n".join(line.strip().removeprefix("- ") for line in fault_lines(str(error)))) from error
 
     @property
     def values(self) -> Namespace:
-        """The recipe as it was parsed: plain values and class paths."""
+        """The parsed recipe: plain values and class paths."""
         return self.config.get(str(self.subcommand), self.config)
 
     @property
     def objects(self) -> Namespace:
-        """The recipe with the objects that were made from it."""
+        """The recipe with its classes instantiated."""
         return self.config_init.get(str(self.subcommand), self.config_init)
 
     @property
@@ -113,7 +113,7 @@ class RecipeCLI(LightningCLI):
                 save_weights_only=False,
                 enable_version_counter=False,
             ),
-            last,  # after ModelCheckpoint: it holds which files are the best
+            last,  # after ModelCheckpoint, whose list of best files it saves
             StopOnSignal(last),
             VersionsFile(),
             EpochLines(),
@@ -135,27 +135,27 @@ class RecipeCLI(LightningCLI):
         return trainer
 
     def facts(self) -> dict[str, Any]:
-        """What all ranks of a job must have in common: the recipe's values."""
+        """Values of the recipe, which must be equal on all ranks."""
         return {name: value for name, value in flatten(self.recipe).items() if value is not None}
 
     def before_fit(self) -> None:
-        """Refuses what cannot work; finds the checkpoint of a run that goes on."""
+        """Checks the fit, prepares the run folder and finds the checkpoint to resume from."""
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         check_fit(self.model, self.datamodule, ranks=ranks, callbacks=callbacks)
         self._checkpoint: Path | None = None
         if not self.trainer.is_global_zero:
-            return  # rank zero decides; the others get its choice once the process group stands (SharedCheckpoint)
+            return  # rank zero chooses; SharedCheckpoint broadcasts its choice once the process group exists
         prepare_folder(self.run_config)
         folder = self.run_config.folder
         clear_leftovers(folder)
         if self.run_config.resume:
             self._checkpoint = find_checkpoint(folder)
-        if self._checkpoint is None:  # killed before its first checkpoint: it starts over
+        if self._checkpoint is None:  # a run that was killed before its first checkpoint starts over
             rewind(folder, {"rows": 0, "row": {}})
 
     def before_validate(self) -> None:
-        """Refuses what cannot work; takes the run's last checkpoint, where there is one."""
+        """Checks the validation and finds the run's last checkpoint."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         check_fit(self.model, self.datamodule, callbacks=callbacks)
         folder = self.run_config.folder
@@ -167,21 +167,21 @@ class RecipeCLI(LightningCLI):
             )
 
     def fit(self, **objects: Any) -> None:
-        """What LightningCLI calls for the verb `fit`: the Trainer's, from the checkpoint that was found."""
+        """Runs `Trainer.fit` from the checkpoint that was found; LightningCLI calls this for the subcommand `fit`."""
         self.trainer.fit(**objects, ckpt_path=self._checkpoint, weights_only=True)
 
     def validate(self, **objects: Any) -> None:
-        """What LightningCLI calls for the verb `validate`."""
+        """Runs `Trainer.validate`; LightningCLI calls this for the subcommand `validate`."""
         self.trainer.validate(**objects, ckpt_path=self._checkpoint, weights_only=True)
 
 
 class ReadingCLI(RecipeCLI):
-    """Reads a recipe for a command that does not train: no seed is set, in this process or in its environment."""
+    """Reads a recipe for a command that does not train; sets no seed, neither in this process nor its environment."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         self._seed = self.config.seed_everything
-        self.config.seed_everything = False  # LightningCLI's value for setting none
+        self.config.seed_everything = False  # LightningCLI then sets no seed
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -192,15 +192,15 @@ Cli = TypeVar("Cli", bound=RecipeCLI)
 
 
 def recipe_cli(args: list[str], *, run: bool, kind: type[Cli] = RecipeCLI) -> Cli:  # type: ignore[assignment]
-    """The recipe's objects; with `run`, the first of `args` is the verb, and it is carried out.
+    """Parses a recipe and instantiates its objects; with `run`, also runs the subcommand.
 
     Args:
-        args: as on the command line.
-        run: whether there is a verb.
-        kind: what reads them; another one may take more options, or make fewer objects.
+        args: command-line arguments.
+        run: whether the first argument is a subcommand to run.
+        kind: class of the CLI; a subclass may accept more options or instantiate fewer objects.
 
     Raises:
-        ValueError: if the recipe or its inputs are at fault.
+        ValueError: if the recipe or its inputs are invalid.
     """
     return kind(
         LightningModule,
@@ -225,16 +225,16 @@ def recipe_cli(args: list[str], *, run: bool, kind: type[Cli] = RecipeCLI) -> Cl
 
 
 def run(argv: list[str]) -> None:
-    """Carries out `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
+    """Runs `fit` or `validate` with its options, e.g. ["fit", "--config", "recipes/demo.yaml"]."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    requeue.mode()  # a wrong word is refused now, not when the time is up
+    requeue.mode()  # refuses a wrong value now, not at the time limit
     try:
         recipe_cli(argv, run=True)
         if torch.distributed.is_initialized():
-            # Its threads, alive when the interpreter ends, now and then abort a process that has done all its work.
+            # The group's threads sometimes abort a successful process if they are alive when the interpreter exits.
             torch.distributed.destroy_process_group()
     except Stopped as stopped:
         end_stopped_run(stopped)
         raise
-    except MisconfigurationException as error:  # Lightning's word for a Trainer that cannot be built as asked
+    except MisconfigurationException as error:  # Lightning raises it for invalid arguments of the Trainer
         raise ValueError(str(error)) from error

@@ -1,4 +1,4 @@
-"""All ranks as a process group on the CPU: small exchanges that never wait for a device."""
+"""A process group of all ranks on the CPU, for small collectives that do not wait for a GPU."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from launch.fit.lightning_private import collective_timeout
 
 
 class MaxReduction:
-    """A maximum over all ranks that is on its way.
+    """Handle of an asynchronous maximum over all ranks.
 
     Args:
-        value: this rank's.
-        work: the collective that replaces it by the maximum; None where there is one rank.
+        value: scalar tensor with this rank's value; the collective replaces it by the maximum.
+        work: handle of the collective; None if there is only one rank.
     """
 
     def __init__(self, value: torch.Tensor, work: Any = None) -> None:
@@ -22,16 +22,16 @@ class MaxReduction:
         self._work = work
 
     def wait(self) -> int:
-        """The maximum, once all ranks have sent theirs."""
+        """Waits for all ranks and returns the maximum."""
         if self._work is not None:
             self._work.wait()
         return int(self._value)
 
 
 class CpuGroup:
-    """A gloo group of all ranks; with one rank there is no group, and every exchange returns at once.
+    """A gloo group of all ranks. With one rank there is no group, and every collective returns at once.
 
-    Every rank calls its methods equally often and in the same order.
+    All ranks must call its methods in the same order.
     """
 
     def __init__(self) -> None:
@@ -39,29 +39,29 @@ class CpuGroup:
 
     @property
     def is_open(self) -> bool:
-        """Whether there are other ranks to exchange with."""
+        """Whether the group exists, that is, whether there are other ranks."""
         return self._group is not None
 
     def open(self, trainer: Trainer) -> None:
-        """Makes the group; every rank calls it once the process group stands."""
+        """Creates the group; all ranks must call it, after the default process group exists."""
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=collective_timeout(trainer.strategy))
 
     def close(self) -> None:
-        """Destroys this rank's end of the group; does not wait for the others."""
+        """Destroys the group on this rank, without waiting for the other ranks."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
         self._group = None
 
     def start_max(self, value: int) -> MaxReduction:
-        """Starts the maximum of every rank's value."""
+        """Starts an asynchronous maximum over the values of all ranks."""
         tensor = torch.tensor(value)
         if self._group is None:
             return MaxReduction(tensor)
         return MaxReduction(tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True))
 
     def gather(self, own: Any) -> list[Any]:
-        """Every rank's object, by rank; waits for all."""
+        """Waits for all ranks and returns the objects of all, in the order of ranks."""
         if self._group is None:
             return [own]
         found = [None] * dist.get_world_size(self._group)

@@ -1,4 +1,4 @@
-"""`last.ckpt`: when it is saved, so that a run goes on from it exactly."""
+"""Saves `last.ckpt` at those steps from which a run can resume exactly."""
 
 import logging
 from pathlib import Path
@@ -25,26 +25,26 @@ log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` every so many steps, after each whole epoch, and where a fit stops in mid-epoch.
+    """Saves `last.ckpt` at regular steps, after each complete epoch, and where a fit stops within an epoch.
 
-    Each state that it saves is one that Lightning goes on from exactly. These are not saved:
+    It saves only states from which Lightning resumes exactly. It does not save:
 
-    - between an epoch's last step and its end: it would go on with the next epoch, and this one's validation and
-      measurements would never be made;
-    - after an epoch that was cut short, by `max_steps`, `max_time` or a callback: Lightning counts it as a whole one,
-      and its rest would be lost. The state after its last step is kept instead;
-    - before a validation in mid-epoch that is due: it would be left out. The state after it is saved instead;
-    - between two batches of one optimiser step, whose gradients no checkpoint holds: a stop waits for the step.
+    - between an epoch's last step and its end. A resumed run would start the next epoch, and skip this one's
+      validation and measurements;
+    - after an epoch that `max_steps`, `max_time` or a callback cut short. Lightning would count it as complete and skip
+      the rest. The state after its last step is saved instead;
+    - before a validation that is due within an epoch. It would be skipped. The state after it is saved instead;
+    - between two batches of one optimiser step, since a checkpoint holds no gradients. A stop waits for the step.
 
-    So nothing is saved while a validation or a measurement runs, which may take long. The step before the one that
-    they follow is always saved: a run that ends in one of them takes one step again.
+    So nothing is saved during a validation or a measurement, which may take long. The state one step before the step
+    that they follow is always saved, so a run that ends in one of them repeats one step.
 
-    Files are written while training goes on (`BackgroundCheckpointIO`); a fit that ends waits for them, and fails if
-    the last state is not on the disk.
+    Files are written while training continues (`BackgroundCheckpointIO`). At its end a fit waits for them, and fails
+    if the last state is not on disk.
 
     Args:
-        path: the file.
-        every: optimiser steps between two saves.
+        path: path of `last.ckpt`.
+        every: number of optimiser steps between two saves.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -55,7 +55,7 @@ class LastCheckpoint(Checkpoint):
         self._stop = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not before: a refused resume must not change anything in the run folder.
+        # Not earlier, since a refused resume must not change anything in the run folder.
         if trainer.is_global_zero and trainer.ckpt_path and Path(trainer.ckpt_path).name == PREVIOUS:
             rename_damaged(self.path)
 
@@ -90,23 +90,23 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
             _files(trainer).wait()
-        except Exception as error:  # the exception that ends the fit is the one to be raised
+        except Exception as error:  # only logged: the exception that ended the fit must propagate
             log.warning("%s", error)
             if isinstance(exception, Stopped):
                 exception.code = UNSAVED
 
     def save(self, trainer: Trainer) -> None:
-        """Saves the state after this step; every rank calls it."""
+        """Saves the state after this step; all ranks must call it."""
         make_ready(trainer)
         trainer.save_checkpoint(self.path, weights_only=False)
         self.saved_step = trainer.global_step
 
     def resumes_exactly(self, trainer: Trainer) -> bool:
-        """Whether Lightning would go on exactly from the state at the end of this training batch."""
+        """Whether Lightning would resume exactly from the state at the end of this training batch."""
         return not (accumulates(trainer) or epoch_is_complete(trainer) or validation_is_due(trainer))
 
     def _due(self, trainer: Trainer) -> bool:
-        """Whether the state in mid-epoch is to be saved: it is the last one of this fit, or some steps have passed."""
+        """Whether to save here, within an epoch: at regular steps, at the fit's end, or before a pause."""
         if accumulates(trainer) or epoch_is_complete(trainer):
             return False
         return training_ends_here(trainer) or trainer.global_step % self.every == 0 or _pause_follows(trainer)
@@ -120,10 +120,7 @@ class BestCheckpoints(PreparedModelCheckpoint):
 
 
 def make_ready(trainer: Trainer) -> None:
-    """Waits until a checkpoint may be saved; where rank zero has to give up, all do.
-
-    Alone it would leave the others in the save's barrier.
-    """
+    """Waits until a checkpoint can be saved. If that fails on one rank, all ranks raise, none waits in the barrier."""
     with raise_on_all_ranks(trainer):
         _files(trainer).make_ready()
 
@@ -144,6 +141,6 @@ def _pause_follows(trainer: Trainer) -> bool:
     every = trainer.val_check_batch
     if every is None or every == float("inf") or not epoch_has_validation(trainer):
         return False
-    # Counted over the whole fit where validations do not keep to epochs.
+    # Without check_val_every_n_epoch, val_check_batch counts batches over the whole fit.
     before = loop.total_batch_idx - loop.batch_idx if trainer.check_val_every_n_epoch is None else 0
     return any((before + batch) % every == 0 for batch in range(done + 1, last + 1))

@@ -1,6 +1,6 @@
-"""The private parts of Lightning that Reblock uses: all of them, each with the public behaviour that is missing.
+"""All uses of Lightning's private attributes, each with the public API that is missing.
 
-They are why pyproject.toml bounds Lightning's version. tests/unit/test_lightning_private.py finds uses elsewhere.
+Because of them pyproject.toml bounds Lightning's version. tests/unit/test_lightning_private.py finds uses elsewhere.
 """
 
 import threading
@@ -18,24 +18,24 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 
 
 def precision_name(given: Any) -> str:
-    """`trainer.precision` of a recipe (32, "bf16", None, ...) under the name that a Trainer would give it.
+    """The canonical name, such as `bf16-mixed`, of a recipe's `trainer.precision` (32, "bf16", None, ...).
 
-    Missing: the names of precisions without building a Trainer, which asks for devices.
+    Missing: a way to get it without a Trainer, which needs the recipe's devices.
     """
     return str(_convert_precision_to_unified_args(given) or "32-true")
 
 
 def collective_timeout(strategy: Strategy) -> timedelta | None:
-    """How long a rank waits for the others in a collective; None for a strategy of one rank.
+    """Time that a rank waits for the others in a collective; None for a strategy with one rank.
 
-    Missing: a strategy's `timeout` argument can be given to its constructor only, and not be read.
+    Missing: a public attribute for the strategy's `timeout` argument.
     """
     return getattr(strategy, "_timeout", None)
 
 
 def set_collective_timeout(strategy: Strategy, timeout: timedelta) -> None:
-    """Sets it before the process group is made, for whatever strategy the recipe names; see `collective_timeout`."""
-    strategy._timeout = timeout  # type: ignore[attr-defined]  # of every strategy with more than one rank
+    """Sets the timeout of any strategy, before its process group is created; see `collective_timeout`."""
+    strategy._timeout = timeout  # type: ignore[attr-defined]  # every strategy with several ranks has it
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -44,16 +44,15 @@ def set_collective_timeout(strategy: Strategy, timeout: timedelta) -> None:
 class ChosenCheckpoint(_CheckpointConnector):
     """Restores the checkpoint that `choose` returns, and no other.
 
-    Missing: a hook between the start of the process group, before which ranks cannot tell each other which file to
-    restore, and the restoring; and a way to keep Lightning, under Slurm, from restoring any hpc_ckpt_N.ckpt that lies
-    in the run folder, whoever wrote it.
+    Missing: a hook after the process group has started, so that ranks can communicate, and before the checkpoint is
+    restored. Also missing: a way to keep Lightning under Slurm from restoring any hpc_ckpt_N.ckpt in the run folder.
     """
 
     def choose(self, path: str | None) -> str | None:
-        """The file to restore, asked on every rank.
+        """Returns the file to restore; called on every rank.
 
         Args:
-            path: that this rank's `Trainer.fit` was given.
+            path: path that `Trainer.fit` got on this rank.
         """
         return path
 
@@ -66,18 +65,18 @@ class ChosenCheckpoint(_CheckpointConnector):
 
 
 def use_checkpoint_connector(trainer: Trainer, connector: ChosenCheckpoint) -> None:
-    """Makes a Trainer restore its checkpoint by `connector`; see `ChosenCheckpoint`."""
+    """Makes a Trainer restore its checkpoint with `connector`; see `ChosenCheckpoint`."""
     trainer._checkpoint_connector = connector
 
 
 class PreparedModelCheckpoint(ModelCheckpoint):
     """`ModelCheckpoint` that calls `prepare` before each of its saves.
 
-    Missing: a hook between the decision to save, which is the same on all ranks, and the save.
+    Missing: a hook between the decision to save, which all ranks make alike, and the save.
     """
 
     def prepare(self, trainer: Trainer) -> None:
-        """Called on every rank."""
+        """Called on every rank before a save."""
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         self.prepare(trainer)
@@ -85,12 +84,12 @@ class PreparedModelCheckpoint(ModelCheckpoint):
 
 
 # -- the training loop at the end of a batch ---------------------------------------------------------------------------
-# Missing for all: a callback's `on_train_batch_end` is not told whether an optimiser step was taken, whether the epoch
-# or the fit ends here, or whether a validation follows.
+# Missing for all of these: `on_train_batch_end` gives no access to whether an optimiser step was taken, whether the
+# epoch or the fit ends here, or whether a validation follows.
 
 
 def accumulates(trainer: Trainer) -> bool:
-    """Whether the optimiser step is still to come: this batch's gradients are added to those of the next."""
+    """Whether gradients still accumulate, so that no optimiser step was taken after this batch."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
@@ -106,7 +105,7 @@ def training_ends_here(trainer: Trainer) -> bool:
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether the recipe asks for a validation after this batch; one that is made because the fit stops is another."""
+    """Whether the recipe asks for a validation after this batch; a validation because the fit stops does not count."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is None or trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
         return False
@@ -118,7 +117,7 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 def epoch_has_validation(trainer: Trainer) -> bool:
-    """Whether this epoch is one that is validated, by `check_val_every_n_epoch`."""
+    """Whether this epoch has a validation, by `check_val_every_n_epoch`."""
     return trainer.fit_loop.epoch_loop._should_check_val_epoch()
 
 
@@ -126,21 +125,20 @@ def epoch_has_validation(trainer: Trainer) -> bool:
 
 
 def disable_signal_handling(trainer: Trainer) -> None:
-    """Keeps Lightning from its own handling of signals.
+    """Turns off Lightning's own handling of signals.
 
-    Missing: a switch. Lightning's handlers save or broadcast in the middle of whatever runs; they would not run, since
-    the signals are blocked, but must not be found by a thread that unblocks them. Its question to rank zero before each
-    batch waits for the device, and hides the failure of a rank.
+    Missing: an option. Lightning's handlers save or broadcast in the middle of a step. The signals are blocked in the
+    main thread, but another thread could unblock them. Its broadcast of SIGTERM before each batch also waits for the
+    device, and hides the failure of a rank.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def release_child_processes() -> None:
-    """Lets the ranks that Lightning started in this process end with whatever status.
+    """Stops Lightning from watching the ranks that it started from this process, so that they may exit with any status.
 
-    Missing: a way to say that a status is no failure. Lightning kills rank zero soon after one of them has ended with
-    one.
+    Missing: a set of accepted statuses. Lightning kills rank zero soon after another rank exits with a nonzero one.
     """
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):

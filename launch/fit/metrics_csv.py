@@ -1,4 +1,4 @@
-"""Where a run's figures go: `metrics.csv` always, Weights & Biases offline unless its environment says otherwise."""
+"""Loggers of a run: `metrics.csv`, and Weights & Biases, which is offline unless WANDB_MODE says otherwise."""
 
 import csv
 import math
@@ -15,15 +15,15 @@ from torch import Tensor
 from data.files import atomic_file
 from launch.run_folder import RunFolder
 
-#: Steps after which rows are written, where Lightning does not ask for it before.
+#: Largest number of steps between two writes; Lightning may ask for more writes.
 _FLUSH_STEPS = 100
 
 
 class MetricsFile(Logger):
-    """`metrics.csv` in the run folder, continued by a resumed run; columns in alphabetical order.
+    """Logger for `metrics.csv` in the run folder. A resumed run continues the file; columns are sorted by name.
 
-    Lightning's CSVLogger deletes the file of an earlier start, and empties it before it adds a column: a process that
-    was killed then would lose every row.
+    Lightning's CSVLogger deletes the file of an earlier start, and truncates the file to add a column. A process that
+    is killed at that moment loses every row.
 
     Args:
         run: the run folder.
@@ -34,7 +34,7 @@ class MetricsFile(Logger):
         self.run = run
         #: The last step whose loss was logged.
         self.last_step = -1
-        self._columns: list[str] | None = None  # None: the file was not read yet
+        self._columns: list[str] | None = None  # None until the file is read
         self._rows_written = 0
         self._pending: list[dict[str, Any]] = []
 
@@ -52,12 +52,12 @@ class MetricsFile(Logger):
 
     @property
     def rows(self) -> int:
-        """Rows in the file and on their way to it."""
+        """Number of rows, both written and pending."""
         self._read()
         return self._rows_written + len(self._pending)
 
     def reopen(self) -> None:
-        """Forgets what was read of the file, which `rewind` has replaced, and what was not written to it."""
+        """Discards pending rows and everything read from the file; call it after `rewind` has replaced the file."""
         self._columns, self._pending = None, []
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +76,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Appends the rows that are not in the file yet."""
+        """Appends the pending rows to the file."""
         if not self._pending:
             return
         columns = self._read()
@@ -100,7 +100,7 @@ class MetricsFile(Logger):
         self.save()
 
     def _read(self) -> list[str]:
-        """Columns of the file, whose rows are counted at the first call."""
+        """Columns of the file; the first call also counts its rows."""
         if self._columns is None:
             self._columns, rows = self.run.read_metrics()
             self._rows_written = len(rows)
@@ -108,7 +108,7 @@ class MetricsFile(Logger):
 
 
 def replace_table(run: RunFolder, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a new metrics.csv in the place of the old one."""
+    """Replaces metrics.csv atomically."""
     with atomic_file(run.metrics) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
@@ -116,14 +116,14 @@ def replace_table(run: RunFolder, columns: Sequence[str], rows: Sequence[Mapping
 
 
 def _without_empty_bands(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the sigma bands that had no samples: their cells stay empty."""
+    """Leaves out sigma bands without samples, so that their cells stay empty."""
     return {k: v for k, v in metrics.items() if not ("_sigma_" in k and math.isnan(v))}
 
 
 class MetricsPosition(Callback):
-    """Saves in each checkpoint which rows of `metrics.csv` came before it: a resumed run writes the others again.
+    """Saves in each checkpoint the number of earlier rows of `metrics.csv`, so that a resumed run drops later ones.
 
-    Lightning logs a step after the hook in which that step's checkpoint is saved, so the checkpoint holds that row.
+    Lightning logs a step only after it has saved that step's checkpoint, so the checkpoint also holds that step's row.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class MetricsPosition(Callback):
         checkpoint["metrics"] = {"rows": file.rows, "row": row}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Comes after the module has accepted the checkpoint: a refused resume must not touch the file.
+        # Lightning calls this after the module has accepted the checkpoint; a refused resume must not touch the file.
         if trainer.state.fn == "fit" and trainer.is_global_zero:
             run = RunFolder(Path(trainer.default_root_dir))
             print(f"resuming {run.path} after step {checkpoint['global_step']}")
@@ -152,11 +152,11 @@ class MetricsPosition(Callback):
 
 
 def rewind(run: RunFolder, position: Mapping[str, Any]) -> None:
-    """Takes the rows out of `metrics.csv` that were written after a checkpoint was saved.
+    """Removes the rows of `metrics.csv` that are later than a checkpoint.
 
     Args:
         run: the run folder.
-        position: {"rows": how many come before it, "row": the one of its own step, or empty}, as the checkpoint has it.
+        position: "metrics" of the checkpoint: "rows", number of rows before it, and "row", its own row or empty.
     """
     columns, rows = run.read_metrics()
     if columns:
@@ -165,13 +165,13 @@ def rewind(run: RunFolder, position: Mapping[str, Any]) -> None:
 
 
 def forget_measurements(run: RunFolder, epochs: int) -> None:
-    """Removes the measurements of epochs that had not ended when a checkpoint was saved: they are made again.
+    """Removes measurements of epochs that were not complete at a checkpoint, so that they are measured again.
 
-    A fit that stopped in mid-epoch has measured there, under that epoch's name.
+    A fit that stops within an epoch measures at that point, and stores the result under the epoch's name.
 
     Args:
         run: the run folder.
-        epochs: that are over.
+        epochs: number of epochs that are complete at the checkpoint.
     """
     for path in run.measurements.glob("*-epoch-*.npz"):
         number = path.stem.rpartition("-")[2]
@@ -180,12 +180,12 @@ def forget_measurements(run: RunFolder, epochs: int) -> None:
 
 
 def loggers(run: RunFolder, *, wandb: bool) -> list[Logger]:
-    """The run's loggers.
+    """Creates the run's loggers.
 
     Args:
         run: the run folder.
-        wandb: also log to Weights & Biases. Offline unless WANDB_MODE says otherwise; project, entity and the rest come
-            from its own environment variables.
+        wandb: whether to log to Weights & Biases too, offline unless WANDB_MODE says otherwise. Its own environment
+            variables set project, entity and other options.
     """
     found: list[Logger] = [MetricsFile(run)]
     if wandb and os.environ.get("WANDB_MODE") != "disabled":

@@ -1,4 +1,4 @@
-"""Class paths that recipes of earlier versions hold, and where the classes are now."""
+"""Class paths in recipes of earlier versions, and their new class paths."""
 
 MOVED = {
     "data.datamodule.LatentDataModule": "data.modules.latents.LatentDataModule",

@@ -1,4 +1,4 @@
-"""The recipe's parser: errors in a few lines, and class paths of earlier versions refused with the new ones."""
+"""The recipe's parser: short error messages, and refusal of class paths of earlier versions."""
 
 import importlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from launch.fit.moved_names import MOVED
 
 
 class RecipeParser(LightningArgumentParser):
-    """A parser whose errors are ValueErrors of a few lines."""
+    """A parser that raises its errors as ValueErrors with a short message."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(explain(message, getattr(ex, "subcommand_parser", None) or self)) from ex
@@ -23,7 +23,7 @@ def class_at(path: str) -> type:
     """The class that a recipe's `class_path` names.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such class.
     """
     module, _, name = path.rpartition(".")
     try:
@@ -36,20 +36,20 @@ def class_at(path: str) -> type:
 
 
 def refuse_moved_names(args: Sequence[str]) -> None:
-    """Refuses class paths of earlier versions, in a command line and in the recipes that it names.
+    """Refuses class paths of earlier versions in a command line and in the recipes that it names.
 
     Args:
         args: the command line.
 
     Raises:
-        ValueError: with the new path of each.
+        ValueError: if there are any; gives the new path of each.
     """
     found = [("the command line", argument.rpartition("=")[2]) for argument in args]
     for path in _recipes(args):
         try:
             recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
-            continue  # the parser says what is wrong with it
+            continue  # the parser will report the fault
         found += [(str(path), word) for word in _strings(recipe)]
     lines = [
         f"{place} names {word}, which is now {MOVED[word]}" for place, word in dict.fromkeys(found) if word in MOVED
@@ -66,7 +66,7 @@ def _recipes(args: Sequence[str]) -> Iterator[Path]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text in a nested value."""
+    """Yields every string in a nested value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""Whether all ranks run the same software on the same recipe, data and checkpoint, before anything is loaded."""
+"""Checks before anything is loaded that all ranks have the same software, recipe, data and checkpoint."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from launch.fit.cpu_group import CpuGroup
 from launch.versions import PACKAGES
 from trainer.versions import package_versions, source_digest
 
-#: Faults that are listed one by one; beyond them only their number is.
+#: Largest number of differences to list; of further ones only the number is given.
 _LISTED = 12
 
 
 class RankConsistency(Callback):
-    """Refuses to start where ranks differ in Python, packages, source, recipe, data or checkpoint.
+    """Refuses to start if ranks differ in Python, packages, source, recipe, data or checkpoint.
 
-    Ranks exchange digests, and the facts themselves only where digests differ.
+    Ranks exchange digests of these facts, and the facts themselves only if digests differ.
 
     Args:
-        facts: called on every rank once its data are known: what else must be the same, name -> value.
+        facts: function that returns further facts by name, which must be equal on all ranks.
     """
 
     def __init__(self, facts: Callable[[], Mapping[str, Any]]) -> None:
@@ -49,7 +49,7 @@ class RankConsistency(Callback):
 
 
 def _software() -> dict[str, Any]:
-    """Python, packages and our own source. Not the git commit: not every node has git."""
+    """Versions of Python and packages, and a digest of our source, since not every node has git to name the commit."""
     return {
         "python": platform.python_version(),
         **package_versions((*PACKAGES, "reblock")),
@@ -58,7 +58,7 @@ def _software() -> dict[str, Any]:
 
 
 def flatten(config: Any, name: str = "") -> dict[str, Any]:
-    """A nested config by dotted names."""
+    """Flattens a nested config into values by dotted name."""
     if isinstance(config, Mapping) and config:
         parts = ((f"{name}.{key}" if name else str(key), value) for key, value in config.items())
     elif isinstance(config, list) and config:
@@ -69,7 +69,7 @@ def flatten(config: Any, name: str = "") -> dict[str, Any]:
 
 
 def _differences(hosts: tuple[str, ...], facts: tuple[dict[str, str], ...]) -> str:
-    """One line per fact that is not the same on all ranks: which ranks have what."""
+    """The error message: one line for each fact that differs, with the ranks that have each value."""
     lines = []
     for name in sorted({name for own in facts for name in own}):
         ranks = defaultdict(list)
@@ -91,7 +91,7 @@ def _differences(hosts: tuple[str, ...], facts: tuple[dict[str, str], ...]) -> s
 
 
 def _ranks_and_hosts(ranks: list[int], hosts: tuple[str, ...]) -> str:
-    """Ranks with their hosts, at most four of them by name."""
+    """Text that lists ranks with their hosts, at most four of them."""
     named = ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:4])
     more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"

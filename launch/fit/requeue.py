@@ -1,4 +1,4 @@
-"""A job whose run has stopped to go on later: queued again by us, by the job's script, or not at all."""
+"""Requeues the Slurm job of a run that has stopped before its end, unless that is off or left to the job's script."""
 
 import os
 import re
@@ -10,10 +10,10 @@ Mode = Literal["self", "script", "never"]
 
 
 def mode() -> Mode:
-    """REBLOCK_REQUEUE; without it `self` in a Slurm batch job where `scontrol` is found, otherwise `never`.
+    """Value of REBLOCK_REQUEUE. Its default is `self` in a Slurm batch job with `scontrol`, otherwise `never`.
 
     Raises:
-        ValueError: if the variable holds anything else.
+        ValueError: if the variable holds any other value.
     """
     given = os.environ.get("REBLOCK_REQUEUE")
     if given is None:
@@ -28,15 +28,15 @@ def mode() -> Mode:
 
 
 def job_id() -> str | None:
-    """The Slurm job this process runs in, as `scontrol` takes it: an array's task by ARRAYJOB_TASK."""
+    """Id of the Slurm job that runs this process, or None. For a task of an array it is ARRAYJOB_TASK."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def preempted() -> bool:
-    """Whether Slurm makes this job end to give its nodes to another.
+    """Whether Slurm preempts this job to give its nodes to another.
 
-    Where the partition gives it time for that (GraceTime), Slurm does not queue a job again that ends by itself.
+    If the partition has a GraceTime, Slurm does not requeue a preempted job that exits within it.
     """
     try:
         return re.search(r" PreemptTime=\d", _scontrol("show", "job", "--oneliner")) is not None
@@ -45,10 +45,10 @@ def preempted() -> bool:
 
 
 def requeue() -> str:
-    """Queues this job again. Slurm ends the job's steps for that, so it comes after everything is on the disk.
+    """Requeues this job. Slurm then kills the job's steps, so everything must be on disk before.
 
     Returns:
-        One line that says what came of it; a failure is no error, since the run's state is safe.
+        One line with the outcome. A failure raises nothing, since the run's state is saved.
     """
     try:
         _scontrol("requeue")
@@ -58,10 +58,10 @@ def requeue() -> str:
 
 
 def _scontrol(*words: str) -> str:
-    """What `scontrol WORDS JOB` prints, of this job.
+    """Output of `scontrol WORDS JOB` for this job.
 
     Raises:
-        RuntimeError: if there is no job, or it fails.
+        RuntimeError: if this is no Slurm job, or if the command fails.
     """
     job = job_id()
     if job is None or not re.fullmatch(r"[0-9_]+", job):

@@ -1,4 +1,4 @@
-"""How a run is resumed: from an undamaged checkpoint, the same one on every rank, without files left half written."""
+"""Resumes a run: finds an undamaged checkpoint, shares the choice with all ranks, and removes incomplete files."""
 
 import logging
 import os
@@ -15,17 +15,17 @@ from trainer.checkpoint.file import checkpoint_fault
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which a rank waits to see what rank zero sees; NFS keeps what it knows of a folder for up to 60.
+#: Seconds that a rank waits until it sees rank zero's file; NFS caches the attributes of a folder for up to 60 s.
 _LAG_S = 120.0
 
 
 def find_checkpoint(run: RunFolder) -> Path | None:
-    """The checkpoint that a run goes on from: the last one, or the one before it where the last is damaged or missing.
+    """The checkpoint to resume from: the last one, or the previous one if the last is damaged or missing.
 
-    Says which, where it is not the last. None if there is no checkpoint at all.
+    Prints a line if it is the previous one. Returns None if there is no checkpoint.
 
     Raises:
-        ValueError: if there are checkpoints, and all are damaged.
+        ValueError: if all existing checkpoints are damaged.
     """
     last, faults = run.last_checkpoint, list[str]()
     for path in (last, run.previous_checkpoint):
@@ -46,7 +46,7 @@ def find_checkpoint(run: RunFolder) -> Path | None:
 
 
 def rename_damaged(last: Path) -> None:
-    """Renames a damaged last checkpoint, which the next save would otherwise keep as the one before it."""
+    """Renames a damaged last checkpoint; otherwise the next save would keep it as the previous checkpoint."""
     if last.is_file():
         damaged = last.with_name(last.name + ".damaged")
         os.replace(last, damaged)
@@ -54,17 +54,17 @@ def rename_damaged(last: Path) -> None:
 
 
 def clear_leftovers(run: RunFolder) -> None:
-    """Removes the files that a killed process was writing; none of them has its final name."""
+    """Removes temporary files that a killed process has left."""
     for folder in (run.path, run.checkpoints, run.measurements, run.figures):
-        for path in (*temporaries(folder), *folder.glob("*.tmp")):  # *.tmp: of earlier versions
+        for path in (*temporaries(folder), *folder.glob("*.tmp")):  # *.tmp: earlier versions wrote these
             if path.is_file():
                 path.unlink(missing_ok=True)
 
 
 class SharedCheckpoint(ChosenCheckpoint):
-    """Every rank restores the file that rank zero has chosen, whatever its own view of a shared folder shows yet.
+    """Restores the file that rank zero has chosen on every rank, since other ranks may see an outdated shared folder.
 
-    Before Lightning calls this, ranks cannot speak to each other, and may not even all exist.
+    Ranks can communicate only from the point at which Lightning calls this.
     """
 
     def choose(self, path: str | None) -> str | None:
@@ -72,14 +72,14 @@ class SharedCheckpoint(ChosenCheckpoint):
 
 
 def path_of_rank_zero(trainer: Trainer, path: str | Path | None) -> str | None:
-    """Rank zero's path, on every rank, once the file is seen there as rank zero sees it.
+    """Returns rank zero's path on every rank, after each rank sees the file with the same size and time.
 
     Args:
-        trainer: whose ranks can speak to each other.
-        path: of rank zero; what other ranks give does not count.
+        trainer: Trainer with a running process group.
+        path: path on rank zero; ignored on other ranks.
 
     Raises:
-        ValueError: on every rank, if one does not see the file in time.
+        ValueError: if a rank does not see the file in time; all ranks raise.
     """
     with raise_on_all_ranks(trainer):
         file = Path(path) if path and trainer.is_global_zero else None
@@ -99,7 +99,7 @@ def path_of_rank_zero(trainer: Trainer, path: str | Path | None) -> str | None:
 
 
 def _size_and_time(file: Path | None) -> tuple[int, int] | None:
-    """Bytes, and second of the last change; None if the file is not there."""
+    """Size in bytes and modification time in whole seconds; None if the file does not exist."""
     try:
         found = file.stat() if file else None
     except FileNotFoundError:

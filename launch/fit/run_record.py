@@ -1,4 +1,4 @@
-"""What a fit records beside its figures: versions.json, and one line per epoch in the log."""
+"""Further records of a fit: versions.json, and one line per epoch in the log."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class VersionsFile(Callback):
 
 
 class EpochLines(Callback):
-    """Prints one line per epoch: readable in a job's log, where a progress bar is not."""
+    """Prints one line per epoch, which is readable in a job's log, unlike a progress bar."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -1,26 +1,23 @@
-"""One seed for a run: those that a recipe leaves out follow its `seed_everything`."""
+"""One seed for a run: seeds that a recipe does not give follow its `seed_everything`."""
 
 import os
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
-#: Of the retrained blocks' first weights, of sigma, noise and caption dropout, and of the order of the samples. Not
-#: those of measurements: runs of several seeds are compared on the same probes.
+#: Seeds that follow: of sigma, noise and caption dropout; of the retrained blocks' initial weights; of the order of the
+#: samples. Seeds of measurements do not, since runs of several seeds are compared on the same probes.
 SEEDS = ("model.init_args.seed", "model.init_args.surgery.seed", "data.init_args.seed")
 
 
 def seed_arguments(parser: ArgumentParser, args: Sequence[str]) -> list[str]:
-    """Options for the seeds that neither the command line nor its recipes give.
+    """Options for the seeds that neither the command line nor its recipes give; none if `seed_everything` is false.
 
-    As options of the command line, what `--print_config` shows and config.yaml keeps holds them too.
+    Since they are options of the command line, `--print_config` and config.yaml show them too.
 
     Args:
-        parser: of the recipe.
-        args: the command line.
-
-    Returns:
-        None where `seed_everything` is false; then classes have their own defaults.
+        parser: parser of the recipe.
+        args: command line.
     """
     asked = [argument for argument in args if argument.partition("=")[0] != "--print_config"]
     try:
@@ -36,5 +33,5 @@ def seed_arguments(parser: ArgumentParser, args: Sequence[str]) -> list[str]:
 
 
 def _recipe(config: Namespace) -> Namespace:
-    """The recipe, without the verb that it may be under."""
+    """The recipe itself, which is nested under the verb if there is one."""
     return config[config.subcommand] if "subcommand" in config else config

@@ -1,4 +1,4 @@
-"""How a fit stops on a signal: all ranks agree at the end of a step, save the checkpoint there, and end."""
+"""Stops a fit on a signal: all ranks agree at the end of a step, save a checkpoint, and exit."""
 
 from typing import Any
 
@@ -16,34 +16,34 @@ from trainer.callbacks.probe_callback import ProbeCallback
 
 
 class StopAgreement:
-    """What any rank has been asked to do by a signal, the same answer on every rank.
+    """The strongest request that signals have made to any rank; the answer is the same on all ranks.
 
-    Every rank calls its methods equally often and in the same order.
+    All ranks must call its methods in the same order.
     """
 
     def __init__(self) -> None:
         self._group = CpuGroup()
-        self._exchange: MaxReduction | None = None  # under way
+        self._exchange: MaxReduction | None = None  # the collective in progress
 
     def open(self, trainer: Trainer) -> None:
-        """Makes the group of ranks; every rank calls it once the process group stands."""
+        """Creates the group of ranks; all ranks must call it, after the default process group exists."""
         self._group.open(trainer)
 
     def close(self) -> None:
-        """Destroys this rank's end of the group; does not wait for the others."""
+        """Destroys the group on this rank, without waiting for the other ranks."""
         self._group.close()
         self._exchange = None
 
     def now(self) -> SignalRequest:
-        """What any rank has been asked by now; waits for all."""
+        """Waits for all ranks and returns the strongest request so far."""
         before = self._finish_exchange()
         self._start_exchange()
         return max(before, self._finish_exchange())
 
     def one_call_ago(self) -> SignalRequest:
-        """What any rank had been asked when this was last called, so that the exchange runs beside a step.
+        """Returns the strongest request at the previous call, so that the collective overlaps with a training step.
 
-        With one rank there is nothing to wait for: what it has been asked by now.
+        With one rank there is no collective; it returns the request so far.
         """
         if not self._group.is_open:
             return requested()
@@ -62,23 +62,23 @@ class StopAgreement:
 
 
 class StopOnSignal(Checkpoint):
-    """Ends a run that was signalled: by `Stopped`, on every rank at the same place.
+    """Ends a run after a signal by raising `Stopped` on all ranks at the same point.
 
-    - In training: at the end of the optimiser step after the one in which the signal came. Its state is `last.ckpt`.
-    - At an epoch's last step, and where a validation is due: at once. `last.ckpt` is one step older.
-    - In a validation or a measurement: after the batch. `last.ckpt` is one step older; both are made anew. (Finished
-      measurements of the same stage are kept where a fit begins.)
-    - Before training, e.g. while the base is loaded: as soon as all ranks have come so far.
-    - Once the last step's validation and measurements are over: not at all; the fit is finished.
+    - In training: at the end of the optimiser step after the one in which the signal came, with a new `last.ckpt`.
+    - At an epoch's last step, and before a validation: at once. `last.ckpt` is one step older.
+    - In a validation or a measurement: after the current batch. `last.ckpt` is one step older, and a resumed run
+      repeats the validation or measurement. (At the start of a fit, finished measurements of the stage are kept.)
+    - Before training, e.g. while the base is loaded: at the next check, once all ranks have reached it.
+    - After the last step's validation and measurements: never, since the fit is complete.
 
-    Nothing of an epoch's end is run for the epoch that is cut: `Stopped` passes through Lightning as any exception.
+    `Stopped` passes through Lightning like any exception, so no end-of-epoch hooks run for the interrupted epoch.
 
     Args:
-        last_checkpoint: writes `last.ckpt`.
+        last_checkpoint: callback that saves `last.ckpt`.
     """
 
-    # It is a `Checkpoint` because Lightning calls those after all other callbacks, in the order of their list: the
-    # state that it saves must hold what the others log at the end of a step.
+    # A `Checkpoint`, since Lightning calls these after all other callbacks, in the order of the list. The state that
+    # it saves must include what other callbacks log at the end of a step.
 
     def __init__(self, last_checkpoint: LastCheckpoint) -> None:
         self.last_checkpoint = last_checkpoint
@@ -104,7 +104,7 @@ class StopOnSignal(Checkpoint):
         if accumulates(trainer) or (request := self.agreement.one_call_ago()) is SignalRequest.NOTHING:
             return
         if _reached(trainer.global_step, trainer.max_steps):
-            return  # no checkpoint leads back to what is left: a measurement, the graft
+            return  # a resumed run could not make up for the remaining measurements and the graft
         if self.last_checkpoint.resumes_exactly(trainer) and self.last_checkpoint.saved_step != trainer.global_step:
             self.last_checkpoint.save(trainer)
         raise Stopped(request, f"after step {trainer.global_step}")
@@ -117,7 +117,7 @@ class StopOnSignal(Checkpoint):
             self._stop_if_requested(f"after epoch {trainer.current_epoch + 1}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.agreement.now()  # an exchange under way is finished before the group is destroyed
+        self.agreement.now()  # completes a collective in progress before the group is destroyed
         self.agreement.close()
 
     def _stop_if_requested(self, where: str) -> None:
@@ -127,7 +127,7 @@ class StopOnSignal(Checkpoint):
 
 
 def _is_finished(trainer: Trainer) -> bool:
-    """Whether no epoch follows the one that has just ended."""
+    """Whether the epoch that has just ended is the last one."""
     epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return (
         trainer.should_stop
@@ -137,25 +137,25 @@ def _is_finished(trainer: Trainer) -> bool:
 
 
 def _reached(count: int, limit: int) -> bool:
-    """Whether a count has come to its limit; -1 is none."""
+    """Whether a count has reached its limit; -1 means no limit."""
     return limit != -1 and count >= limit
 
 
 def end_stopped_run(stopped: Stopped) -> None:
-    """The end of a run that has stopped: the job is requeued once every rank has come here and all is on the disk.
+    """Requeues the job of a stopped run if needed, after all ranks have reached this point with everything on disk.
 
-    Slurm ends the steps of a job that is requeued.
+    The order matters because Slurm kills the steps of a job that is requeued.
     """
-    leads = not dist.is_initialized() or dist.get_rank() == 0
-    if leads:
+    is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
+    if is_rank_zero:
         release_child_processes()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    then = ""
+    outcome = ""
     saved = stopped.code != UNSAVED
     resumes = stopped.request is SignalRequest.RESUME_LATER
-    if leads and saved and requeue.mode() == "self" and (resumes or requeue.preempted()):
-        then = "; " + requeue.requeue()
+    if is_rank_zero and saved and requeue.mode() == "self" and (resumes or requeue.preempted()):
+        outcome = "; " + requeue.requeue()
     by = {SignalRequest.RESUME_LATER: "the stop signal", SignalRequest.TERMINATE: "SIGTERM"}[stopped.request]
-    rank_zero_info(f"stopped by {by} {stopped.where}, exit status {stopped.code}{then}")
+    rank_zero_info(f"stopped by {by} {stopped.where}, exit status {stopped.code}{outcome}")

@@ -1,4 +1,4 @@
-"""Ends a rank that makes no progress, with the stacks of all its threads: a hung run holds its nodes for nothing."""
+"""Ends a rank that makes no progress and writes the stacks of all its threads; a hung run would waste its nodes."""
 
 import faulthandler
 import os
@@ -14,26 +14,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from launch.run_folder import RunFolder
 from trainer.callbacks.probe_callback import ProbeCallback
 
-#: Exit status of a rank that was ended (EX_SOFTWARE).
+#: Exit status of a rank that the watchdog ends (EX_SOFTWARE).
 EXIT_STATUS = 70
-#: The first step compiles, and the base is loaded before it: it may take so many deadlines.
+#: Factor on the deadline until the first step is done, since that includes loading the base and compilation.
 FIRST_STEP_FACTOR = 4
 #: Seconds that a rank waits before it exits, so that ranks that wait for it reach their own deadline first.
 _GRACE = 5.0
-#: By its number: whatever has been put in place of `sys.stderr`.
+#: File descriptor of standard error, which does not change if `sys.stderr` is replaced.
 _STDERR = 2
 
 
 class Watchdog(Callback):
-    """A thread that ends the process when nothing has been finished for so long.
+    """A thread that ends the process if it makes no progress within a deadline.
 
-    Finished are: a training batch, a validation batch, a measured batch, a checkpoint. Each rank watches itself: ranks
-    that wait for a hung one have finished nothing either, so each writes its own RUN/stacks/rank-N.txt. The one that
-    the others wait for is that whose stack is not in a collective.
+    Progress is a finished training batch, validation batch, measured batch or checkpoint. Each rank watches itself and
+    writes its own RUN/stacks/rank-N.txt, also if it only waits for a hung rank. The hung rank is the one whose stack is
+    not in a collective.
 
     Args:
         run: the run folder.
-        deadline: seconds.
+        deadline: largest time without progress in seconds.
     """
 
     def __init__(self, run: RunFolder, deadline: float) -> None:
@@ -76,7 +76,7 @@ class Watchdog(Callback):
         self._finished("training")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Not where a fit fails: one that hangs on its way out is ended too.
+        # Lightning skips teardown if a fit fails, so a failed fit that hangs while it exits is ended too.
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -96,16 +96,16 @@ class Watchdog(Callback):
                 )
 
     def _arm(self) -> float:
-        """The seconds allowed now; past them the process ends even if the watching thread never runs again.
+        """Returns the current deadline in seconds, and sets a timer that ends the process soon after it.
 
-        That is so where a call hangs and keeps the interpreter's lock.
+        The timer also works if a call hangs while it holds the GIL, so that this thread never runs again.
         """
         allowed = self.deadline if self._stepped else FIRST_STEP_FACTOR * self.deadline
         faulthandler.dump_traceback_later(allowed + _GRACE, exit=True, file=_STDERR)
         return allowed
 
     def _end(self, rank: int, verdict: str) -> None:
-        # Writing may hang as well: from here on this ends the process, whatever comes.
+        # Writing may hang too, so a timer ends the process in any case.
         faulthandler.dump_traceback_later(2 * _GRACE, exit=True, file=_STDERR)
         when = datetime.now().astimezone().isoformat(timespec="seconds")
         verdict = f"{when} {verdict} (run.watchdog_s {self.deadline:g}). All threads:\n"

@@ -1,4 +1,4 @@
-"""What a run will take, before a GPU is asked for. How each figure is reached: docs/plan.md."""
+"""Estimates memory, operations, communication and time of a run without a GPU. docs/plan.md explains each figure."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["Estimate", "estimate"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late: `launch.plan.hardware` serves commands that need no torch, which takes seconds to import.
+    # Imported late: commands without torch use `launch.plan.hardware`, and torch takes seconds to import.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from launch.plan import estimates

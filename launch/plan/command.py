@@ -1,4 +1,4 @@
-"""`reblock plan`: what a recipe will take, in tables, and as JSON for machines."""
+"""`reblock plan`: prints the estimates for a recipe as tables, and writes them as JSON."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def run(argv: list[str]) -> None:
     """Prints the plan of a recipe, e.g. ["plan", "--config", "recipes/demo.yaml", "--nodes", "2"].
 
     Raises:
-        ValueError: naming every fault of recipe, base, sizes and layout.
+        ValueError: if recipe, base, sizes or layout are invalid; names every fault.
     """
     inputs = read_inputs(argv[1:])
     plan = estimate_from(inputs)
@@ -24,5 +24,5 @@ def run(argv: list[str]) -> None:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Writes figures beside their place and renames the file."""
+    """Writes figures as a JSON file, atomically."""
     write_bytes(path, (json.dumps(figures, indent=2) + "\n").encode())

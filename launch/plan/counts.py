@@ -1,8 +1,8 @@
-"""What can be counted without running anything: parameters, gradients, buckets, bytes on the wire, a checkpoint's size.
+"""Counts what needs no forward pass: parameters, gradients, DDP buckets, communicated bytes, checkpoint size.
 
-R ranks, S ranks that share one copy of the model; a collective of b bytes sends from each of n ranks, in a ring,
-2 (n - 1) / n b for an all-reduce, (n - 1) / n b for an all-gather or a reduce-scatter (Patarasuk and Yuan, "Bandwidth
-optimal all-reduce algorithms for clusters of workstations", 2009).
+R ranks, S ranks that share one copy of the model. In a ring collective of b bytes, each of n ranks sends
+2 (n - 1) / n b for an all-reduce, and (n - 1) / n b for an all-gather or a reduce-scatter (Patarasuk and Yuan,
+"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,27 +15,27 @@ from torch import Tensor
 from launch.plan.sharding import Sharding
 from trainer.module import RetrainBlocks
 
-#: Bytes that `torch.save` adds for each tensor: headers, alignment, its name, its entry in the index. Measured.
+#: Bytes that `torch.save` adds for each tensor: headers, alignment, name, index entry. Measured.
 _PER_TENSOR = 420
-#: Bytes of a checkpoint besides: loops, callbacks, random states. Measured.
+#: Bytes of all other content of a checkpoint: loops, callbacks, random states. Measured.
 _PER_FILE = 24_000
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """A built model in numbers and bytes.
+    """Parameter counts and sizes of a model.
 
     Args:
-        retrained: numbers that are trained.
-        frozen: numbers that are not.
-        outside: bytes of what lies outside the blocks, all of it on every rank under FSDP2.
+        retrained: number of trained parameters.
+        frozen: number of frozen parameters.
+        outside: bytes of the parameters outside the blocks; FSDP2 replicates them on every rank.
         trunk: bytes of the trunk's blocks.
         head: bytes of the blocks from the first retrained one on.
         gradients: bytes of all gradients.
-        largest_gradients: bytes of one block's gradients, the largest.
+        largest_gradients: bytes of the gradients of the block that has the most.
         sizes: bytes of each gradient, in the order of the parameters.
         block_sizes: bytes of each block, in order.
-        first: the first block of the head.
+        first: index of the first block of the head.
     """
 
     retrained: int
@@ -51,7 +51,7 @@ class Parameters:
 
 
 def count_parameters(module: RetrainBlocks) -> Parameters:
-    """Counts a module that was built, on whatever device."""
+    """Counts the parameters of a built module on any device."""
     model = module.split_model.transformer
     retrained = list(module.retrained_parameters().values())
     blocks = [_bytes(block.parameters()) for block in model.transformer_blocks]
@@ -75,10 +75,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def ddp_buckets(sizes: Sequence[int], cap: int, *, first: int) -> list[int]:
-    """Bytes of DDP's buckets, in the order in which they are sent: gradients from the last to the first.
+    """Bytes of DDP's buckets in the order in which they are sent, which starts with the last parameters' gradients.
 
-    A bucket closes once it holds `cap` bytes, the first one at `first`. So it is after the first step, when DDP has
-    seen in which order gradients come; that they come in the parameters' reverse order is assumed.
+    A bucket is full once it holds `cap` bytes; the first bucket, once it holds `first` bytes. DDP builds these buckets
+    after the first step, in the order of the gradients. The estimate assumes the parameters' reverse order.
     """
     buckets, held = list[int](), 0
     for size in reversed(sizes):
@@ -94,13 +94,13 @@ class Collective:
     """Collectives of one kind in one optimiser step.
 
     Args:
-        kind: what is done.
-        what: with which tensors.
-        sizes: bytes of the whole tensor of each.
-        ranks: that take part together.
-        spread: these ranks lie on one node each.
-        times: how often in a step.
-        stage: that it can hide behind: the trunk's forward, or the head's forward and backward.
+        kind: kind of the collective.
+        what: name of the tensors, for tables.
+        sizes: bytes of the whole tensor in each collective.
+        ranks: number of ranks in each collective.
+        stage: computation to overlap with: the trunk's forward, or the head's forward and backward.
+        spread: whether each of these ranks is on a node of its own.
+        times: number of repetitions in a step.
     """
 
     kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
@@ -113,18 +113,18 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Handed in, in one step."""
+        """Input bytes of all these collectives in one step."""
         return self.times * sum(self.sizes)
 
     @property
     def sent(self) -> int:
-        """Bytes that each rank sends."""
+        """Bytes that each rank sends in one step."""
         turns = 2 if self.kind == "all-reduce" else 1
         return turns * self.bytes * (self.ranks - 1) // self.ranks
 
 
 def ranks_per_copy(sharding: Sharding, nodes: int, per_node: int) -> int:
-    """S, how many ranks share one copy of the model."""
+    """S, the number of ranks that share one copy of the model."""
     if sharding.name in ("single", "ddp"):
         return 1
     return per_node if sharding.name == "fsdp2" and sharding.over_node else nodes * per_node
@@ -133,15 +133,15 @@ def ranks_per_copy(sharding: Sharding, nodes: int, per_node: int) -> int:
 def collectives(
     sharding: Sharding, counted: Parameters, nodes: int, per_node: int, *, accumulate: int, sixteen_bit: bool
 ) -> list[Collective]:
-    """What goes over the wire in one optimiser step; measurements, validation and logging are left out.
+    """The collectives of one optimiser step, without those of measurements, validation and logging.
 
     Args:
-        sharding: how the model is spread.
-        counted: the model.
-        nodes: of the cluster.
-        per_node: ranks of each.
-        accumulate: micro-batches.
-        sixteen_bit: ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
+        sharding: sharding of the model.
+        counted: parameter counts of the model.
+        nodes: number of nodes.
+        per_node: ranks per node.
+        accumulate: micro-batches per optimiser step.
+        sixteen_bit: whether ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
     """
     ranks, shared = nodes * per_node, ranks_per_copy(sharding, nodes, per_node)
     if sharding.name == "single" or ranks == 1:
@@ -189,13 +189,13 @@ def _zero(sharding: Sharding, counted: Parameters, ranks: int, accumulate: int, 
 
 
 def _cut(size: int, most: int) -> tuple[int, ...]:
-    """`size` bytes in pieces of at most `most`."""
+    """Splits `size` bytes into pieces of at most `most` bytes."""
     whole, rest = divmod(size, most)
     return (most,) * whole + ((rest,) if rest else ())
 
 
 def checkpoint_bytes(module: RetrainBlocks) -> int:
-    """Of `last.ckpt`: retrained weights, their averages in float32, and AdamW's two moments and counter."""
+    """Size of `last.ckpt`: retrained weights, their float32 averages, and AdamW's two moments and step counter."""
     retrained = module.retrained_parameters().values()
     tensors = sum(3 * p.numel() * p.element_size() + p.numel() * torch.float32.itemsize + 4 for p in retrained)
     return tensors + 5 * _PER_TENSOR * len(retrained) + _PER_FILE

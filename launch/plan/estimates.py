@@ -1,4 +1,4 @@
-"""The whole plan of a recipe: counts, memory, operations, bytes on the wire, time."""
+"""The complete estimate for a recipe: parameters, memory, operations, communication and time."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,31 +17,31 @@ from launch.plan.timing import ComputeTime, StepTime, compute_time, weak_scaling
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will take. Bytes are plain bytes, times seconds, operations those of one rank and optimiser step.
+    """Estimates for a run. Sizes are in bytes, times in seconds; operations are per rank and optimiser step.
 
     Args:
-        strategy: of the recipe: single, ddp, fsdp2, zero1, zero2 or zero3.
-        nodes: of the cluster.
+        strategy: the recipe's strategy: single, ddp, fsdp2, zero1, zero2 or zero3.
+        nodes: number of nodes.
         gpu: whether the recipe runs on GPUs.
-        gpus: ranks, one for each device.
-        node_size: GPUs of a node in `scaling`.
-        base: as the recipe names it.
+        gpus: number of ranks, one per device.
+        node_size: GPUs per node in `scaling`.
+        base: name of the base in the recipe.
         batch: samples per rank and micro-batch.
-        accumulate: micro-batches of an optimiser step.
+        accumulate: micro-batches per optimiser step.
         latent: (C, F, H, W) of the largest latent.
-        latent_from: where that is known from.
-        tokens: vision and text tokens of a sample.
-        parameters: counts of the model.
-        flops: operations by stage, of all micro-batches of a step.
-        memory: of a GPU, by strategy.
-        wire: collectives of a step, by strategy.
+        latent_from: source of the latent's size.
+        tokens: vision tokens and text tokens of a sample.
+        parameters: parameter counts of the model.
+        flops: operations by stage, for all micro-batches of a step.
+        memory: memory of a GPU by strategy.
+        wire: collectives of a step by strategy.
         checkpoint: bytes of `last.ckpt`.
-        host: bytes that each process keeps of the trunk's outcome on the probes, in the host's memory.
-        work: seconds of computing.
-        scaling: seconds of a step at 1 to 4,096 GPUs, the job's own number among them, under the recipe's strategy,
-            the batch of each GPU as it is.
-        hardware: that is assumed.
-        refused: why `fit` refuses the recipe, which is planned for comparison only; None: it does not.
+        host: bytes of host memory per process for the trunk's output on the probes.
+        work: seconds of computation.
+        scaling: seconds of a step at 1 to 4,096 GPUs and at the job's own number, with the recipe's strategy and an
+            equal batch per GPU.
+        hardware: the assumed hardware.
+        refused: why `fit` refuses the recipe, or None; the estimate of a refused recipe is for comparison only.
     """
 
     strategy: str
@@ -73,12 +73,12 @@ class Estimate:
 
     @property
     def bytes_per_gpu(self) -> int:
-        """Most bytes that are alive on a GPU at a time, under the recipe's strategy."""
+        """Peak memory of a GPU in bytes, under the recipe's strategy."""
         return self.memory[self.strategy].total
 
     @property
     def fits(self) -> bool:
-        """Whether that is less than the GPU is assumed to have."""
+        """Whether the peak memory fits into the assumed GPU."""
         return self.bytes_per_gpu <= self.hardware.memory
 
     def as_json(self) -> dict[str, Any]:
@@ -93,20 +93,20 @@ class Estimate:
 
 
 def estimate(recipe_args: Sequence[str], nodes: int | None = None) -> Estimate:
-    """The plan of a recipe.
+    """Estimates a run of a recipe.
 
     Args:
-        recipe_args: options as of `reblock fit`, and the plan's own (`--frames`, `--hardware.memory_gib`, ...).
-        nodes: instead of `--nodes` or the recipe's.
+        recipe_args: options of `reblock fit`, and of `reblock plan` (`--frames`, `--hardware.memory_gib`, ...).
+        nodes: number of nodes; None takes `--nodes`, or else the recipe's.
 
     Raises:
-        ValueError: naming every fault of recipe, base, sizes and layout.
+        ValueError: if recipe, base, sizes or layout are invalid; names every fault.
     """
     return estimate_from(read_inputs(list(recipe_args), nodes))
 
 
 def estimate_from(inputs: PlanInputs) -> Estimate:
-    """The plan of what was read; builds its module, without content."""
+    """Estimates a run from the inputs; builds their module from fake tensors."""
     with fake_module(inputs) as counter:
         counted = count_parameters(inputs.module)
         checkpoint = checkpoint_bytes(inputs.module)
@@ -168,6 +168,6 @@ def estimate_from(inputs: PlanInputs) -> Estimate:
 def _collectives(
     sharding: Sharding, counted: Parameters, layout: dict[str, Any], nodes: int, per_node: int
 ) -> list[Collective]:
-    # A job of one rank may become one of many: then its gradients travel as DDP sends them.
+    # A recipe for one rank scales to several ranks with DDP.
     spread = Sharding("ddp") if sharding.name == "single" else sharding
     return collectives(spread, counted, nodes, per_node, **layout)

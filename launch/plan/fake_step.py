@@ -1,8 +1,8 @@
-"""One optimiser step of the module itself, on tensors without content: its operations and the bytes alive in it.
+"""Runs one optimiser step of the real module on fake tensors, and counts its operations and allocated bytes.
 
-The module is built on the meta device. Its tensors are then fake ones that say they lie on a CPU, for torch applies
-autocast to those but not to meta tensors; on a GPU the same operators run, in the same dtypes. What is counted is thus
-what the code does, whatever it is changed to.
+The module is built on the meta device. Its tensors are then replaced by fake ones on the CPU, since torch applies
+autocast to those but not to meta tensors; a GPU runs the same operators in the same dtypes. So the counts follow the
+code, even after changes.
 
 Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D text width.
 """
@@ -30,15 +30,15 @@ TRUNK, HEAD, BACKWARD, UPDATE = "trunk", "head", "backward", "update"
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What one optimiser step does on one rank.
+    """Counts of one optimiser step on one rank.
 
     Args:
-        flops: operations of a micro-batch by stage: trunk, head, backward (recomputed activations included).
-        allocations: what was alive, in the last micro-batch and the update after it.
-        parts: bytes of weights, gradients, optimiser state and averages once all are there.
-        outcome: bytes of what the trunk hands on, text and modulation included, in the dtypes that it computed in: so
-            a `TrunkCache` keeps it, though the head takes it in its own.
-        rope: bytes of the rotary tables, the same for every sample.
+        flops: operations of a micro-batch by stage: trunk, head, backward (with recomputed activations).
+        allocations: memory in use at each allocation of the last micro-batch and the update after it.
+        parts: bytes of weights, gradients, optimiser state and averages after the first step.
+        outcome: bytes of the trunk's output, with text and modulation, in the dtypes that the trunk computes in. A
+            `TrunkCache` stores these; the head gets its own dtype.
+        rope: bytes of the rotary tables, which all samples share.
     """
 
     flops: dict[str, int]
@@ -50,8 +50,8 @@ class StepTrace:
 
 @contextlib.contextmanager
 def fake_module(inputs: PlanInputs) -> Iterator[UsageCounter]:
-    """Inside, `inputs.module` is built of tensors without content, whose bytes and operations are counted."""
-    inputs.module.stock_attention = False  # diffusers' own processor asks the device for lengths: it needs content
+    """Builds `inputs.module` from fake tensors, and counts bytes and operations inside the context."""
+    inputs.module.stock_attention = False  # diffusers' own processor reads caption lengths, which fake tensors lack
     inputs.module.build("meta")
     split_model = inputs.module.split_model
     assert split_model is not None
@@ -60,7 +60,7 @@ def fake_module(inputs: PlanInputs) -> Iterator[UsageCounter]:
         warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
         make_empty(split_model)
         for block in split_model.transformer.transformer_blocks:
-            block.__dict__.pop("forward", None)  # as it is written, whatever compiles it
+            block.__dict__.pop("forward", None)  # restores the uncompiled forward
         inputs.module.ema = Ema(inputs.module.retrained_parameters(), decay=inputs.module.ema_decay)
         counter.assign("weights", [*split_model.parameters(), *split_model.buffers()])
         counter.assign("ema", inputs.module.ema.average.values())
@@ -68,7 +68,7 @@ def fake_module(inputs: PlanInputs) -> Iterator[UsageCounter]:
 
 
 def fake_batch(inputs: PlanInputs, size: int) -> tuple[Batch, Tensor, Tensor]:
-    """A batch of captions of full length, its noise and its sigma."""
+    """A batch with captions of full length, its noise (B, C, F, H, W) and its sigma (B,)."""
     batch = Batch(
         latents=torch.empty(size, *inputs.latent),
         text=torch.empty(size, inputs.text_tokens, inputs.text_width),
@@ -82,16 +82,16 @@ def fake_batch(inputs: PlanInputs, size: int) -> tuple[Batch, Tensor, Tensor]:
 
 
 def autocast(inputs: PlanInputs) -> contextlib.AbstractContextManager:
-    """As Lightning's precision plugin has it round a step's forward pass."""
+    """The autocast context that Lightning's precision plugin applies to a step's forward pass."""
     return contextlib.nullcontext() if inputs.autocast is None else torch.autocast("cpu", inputs.autocast)
 
 
 def trace_step(inputs: PlanInputs, counter: UsageCounter) -> StepTrace:
-    """Runs a step in `fake_module`, in the order of Lightning's loop, from the second step on: states are there."""
+    """Runs a step inside `fake_module`, in the order of Lightning's loop. It is the second one: states exist."""
     module = inputs.module
     retrained = module.retrained_parameters()
     for p in retrained.values():
-        p.grad = torch.empty_like(p)  # of the step before: Lightning clears them after the forward pass
+        p.grad = torch.empty_like(p)  # from the previous step: Lightning clears gradients after the forward pass
         p.register_post_accumulate_grad_hook(lambda p: counter.assign("gradients", [p.grad]))
     optimizer = adamw(retrained, module.optim, fused=inputs.gpu)
     optimizer.step()
@@ -118,7 +118,7 @@ def trace_step(inputs: PlanInputs, counter: UsageCounter) -> StepTrace:
         loss = module.losses(batch, noise, sigma).mean()
         loss = loss * (loss - loss + 1).detach()
     if inputs.accumulate == 1:
-        optimizer.zero_grad()  # else the gradients of the micro-batches before stay
+        optimizer.zero_grad()  # otherwise gradients of earlier micro-batches remain
     staged(BACKWARD, loss.backward)()
     del loss
     with counter.stage(UPDATE):
@@ -132,7 +132,7 @@ def trace_step(inputs: PlanInputs, counter: UsageCounter) -> StepTrace:
 
 @contextlib.contextmanager
 def _in_stages(module: RetrainBlocks, staged: Callable[[str, Callable], Callable]) -> Iterator[None]:
-    """Inside, the module's own trunk and head tell when they run."""
+    """Inside the context, the module's trunk and head run within their stage."""
     module.trunk, module.head = staged(TRUNK, module.trunk), staged(HEAD, module.head)  # type: ignore[method-assign]
     try:
         yield
@@ -141,18 +141,18 @@ def _in_stages(module: RetrainBlocks, staged: Callable[[str, Callable], Callable
 
 
 def _own(state: State) -> tuple[Tensor, ...]:
-    """What is each sample's own."""
+    """The tensors that differ between samples."""
     return state.vision, state.text, state.temb
 
 
 @contextlib.contextmanager
 def _noting_widths(module: RetrainBlocks, widths: list[list[int]]) -> Iterator[None]:
-    """Inside, `widths` gets the bytes a number of each tensor that blocks hand on, the trunk's first."""
+    """Inside the context, appends to `widths` the bytes per element of each output of the blocks, the trunk's first."""
     whole = module.split_model.run
 
     def run(*args: Any) -> State:
         state = whole(*args)
-        widths.append([t.element_size() for t in _own(state)])  # not the tensors: they would stay alive
+        widths.append([t.element_size() for t in _own(state)])  # only sizes: tensors would stay alive
         return state
 
     module.split_model.run = run  # type: ignore[method-assign]

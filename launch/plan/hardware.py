@@ -1,10 +1,10 @@
-"""What a cluster is assumed to do. Assumptions, none of them measured by the plan: every figure can be given anew."""
+"""Assumed performance of a cluster. The plan measures none of it; every figure is an option."""
 
 from dataclasses import dataclass, fields
 
 MIB, GIB = 2**20, 2**30
 
-#: Memory of a GPU in GiB where nothing else is said: what a card of 80 GB shows.
+#: Default memory of a GPU in GiB: the usable part of an 80 GB card.
 GPU_GIB = 79.0
 
 
@@ -13,16 +13,16 @@ class Hardware:
     """A GPU, its node and the network. Defaults: data sheets of eight H100 SXM in a node with eight 400 Gb/s adapters.
 
     Args:
-        gpus_per_node: GPUs of a node, where the recipe does not say how many it uses.
-        memory_gib: of a GPU that the process can have.
+        gpus_per_node: GPUs per node, if the recipe does not give a number.
+        memory_gib: memory of a GPU that a process can use, in GiB.
         tflops: peak of dense matrix products in 16 bits, in 10^12 operations a second.
-        tflops_float32: the same in float32.
-        share: of the peak that training steps reach. docs/benchmarks.md: 0.46 on an H200 at 163 frames.
+        tflops_float32: peak of dense matrix products in float32, in 10^12 operations a second.
+        share: share of the peak that training steps reach. docs/benchmarks.md: 0.46 on an H200 at 163 frames.
         memory_tb_s: bandwidth of the GPU's memory in 10^12 bytes a second, for the optimiser.
         intra_gb_s: bandwidth between two GPUs of a node, each way, in 10^9 bytes a second.
-        inter_gb_s: bandwidth of a node to the network, each way, all its adapters together.
-        link_share: of these bandwidths that collectives reach.
-        latency_us: of one message, in 10^-6 seconds.
+        inter_gb_s: bandwidth of all network adapters of a node together, each way, in 10^9 bytes a second.
+        link_share: share of these bandwidths that collectives reach.
+        latency_us: latency of one message in 10^-6 seconds.
     """
 
     gpus_per_node: int = 8
@@ -46,7 +46,7 @@ class Hardware:
 
     @property
     def memory(self) -> int:
-        """Bytes of a GPU."""
+        """Memory of a GPU in bytes."""
         return int(self.memory_gib * GIB)
 
     def flops(self, sixteen_bit: bool) -> float:
@@ -54,13 +54,13 @@ class Hardware:
         return (self.tflops if sixteen_bit else self.tflops_float32) * 1e12 * self.share
 
     def bandwidth(self, nodes: int, at_once: int = 1) -> float:
-        """Bytes a second that pass every point of a ring over the GPUs of so many nodes.
+        """Bandwidth of a ring over the GPUs of some nodes, in bytes a second.
 
-        Collectives lay as many rings as a node has adapters, so the adapters of a node work together.
+        Collectives use as many rings as a node has adapters, so all adapters of a node work together.
 
         Args:
-            nodes: that the ring passes.
-            at_once: collectives that go through the same nodes' adapters at a time, and share them.
+            nodes: number of nodes in the ring.
+            at_once: number of concurrent collectives that share the same adapters.
         """
         links = self.intra_gb_s if nodes == 1 else min(self.intra_gb_s, self.inter_gb_s / at_once)
         return links * 1e9 * self.link_share

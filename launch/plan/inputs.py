@@ -1,4 +1,4 @@
-"""What a recipe asks for, as far as a plan needs it: read as `fit` reads it, but without Trainer, device or weights."""
+"""Reads a plan's inputs from a recipe, with the parser of `fit` but without a Trainer, device or weights."""
 
 import math
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from launch.plan.sharding import Sharding, read_sharding
 from trainer.models.load import read_config
 from trainer.module import RetrainBlocks
 
-#: The reference base, whose config lies in `recipes/`: it need not be downloaded for a plan.
+#: The reference base. A plan needs no download of it, since its config is in `recipes/`.
 REFERENCE = "genmo/mochi-1-preview"
 _REFERENCE_CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "mochi1_transformer.json"
 
-#: Lightning's names of precisions -> what autocast computes in.
+#: Lightning's name of a precision -> dtype of autocast.
 _PRECISIONS = {"32": None, "32-true": None, "bf16-mixed": torch.bfloat16}
 
 
 class PlanCLI(ReadingCLI):
-    """Reads a recipe and the plan's own options; makes model, data module and callbacks, but no Trainer."""
+    """Reads a recipe and the plan's own options; creates model, data module and callbacks, but no Trainer."""
 
     def init_parser(self, **kwargs: Any) -> Any:
         return super().init_parser(**{**kwargs, "prog": "reblock plan"})
@@ -47,7 +47,7 @@ class PlanCLI(ReadingCLI):
 
     def instantiate_classes(self) -> None:
         config = self.config.clone()
-        # A Trainer's parts ask for devices; its callbacks do not.
+        # These parts of a Trainer need devices; callbacks do not.
         for part in ("strategy", "plugins", "logger", "profiler"):
             config.trainer[part] = None
         self.config_init = self.parser.instantiate_classes(config)
@@ -55,34 +55,34 @@ class PlanCLI(ReadingCLI):
 
     @property
     def callbacks(self) -> list[Callback]:
-        """Those of the recipe."""
+        """The callbacks of the recipe."""
         return list(self.config_init.trainer.callbacks or [])
 
 
 @dataclass(kw_only=True)
 class PlanInputs:
-    """What a plan is made from: one training run.
+    """Inputs of a plan for one training run.
 
     Args:
-        module: not built; its base is a config.json.
-        base: as the recipe names it.
-        sharding: of the recipe's strategy.
-        gpu: whether it runs on GPUs.
-        nodes: of the cluster.
-        per_node: ranks of a node.
-        node_size: GPUs of a node where the run grows: its own, or those assumed where the recipe does not say.
+        module: module that is not built yet; its base is a config.json.
+        base: name of the base in the recipe.
+        sharding: sharding of the recipe's strategy.
+        gpu: whether the recipe runs on GPUs.
+        nodes: number of nodes.
+        per_node: ranks per node.
+        node_size: GPUs per node for weak scaling: `per_node`, or the assumed number if the recipe gives none.
         batch: samples per rank and micro-batch.
         val_batch: validation samples per rank.
-        accumulate: micro-batches of an optimiser step.
-        autocast: dtype of matrix products, None where weights' own.
+        accumulate: micro-batches per optimiser step.
+        autocast: dtype of matrix products under autocast; None without autocast.
         latent: (C, F, H, W) of the largest latent.
-        latent_from: where that is known from.
-        text_tokens: of a caption.
-        text_width: of its embeddings.
-        callbacks: of the recipe.
-        hardware: that is assumed.
-        json: file that all figures go to.
-        refused: why `fit` refuses the recipe, if it does.
+        latent_from: source of the latent's size.
+        text_tokens: number of tokens of a caption.
+        text_width: width of the caption embeddings.
+        callbacks: callbacks of the recipe.
+        hardware: the assumed hardware.
+        json: JSON file to write all figures to; None writes none.
+        refused: why `fit` refuses the recipe; None if it does not.
     """
 
     module: RetrainBlocks
@@ -107,19 +107,19 @@ class PlanInputs:
 
     @property
     def ranks(self) -> int:
-        """Processes that train together, one for each device."""
+        """Number of training processes, one per device."""
         return self.nodes * self.per_node
 
 
 def read_inputs(args: list[str], nodes: int | None = None) -> PlanInputs:
-    """The inputs of the plan of a recipe.
+    """Reads the inputs of a plan.
 
     Args:
-        args: options as of `reblock fit`, and the plan's own.
-        nodes: instead of `--nodes` or the recipe's.
+        args: options of `reblock fit` and of `reblock plan`.
+        nodes: number of nodes; None takes `--nodes`, or else the recipe's.
 
     Raises:
-        ValueError: naming every fault of recipe, base, sizes and layout.
+        ValueError: if recipe, base, sizes or layout are invalid; names every fault.
     """
     cli = recipe_cli(args, run=False, kind=PlanCLI)
     assert isinstance(cli, PlanCLI)
@@ -143,7 +143,7 @@ def read_inputs(args: list[str], nodes: int | None = None) -> PlanInputs:
         faults.append(f"got nodes {nodes}, expected at least 1; set --nodes.")
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
     per_node = attempt(lambda: _per_node(config.trainer.devices, gpu, hardware)) or 0
-    ranks = max(0, nodes) * per_node  # 0 where that is at fault: what follows from it is not
+    ranks = max(0, nodes) * per_node  # 0 if invalid, to skip the checks that depend on it
     said = nodes > 1 or config.trainer.devices not in ("auto", -1, "-1")
     base, autocast = module.base, attempt(lambda: _autocast(config.trainer.precision))
     sharding = attempt(lambda: read_sharding(cli.config.trainer.strategy, ranks))
@@ -173,10 +173,10 @@ def _refusal(config: Any) -> str | None:
 
 
 def base_config(base: str) -> Path:
-    """The config.json of a base; its weights need not be there.
+    """Path of the config.json of a base; the weights may be absent.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no valid config.
     """
     try:
         path = resolve_base(base)
@@ -184,7 +184,7 @@ def base_config(base: str) -> Path:
         if base == REFERENCE:
             return _REFERENCE_CONFIG
         raise ValueError(f"{error} A plan needs its transformer/config.json only: --model.base FILE.") from error
-    read_config(base)  # says what is wrong with it
+    read_config(base)  # raises if the config is invalid
     if path.is_file():
         return path
     inside = path / "transformer" / "config.json"
@@ -221,7 +221,7 @@ def _batch(data: Any, ranks: int) -> int:
 
 
 def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
-    """Latent and caption: from options, else from shards."""
+    """Sizes of latent and caption, from options or else from shards."""
     fields = read_config(module.base)
     given = {name: config[name] for name in ("frames", "height", "width")}
     longest = fields["max_sequence_length"]

@@ -1,7 +1,7 @@
-"""What validation and measurements add to a GPU's memory: the head on a batch of probes, and the attention engine.
+"""Estimates the GPU memory of validation and measurements: the head on a batch of probes, and the attention engine.
 
-They run between steps, when gradients of the last one are still there. The blocks of a trunk allocate alike, so two of
-them stand for all.
+They run between steps, while the gradients of the last step still exist. All blocks of a trunk allocate the same
+sizes, so only two of them are run.
 
 Legend: B probes of a batch, N tokens, h heads, d head width, E eps values.
 """
@@ -29,40 +29,40 @@ from trainer.module import RetrainBlocks
 
 MEASUREMENT = "measurement"
 
-#: Triton: weights of each head that the quantile samples, and bytes for each of them: values, sorted values, 64-bit
-#: indices and the sort's own copies. Measured: docs/benchmarks.md, "extra MiB" of the quantile.
+#: Triton: number of weights per head that the quantile samples, and bytes per weight for values, sorted values, 64-bit
+#: indices and temporary copies of the sort. Measured: docs/benchmarks.md, "extra MiB" of the quantile.
 _SAMPLED, _PER_SAMPLED = 2**18, 48
-#: Chunked: buffers of one chunk's weights that are alive together. Measured: docs/benchmarks.md, masked and quantile.
+#: Chunked: number of simultaneous buffers of one chunk's weights. Measured: docs/benchmarks.md, masked and quantile.
 _BUFFERS = 6
 
 
 def engine_bytes(gpu: bool, batch: int, heads: int, tokens: int) -> int:
-    """What the attention engine allocates beside its inputs in the larger of its passes, statistics or quantile.
+    """Bytes that the attention engine allocates beyond its inputs, in the larger pass: statistics or quantile.
 
     Args:
-        gpu: Triton's kernels run there; elsewhere weights are made by the chunk.
-        batch: B.
-        heads: h.
-        tokens: N.
+        gpu: whether the Triton kernels run, on a GPU; otherwise the chunked engine does.
+        batch: B, number of probes.
+        heads: h, number of heads.
+        tokens: N, number of tokens.
     """
     per_query = batch * heads * tokens * torch.float32.itemsize
     if gpu:
         sample = batch * heads * min(_SAMPLED, tokens**2) * _PER_SAMPLED
-        # Rows: three figures a query. Statistics: column sums, and counts of every eps, sorted into their order.
+        # Rows: three values per query. Statistics: column sums, and counts for each eps in two buffers.
         return 3 * per_query + max(sample, (1 + 2 * len(EPS)) * per_query)
     weights = min(batch * heads * tokens**2, max(CPU_CHUNK_WEIGHTS, batch * heads * tokens))
     return _BUFFERS * weights * torch.float32.itemsize
 
 
 def probe_batch(inputs: PlanInputs, callback: ProbeCallback) -> int:
-    """Probes that are measured together."""
+    """Number of probes that are measured together."""
     sample = Sample(torch.empty(inputs.latent), torch.empty(inputs.text_tokens, inputs.text_width), "", 0)
     probes = ProbeSet([sample], callback.sigmas, seed=callback.seed, batch_size=callback.batch_size)
     return min(probes.batch_size, callback.prompts * len(callback.sigmas))
 
 
 def trace_measurements(inputs: PlanInputs, counter: UsageCounter) -> int:
-    """Most bytes of gradients and of the rest in validation and measurements, inside `fake_module` after a step."""
+    """Peak bytes of gradients and activations in validation and measurements; runs in `fake_module` after a step."""
     with counter.stage(MEASUREMENT), torch.no_grad():
         if inputs.val_batch > inputs.batch:
             with autocast(inputs):
@@ -77,7 +77,7 @@ def trace_measurements(inputs: PlanInputs, counter: UsageCounter) -> int:
 
 
 def _trunk(inputs: PlanInputs, size: int) -> State:
-    """What the trunk hands on for a batch of so many samples."""
+    """Output of the trunk for a batch of `size` samples."""
     batch, noise, sigma = fake_batch(inputs, size)
     with _short_trunk(inputs.module):
         return inputs.module.trunk(inputs.module.flow.mix(batch.latents, noise, sigma), sigma, batch)
@@ -94,8 +94,8 @@ def _short_trunk(module: RetrainBlocks) -> Iterator[None]:
 
 
 def _measure(inputs: PlanInputs, callback: ProbeCallback) -> None:
-    """A dense pass of the head with the engine in every attention, the states that masking goes back to, and a second
-    pass."""
+    """Runs a dense pass of the head with the engine in every attention, keeps the states that masking restarts from,
+    and runs a second pass."""
     module, split_model, size = inputs.module, inputs.module.split_model, probe_batch(inputs, callback)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -117,25 +117,24 @@ def _measure(inputs: PlanInputs, callback: ProbeCallback) -> None:
 
 
 def _starts(module: RetrainBlocks, callback: ProbeCallback) -> list[int]:
-    """Blocks of the head whose input masking keeps: where each of its scopes begins."""
+    """Blocks whose input masking keeps: the first block of each of its scopes."""
     if not isinstance(callback, MaskingRobustness):
         return []
     return [layers[0] for layers in callback._layers_of(module).values()]
 
 
 def host_bytes(inputs: PlanInputs, outcome: int, rope: int) -> int:
-    """Memory of the host that each process takes for the trunk's outcome on its share of the probes; none is kept where
-    the model is sharded.
+    """Bytes of host memory per process for the trunk's output on its probes; 0 for a sharded model, which caches none.
 
     Args:
-        inputs: whose callbacks.
-        outcome: bytes of one sample's outcome, as it is kept.
+        inputs: inputs of the plan.
+        outcome: bytes of the trunk's output for one sample, as the cache stores it.
         rope: bytes of the rotary tables.
     """
     probes = [c for c in inputs.callbacks if isinstance(c, ProbeCallback)]
     if not probes or inputs.module.first == 0 or inputs.sharding.name not in ("single", "ddp"):
         return 0
-    share = max(math.ceil(c.prompts * len(c.sigmas) / inputs.ranks) for c in probes)
+    share = max(math.ceil(c.prompts * len(c.sigmas) * (1 + c.unconditional) / inputs.ranks) for c in probes)
     stores = [c for c in inputs.callbacks if isinstance(c, TrunkCache)]
     budget = stores[0].host_bytes if stores else int(5.0 * GIB)
     return min(budget, share * outcome + rope)

@@ -1,6 +1,6 @@
-"""Memory per GPU, part by part, under each strategy: the traced step with that strategy's share of every part.
+"""Memory per GPU by part under each strategy, from the traced step and the strategy's share of every part.
 
-R ranks, S ranks that share one copy of the model, psi retrained numbers.
+R ranks, S ranks that share one copy of the model, psi retrained parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from launch.plan.counts import Parameters, ranks_per_copy
 from launch.plan.operations import Allocation
 from launch.plan.sharding import STRATEGIES, Sharding
 
-#: In the order in which they are shown.
+#: Parts of the memory, in the order of the tables.
 PARTS = ("weights", "gradients", "optimiser", "ema", "buffers", "activations", "measurement")
 
 _FLOAT32 = 4
@@ -18,18 +18,18 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU.
+    """Memory of one GPU.
 
     Args:
-        parts: bytes by name, all of `PARTS`. `activations` is what a step adds to the parts before it at its peak,
-            `measurement` what measurements and validation add to them; the two are never there together.
+        parts: bytes of each of `PARTS`. `activations` is what a step adds to the earlier parts at its peak.
+            `measurement` is what measurements and validation add to them. The two never exist at the same time.
     """
 
     parts: dict[str, int]
 
     @property
     def total(self) -> int:
-        """Most bytes that are alive at a time."""
+        """Peak memory in bytes."""
         kept = sum(self.parts[name] for name in PARTS[:-2])
         return kept + max(self.parts["activations"], self.parts["measurement"])
 
@@ -45,17 +45,17 @@ def memory_of(
     *,
     sixteen_bit: bool,
 ) -> Memory:
-    """What a GPU holds under a strategy.
+    """Memory of a GPU under a strategy.
 
     Args:
-        sharding: how the model is spread.
-        counted: the model.
-        parts: bytes of weights, gradients, optimiser state and averages that are not spread.
-        allocations: of the traced step.
-        measuring: most bytes of gradients and the rest in measurements.
-        nodes: of the cluster.
-        per_node: ranks of each.
-        sixteen_bit: ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
+        sharding: sharding of the model.
+        counted: parameter counts of the model.
+        parts: bytes of weights, gradients, optimiser state and averages without sharding.
+        allocations: allocations of the traced step.
+        measuring: peak bytes of gradients and activations in measurements.
+        nodes: number of nodes.
+        per_node: ranks per node.
+        sixteen_bit: whether ZeRO keeps weights and gradients in 16 bits (`bf16-mixed`).
     """
     shared = ranks_per_copy(sharding, nodes, per_node)
     kept = _KEPT[sharding.name](sharding, counted, parts, shared, 2 if sixteen_bit else _FLOAT32)
@@ -76,7 +76,7 @@ def memories(
     *,
     sixteen_bit: bool,
 ) -> dict[str, Memory]:
-    """`memory_of` every strategy; the recipe's own with its settings, the others with their defaults."""
+    """`memory_of` for every strategy: the recipe's own with its settings, the others with default settings."""
     largest = _highest(allocations)
     return {
         name: memory_of(
@@ -88,7 +88,7 @@ def memories(
 
 
 def _highest(allocations: Sequence[Allocation]) -> list[Allocation]:
-    """Those that may be the peak of some strategy: for each sum of gradients, the one with most of the rest."""
+    """Allocations that may be the peak under some strategy: the one with the largest rest for each gradient size."""
     best: dict[int, Allocation] = {}
     for allocation in allocations:
         if allocation.gradients not in best or allocation.rest > best[allocation.gradients].rest:
@@ -101,13 +101,13 @@ def _single(sharding: Sharding, counted: Parameters, parts: dict[str, int], shar
 
 
 def _ddp(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared: int, width: int) -> dict[str, int]:
-    """Every gradient lies in a bucket too, unless it is a view of it."""
+    """Each gradient also has a copy in a bucket, unless gradients are views of the buckets."""
     return {**parts, "buffers": 0 if sharding.bucket_views else counted.gradients}
 
 
 def _fsdp2(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared: int, width: int) -> dict[str, int]:
-    """Blocks, gradients, states and averages are spread; two of these blocks are whole at a time, one at work and the
-    next one; so are one block's gradients, once as they come and once in the order in which they are sent."""
+    """Blocks, gradients, states and averages are sharded. Two blocks are unsharded at a time, the current and the next
+    one. One block's gradients exist twice: as autograd produces them, and in the order for communication."""
     blocks = counted.block_sizes[0 if sharding.shard_trunk else counted.first :]
     whole = sum(sorted(blocks)[-2:]) + 2 * counted.largest_gradients
     kept = counted.outside + counted.trunk + counted.head - sum(blocks)
@@ -119,8 +119,8 @@ def _fsdp2(sharding: Sharding, counted: Parameters, parts: dict[str, int], share
 
 
 def _zero(stage: int) -> Callable[..., dict[str, int]]:
-    """ZeRO of DeepSpeed: the engine keeps the model in `width` bytes a number; master weights, where that is 2, and the
-    two moments are in float32 and spread. Averages are ours, float32, whole but for stage 3."""
+    """DeepSpeed ZeRO keeps weights in `width` bytes each. The two moments, and master weights if `width` is 2, are
+    float32 and sharded. Our averages are float32 and unsharded, except in stage 3."""
 
     def kept(sharding: Sharding, counted: Parameters, parts: dict[str, int], shared: int, width: int) -> dict[str, int]:
         retrained = counted.retrained

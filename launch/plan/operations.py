@@ -1,8 +1,8 @@
-"""What a program that runs on tensors without content would do: its operations, and the bytes alive in it.
+"""Counts operations and allocated bytes of a program that runs on fake tensors.
 
-The bytes are those that the device's allocator would have given out. Operations are counted by torch's formulas
-(`torch.utils.flop_counter`): two for each multiplication with its addition, in products of matrices, convolutions and
-attention; all others are left out.
+The bytes are those that the device's allocator would have allocated. Operations follow torch's formulas
+(`torch.utils.flop_counter`): two for each multiply-add in matrix products, convolutions and attention. Other
+operators are not counted.
 """
 
 import weakref
@@ -26,25 +26,25 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs:
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-#: Operator -> its formula. torch knows CUDA's fused attention by name, not the CPU's: forward 4 B h N^2 d, backward
-#: 10 B h N^2 d, since a fused kernel computes Q K^T again.
+#: Operator -> its formula. torch has formulas for CUDA's fused attention, but not for the CPU's: forward 4 B h N^2 d,
+#: backward 10 B h N^2 d, since a fused kernel computes Q K^T again.
 FORMULAS: dict[Any, Any] = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
-#: What no other part claims.
+#: Part for all storages that are not assigned to another part.
 REST = "activations"
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was alive when a tensor had just been allocated.
+    """Memory in use right after a tensor was allocated.
 
     Args:
-        stage: of the step.
-        gradients: bytes of gradients that are complete.
-        rest: bytes of all that is neither weight, gradient, optimiser state nor average.
+        stage: stage of the step.
+        gradients: bytes of complete gradients.
+        rest: bytes of everything else except weights, optimiser state and averages.
     """
 
     stage: str
@@ -53,9 +53,9 @@ class Allocation:
 
 
 class UsageCounter(TorchDispatchMode):
-    """Inside, operations are counted by stage, and every storage that an operator allocates, until it is freed.
+    """Counts, inside the context, operations by stage, and each storage that an operator returns until it is freed.
 
-    What an operator takes and gives back within itself is not seen.
+    Temporary memory within an operator is not counted.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class UsageCounter(TorchDispatchMode):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Inside, allocations are noted under this name."""
+        """Inside the context, allocations and operations count for this stage."""
         before, self._stage = self._stage, name
         try:
             yield
@@ -114,12 +114,12 @@ class UsageCounter(TorchDispatchMode):
             self._stage = before
 
     def peak(self, *stages: str) -> int:
-        """Largest sum of gradients and the rest, in these stages or in all."""
+        """Largest sum of gradients and rest in bytes, in the given stages or in all."""
         return max((m.gradients + m.rest for m in self.allocations if not stages or m.stage in stages), default=0)
 
 
 def make_empty(module: torch.nn.Module) -> None:
-    """Gives a module on the meta device parameters and buffers of the same shapes, made in whatever mode is active."""
+    """Replaces the meta tensors of a module by empty tensors, which are created in the active dispatch mode."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:

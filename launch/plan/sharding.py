@@ -1,4 +1,4 @@
-"""How a strategy spreads the model over ranks, read from a recipe's `trainer.strategy`."""
+"""Reads from a recipe's `trainer.strategy` how the model is sharded over ranks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a strategy spreads the model.
+    """Sharding of the model under a strategy.
 
     Args:
         name: one of `STRATEGIES`.
-        over_node: FSDP2: the ranks of a node share one copy, not all ranks.
-        shard_trunk: FSDP2: the trunk's blocks are spread too, not only the head's.
-        bucket_views: DDP: gradients are views of its buckets, not copies.
-        bucket_bytes: DDP: a bucket is full at so many bytes.
-        first_bucket_bytes: DDP: so is the first, which is to leave early unless a size is given.
-        reduce_elements: ZeRO: elements of a buffer of gradients on their way.
-        gather_elements: ZeRO: elements of a buffer of weights on their way.
-        live_elements: ZeRO-3: elements of weights that are whole at a time.
+        over_node: FSDP2: whether the ranks of each node share a copy of the model, instead of all ranks.
+        shard_trunk: FSDP2: whether the trunk's blocks are sharded too, and not only the head's.
+        bucket_views: DDP: whether gradients are views of the buckets.
+        bucket_bytes: DDP: size at which a bucket is full.
+        first_bucket_bytes: DDP: size at which the first bucket is full; small by default, so that it is sent early.
+        reduce_elements: ZeRO: number of elements in a communication buffer of gradients.
+        gather_elements: ZeRO: number of elements in a communication buffer of weights.
+        live_elements: ZeRO-3: largest number of weights that are unsharded at a time.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Sharding:
 
 
 def read_sharding(strategy: Any, ranks: int) -> Sharding:
-    """What `trainer.strategy` of a recipe means: one of Lightning's names, or a class with its arguments.
+    """Sharding of a recipe's `trainer.strategy`, which is one of Lightning's names, or a class with its arguments.
 
     Raises:
-        ValueError: if it is none that is planned.
+        ValueError: if the plan does not support the strategy.
     """
     name = strategy if isinstance(strategy, str) else strategy["class_path"]
     init = None if isinstance(strategy, str) else strategy.get("init_args")
@@ -60,7 +60,7 @@ def read_sharding(strategy: Any, ranks: int) -> Sharding:
         raise ValueError(_unknown(name)) from None
     if issubclass(kind, SingleDeviceStrategy):
         return Sharding("single")
-    if issubclass(kind, DeepSpeedStrategy):  # a kind of DDPStrategy to Lightning
+    if issubclass(kind, DeepSpeedStrategy):  # before DDPStrategy, its base class
         offloads = any(given.get(f"offload_{part}") for part in ("optimizer", "parameters"))
         stage = given.get("stage", 2)
         if offloads or stage not in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""A plan in tables that fit 100 columns."""
+"""Prints a plan as tables of at most 100 columns."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def show(plan: Estimate, console: Console | None = None) -> None:
     """Prints a plan."""
     console = console or Console()
     if not console.is_terminal:
-        console = Console(width=_WIDTH, file=console.file)  # a file has no width
+        console = Console(width=_WIDTH, file=console.file)  # a file has no width of its own
     for line in _facts(plan):
         console.print(line, soft_wrap=True, highlight=False)
     for table in (_operations(plan), _memory(plan), _wire(plan), _scaling(plan)):
@@ -137,7 +137,7 @@ def _gib(size: float) -> str:
 
 
 def _short(value: float, most: int = 6) -> str:
-    """Three digits that count, more where a number is large; `most` decimals."""
+    """A number as text with three significant digits, or more if it is large, and at most `most` decimals."""
     if not value:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))

@@ -1,12 +1,12 @@
-"""Seconds of a step, and how they grow with the number of GPUs at an equal batch on each (weak scaling).
+"""Seconds of a step, and how they grow with the number of GPUs at an equal batch per GPU (weak scaling).
 
-R ranks on M nodes of g GPUs, b bytes, B bytes a second past every point of the ring, a seconds of latency.
+R ranks on M nodes of g GPUs, b bytes, B bandwidth of the ring in bytes a second, a latency in seconds.
 
     ring all-reduce     2 (R - 1) (a + b / (R B))              Patarasuk and Yuan, 2009
     tree all-reduce     2 (log2 M + g - 1) a + 2 b / B         double binary trees, Sanders, Speck and Traeff, 2009
     all-gather, reduce-scatter, in a ring    (R - 1) (a + b / (R B))
 
-NCCL takes ring or tree, whichever it holds for faster; so does the plan.
+NCCL chooses ring or tree by its estimate of their speed; so does the plan.
 """
 
 import math
@@ -17,24 +17,24 @@ from launch.plan.counts import Collective
 from launch.plan.fake_step import BACKWARD, HEAD, TRUNK
 from launch.plan.hardware import Hardware
 
-#: Most GPUs of the table of weak scaling.
+#: Largest number of GPUs in the table of weak scaling.
 MOST_GPUS = 4096
 
-#: Bytes that the optimiser and the averages read and write for each retrained number, all float32: AdamW reads weight,
-#: gradient and two moments and writes three of them; the average reads two and writes one.
+#: Bytes that optimiser and averages read and write for each retrained parameter, in float32: AdamW reads weight,
+#: gradient and two moments, and writes all but the gradient. The average reads two values and writes one.
 _UPDATE_BYTES = 4 * (7 + 3)
 
 
 @dataclass(frozen=True)
 class ComputeTime:
-    """Seconds that a GPU computes in one optimiser step.
+    """Seconds of computation of a GPU in one optimiser step.
 
     Args:
-        trunk: forward.
-        head: forward.
-        backward: of the head, recomputed activations included.
-        update: clipping aside, of weights and averages.
-        accumulate: micro-batches that trunk, head and backward are made of.
+        trunk: forward pass of the trunk.
+        head: forward pass of the head.
+        backward: backward pass of the head, with recomputed activations.
+        update: update of weights and averages, without clipping.
+        accumulate: number of micro-batches in `trunk`, `head` and `backward`.
     """
 
     trunk: float
@@ -45,20 +45,20 @@ class ComputeTime:
 
     @property
     def total(self) -> float:
-        """All of it, one after another."""
+        """Seconds of all parts together."""
         return self.trunk + self.head + self.backward + self.update
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on so many GPUs.
+    """Seconds of one step on some number of GPUs.
 
     Args:
-        gpus: R.
-        wire: seconds that all collectives take.
-        bare: seconds of a step that hides none of them.
-        overlapped: seconds where they run during the computing that neither makes nor needs what they carry.
-        deferred: seconds where the head's gradients may also travel during the next step's trunk.
+        gpus: R, number of GPUs.
+        wire: seconds of all collectives.
+        bare: seconds of a step without overlap.
+        overlapped: seconds of a step whose collectives overlap with independent computation of the same step.
+        deferred: seconds of a step whose gradient collectives may also overlap with the next step's trunk.
     """
 
     gpus: int
@@ -71,14 +71,14 @@ class StepTime:
 def compute_time(
     flops: dict[str, int], retrained: int, accumulate: int, hardware: Hardware, *, sixteen_bit: bool
 ) -> ComputeTime:
-    """Seconds of computing: operations over the assumed rate, the update's bytes over the memory's bandwidth."""
+    """Seconds of computation: operations over the assumed rate, and the update's bytes over the memory bandwidth."""
     rate = hardware.flops(sixteen_bit)
     trunk, head, backward = (accumulate * flops.get(stage, 0) / rate for stage in (TRUNK, HEAD, BACKWARD))
     return ComputeTime(trunk, head, backward, retrained * _UPDATE_BYTES / (hardware.memory_tb_s * 1e12), accumulate)
 
 
 def collective_seconds(kind: str, size: int, ranks: int, nodes: int, hardware: Hardware, *, at_once: int = 1) -> float:
-    """Of one collective over `size` bytes, on so many ranks that lie on so many nodes; of `at_once` such together."""
+    """Seconds of one collective of `size` bytes over `ranks` on `nodes`, while `at_once` such collectives run."""
     if ranks <= 1:
         return 0.0
     latency, bandwidth = hardware.latency_us * 1e-6, hardware.bandwidth(nodes, at_once)
@@ -90,17 +90,18 @@ def collective_seconds(kind: str, size: int, ranks: int, nodes: int, hardware: H
 
 
 def step_time(work: ComputeTime, found: Sequence[Collective], gpus: int, per_node: int, hardware: Hardware) -> StepTime:
-    """Seconds of a step with these collectives.
+    """Seconds of a step with the collectives `found`.
 
-    Those that carry the trunk's weights hide behind the trunk, the others behind the head's forward and backward.
-    DDP's gradients travel once, with the last micro-batch: behind its backward pass, over which they come evenly, so
-    that of n buckets the last can only leave at its end; or behind the trunk of the next step's first micro-batch.
+    Collectives of the trunk's weights overlap with the trunk, the others with the head's forward and backward pass.
+    DDP reduces gradients once, in the backward pass of the last micro-batch. It fills its n buckets evenly over this
+    pass, so the last bucket is sent after it. If deferred, it overlaps with the trunk of the next step's first
+    micro-batch.
     """
     seconds = {"trunk": 0.0, "head": 0.0}
     gradients, buckets = 0.0, 1
     for one in found:
         nodes = one.ranks if one.spread else math.ceil(one.ranks / per_node)
-        at_once = per_node if one.spread else 1  # each rank of a node exchanges its own part, all of them together
+        at_once = per_node if one.spread else 1  # all ranks of a node exchange their own parts at the same time
         spent = one.times * sum(
             collective_seconds(one.kind, size, one.ranks, nodes, hardware, at_once=at_once) for size in one.sizes
         )
@@ -122,7 +123,7 @@ def step_time(work: ComputeTime, found: Sequence[Collective], gpus: int, per_nod
 
 
 def layouts(node_size: int, own: tuple[int, int]) -> list[tuple[int, int]]:
-    """(nodes, ranks of each) up to 4,096 ranks: parts of one node, whole nodes by powers of two, and the job's own."""
+    """(nodes, ranks per node) up to 4,096 ranks: parts of one node, powers of two of whole nodes, and the job's own."""
     powers = [2**power for power in range(13)]
     found = {(1, ranks) for ranks in powers if ranks < node_size}
     found |= {(nodes, node_size) for nodes in powers if nodes * node_size <= MOST_GPUS}
@@ -139,14 +140,14 @@ def weak_scaling(
     own: tuple[int, int],
     hardware: Hardware,
 ) -> list[StepTime]:
-    """The step at 1 to 4,096 GPUs.
+    """Step times at 1 to 4,096 GPUs.
 
     Args:
-        work: of one GPU.
-        collectives: of a step, from nodes and ranks of each.
+        work: computation of one GPU.
+        collectives: function from (nodes, ranks per node) to the collectives of a step.
         node_size: GPUs of a whole node.
-        own: nodes of the job and ranks of each, which has a row too.
-        hardware: that is assumed.
+        own: (nodes, ranks per node) of the job, which gets a row of its own.
+        hardware: the assumed hardware.
     """
     return [
         step_time(work, collectives(nodes, ranks), nodes * ranks, ranks, hardware)

@@ -1,6 +1,6 @@
-"""`reblock report`: one self-contained page about a run, made from the run's files.
+"""`reblock report`: writes one self-contained page about a run from the files in its folder.
 
-Legend: Ly measured layers, h heads, R ratios.
+Legend: Ly measured layers, h heads.
 """
 
 import base64
@@ -16,7 +16,17 @@ from markupsafe import Markup
 
 from data.files import write_text
 from launch.report.charts import Series, heat_map, line_chart, number
-from launch.report.results import MaskingStage, RunResults, SinkStage, last_epoch, read_results, stage_title
+from launch.report.comparisons import ends_text
+from launch.report.masking_page import (
+    blanks,
+    critical_chart,
+    masking_chart,
+    mass_chart,
+    probes_note,
+    scope_table,
+)
+from launch.report.results import RunResults, last_epoch, read_results
+from launch.report.stages import Ends, Head, SinkStage, stage_title
 from launch.report.summary import key_figures, sentences
 from launch.run_folder import RunFolder
 
@@ -27,11 +37,11 @@ def report(run: Path, *, out: Path | None = None) -> Path:
     """Writes one self-contained HTML page: summary, losses, sinks, masking, samples, provenance, recipe.
 
     Args:
-        run: folder that `reblock fit` wrote.
+        run: run folder of `reblock fit`.
         out: file to write; RUN/report.html by default.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
         ValueError: if `run` is no run folder.
@@ -58,8 +68,9 @@ def _page(results: RunResults) -> dict[str, Any]:
         "heat": [_heat(title, stage, results) for title, stage in _compared(results)],
         "eps": number(sinks.eps) if sinks else None,
         "heads": _heads(results),
-        "scopes": _scopes(results),
-        "probes": _probes(masking),
+        "blanks": blanks(results),
+        "scopes": scope_table(results),
+        "probes": probes_note(masking),
         "samples": _samples(results),
         "fingerprint": results.fingerprint,
         "versions": _versions(results.versions),
@@ -70,7 +81,7 @@ def _page(results: RunResults) -> dict[str, Any]:
 
 
 def data_uri(path: Path, kind: str) -> str:
-    """A file's bytes as a data URI of media type `kind`."""
+    """Encodes a file as a data URI of media type `kind`."""
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -78,7 +89,7 @@ def data_uri(path: Path, kind: str) -> str:
 
 
 def running_mean(y: Sequence[float]) -> list[float]:
-    """Mean over a window of 1 / 50 of the curve that ends at each point; NaN where the window holds no number."""
+    """Mean over the window that ends at each point and spans 1/50 of the curve; NaN if it has no finite value."""
     values = np.asarray(y, float)
     window = max(1, len(values) // 50)
     known = np.isfinite(values)
@@ -95,11 +106,10 @@ def _charts(results: RunResults) -> dict[str, str | None]:
         "loss": _loss_chart(results),
         "bands": _band_chart(results),
         "sinks_by_epoch": _epoch_chart({k: len(s.flagged) for k, s in results.sinks.items()}, "sink heads"),
-        "ratio_by_epoch": _epoch_chart(
-            {k: m.value("critical_ratio") for k, m in results.masking.items()}, "critical ratio, retrained blocks"
-        ),
-        "distortion": _masking_chart(results, "distortion"),
-        "increase": _masking_chart(results, "loss_increase"),
+        "critical": critical_chart(results),
+        "distortion": masking_chart(results, "distortion"),
+        "increase": masking_chart(results, "loss_increase"),
+        "increase_by_mass": mass_chart(results),
     }
 
 
@@ -128,7 +138,7 @@ def _band_chart(results: RunResults) -> str | None:
 
 
 def _epoch_chart(values: Mapping[str, float], y_label: str) -> str | None:
-    """A figure over the epochs, with the base's as a dashed line; None below two epochs."""
+    """Chart of a value over the epochs, with the base's value as a dashed line; None for less than two epochs."""
     epochs = sorted((int(stage.removeprefix("epoch-")), v) for stage, v in values.items() if stage.startswith("epoch-"))
     if len(epochs) < 2:
         return None
@@ -137,25 +147,6 @@ def _epoch_chart(values: Mapping[str, float], y_label: str) -> str | None:
     if "base" in values:
         series.append(Series("base", [x[0], x[-1]], [values["base"]] * 2, 2, "dashed"))
     return line_chart(series, x_label="epoch", y_label=y_label, height=240)
-
-
-def _masking_chart(results: RunResults, name: str) -> str | None:
-    series = []
-    for label, stage, colour in (("before", results.masking_before, 2), ("after", results.masking_after, 1)):
-        curve = stage.curve(name) if stage else None
-        if stage is None or curve is None:
-            continue
-        unit = float(stage.arrays["dense_loss"]) if name == "loss_increase" else 1.0
-        ratios = stage.arrays["ratios"]
-        series.append(Series(f"{label} ({stage_title(stage.stage)})", ratios, curve / unit, colour, "dots"))
-        uniform = np.full(len(ratios), stage.value(f"uniform_{name}") / unit)
-        series.append(Series(f"uniform, {label}", ratios, uniform, colour, "dashed"))
-    if not series:
-        return None
-    x_label = "share of attention weights removed, r"
-    if name == "loss_increase":
-        return line_chart(series, x_label=x_label, y_label="loss increase", scale="percent", rule=(0.01, "1 %"))
-    return line_chart(series, x_label=x_label, y_label="relative squared change", scale="log")
 
 
 def _compared(results: RunResults) -> list[tuple[str, SinkStage]]:
@@ -172,59 +163,55 @@ def _heat(title: str, stage: SinkStage, results: RunResults) -> dict[str, Any]:
         f"{len(arrays['keys'])} prompts, {len(arrays['sigmas'])} noise levels, {int(arrays['queries'])} queries and "
         f"{int(arrays['keys_count'])} keys at most."
     )
-    return {"title": title, "svg": Markup(svg), "note": note}
+    return {"title": title, "svg": Markup(svg), "note": f"{note} {_positions(stage)}"}
+
+
+def _positions(stage: SinkStage) -> str:
+    """Whether sinks prefer a latent frame or a place in the frame."""
+    if "frame_p" not in stage.arrays:
+        return "Whether sinks prefer a position was not measured."
+    over_frames, over_places = (float(stage.arrays[name]) for name in ("frame_p", "place_p"))
+    if math.isnan(over_frames):
+        return "No sink, so no position to test."
+    return (
+        f"Evenly spread sinks would lie as unevenly with p = {number(over_frames, 2)} over latent frames and "
+        f"p = {number(over_places, 2)} over places in the frame (permutations by prompt)."
+    )
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _heads(results: RunResults) -> list[list[str]]:
-    """One row per planted head."""
+def _heads(results: RunResults) -> list[tuple[list[str], str, str]]:
+    """Cells, change in words and verdict of each planted head, then of each that is flagged before or after."""
+    planted = dict(zip(results.planted_heads, results.planted, strict=True))
+    flagged = [head for stage in (results.before, results.after) if stage for head in stage.flagged]
+    return [_head_row(results, head, planted.get(head, {})) for head in dict.fromkeys([*planted, *flagged])]
 
-    def mean(stage: SinkStage | None, name: str, head: tuple[int, int]) -> str:
+
+def _head_row(results: RunResults, head: Head, entry: Mapping[str, Any]) -> tuple[list[str], str, str]:
+    def mean(stage: SinkStage | None, name: str) -> str:
         values = stage.select(stage.arrays[name], head) if stage else np.array([np.nan])
         return number(float(np.nanmean(values))) if np.isfinite(values).any() else "n/a"
 
-    def frequency(stage: SinkStage | None, head: tuple[int, int], pick: Any) -> str:
-        return number(float(pick(stage.select(stage.frequency, head)))) if stage else "n/a"
+    def frequency(stage: SinkStage | None, pick: Any) -> str:
+        found: tuple[float, Ends | None] = stage.frequency_at(head, pick) if stage else (math.nan, None)
+        return number(found[0]) + (ends_text(found[1]) if math.isfinite(found[0]) else "")
 
-    table = []
-    for entry, head in zip(results.planted, results.planted_heads, strict=True):
-        cells = [f"layer {head[0]}, head {head[1]}"]
-        cells += [number(float(entry.get(key, math.nan))) for key in ("gain", "verified_frequency")]
-        cells += [frequency(results.before, head, np.min), frequency(results.after, head, np.max)]
-        for name in ("alpha", "value_norm_ratio"):
-            cells += [mean(results.before, name, head), mean(results.after, name, head)]
-        table.append(cells)
-    return table
-
-
-def _scopes(results: RunResults) -> list[list[str]]:
-    stages = (results.masking_before, results.masking_after)
-    scopes = list(dict.fromkeys(scope for stage in stages if stage for scope in stage.scopes))
-
-    def cell(stage: MaskingStage | None, name: str, scope: str) -> str:
-        if stage is None:
-            return "n/a"
-        relative = float(stage.arrays["dense_loss"]) if name == "uniform_loss_increase" else 1.0
-        return number(stage.value(name, scope) / relative)
-
-    names = ("critical_ratio", "auc", "uniform_loss_increase")
-    return [[scope, *(cell(stage, name, scope) for name in names for stage in stages)] for scope in scopes]
-
-
-def _probes(stage: MaskingStage | None) -> str:
-    if stage is None:
-        return ""
-    prompts, samples = int(stage.arrays["prompts"]), int(stage.arrays["samples"])
-    return f"Measured on {samples} held-out probes of {prompts} prompts at {len(stage.arrays['sigmas'])} noise levels."
+    cells = [f"layer {head[0]}, head {head[1]}"]
+    cells += [number(float(entry.get(key, math.nan))) for key in ("gain", "verified_frequency")]
+    cells += [frequency(results.before, np.argmin), frequency(results.after, np.argmax)]
+    for name in ("alpha", "value_norm_ratio"):
+        cells += [mean(results.before, name), mean(results.after, name)]
+    change = results.sink_comparison.change(head)
+    return cells, change.words, change.verdict(-1)
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
 def _samples(results: RunResults) -> list[dict[str, Any]]:
-    """Videos by caption and seed, variants in their order of drawing."""
+    """Videos grouped by caption and seed; variants are in the order in which they were sampled."""
     groups: dict[tuple[str, int], list[dict[str, str]]] = {}
     for entry in results.samples:
         clip = {
@@ -237,7 +224,7 @@ def _samples(results: RunResults) -> list[dict[str, Any]]:
 
 
 def _sample_note(entry: Mapping[str, Any]) -> str:
-    """Masked share, and similarity to the dense video, where they apply."""
+    """Masked share and similarity to the dense video as text, if they apply."""
     parts = []
     ratio = (entry.get("settings") or {}).get("mask_ratio")
     if ratio:
@@ -269,7 +256,7 @@ def _commands(results: RunResults) -> list[str]:
 
 
 def _figures(results: RunResults) -> list[dict[str, str]]:
-    """PNGs of the base, the fresh initialisation and the last epoch."""
+    """PNG figures of the stages base, epoch-000 and the last epoch."""
     stages = {"base", "epoch-000", last_epoch(results.sinks), last_epoch(results.masking)} - {None}
     paths = sorted(results.run.figures.glob("*.png"))
     return [

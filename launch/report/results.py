@@ -1,115 +1,36 @@
-"""The results of a run, read once from its files; every figure of the report comes from here.
-
-Legend: P prompts, S sigmas, Ly measured layers, h heads, E eps values, K scopes, R ratios.
-"""
+"""Reads the results of a run from its files; every value in the report comes from here."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from launch.report.comparisons import MaskingComparison, SinkComparison
+from launch.report.stages import Head, MaskingStage, SinkStage
 from launch.run_folder import RunFolder
-
-Head = tuple[int, int]  # layer, head
-Arrays = Mapping[str, NDArray]
-
-
-def stage_title(stage: str) -> str:
-    """A stage as the page names it: epoch-004 is "epoch 4"."""
-    return f"epoch {int(stage.removeprefix('epoch-'))}" if stage.startswith("epoch-") else stage
-
-
-@dataclass(frozen=True)
-class SinkStage:
-    """The sink measurement of one stage.
-
-    Args:
-        stage: base, epoch-000, epoch-001, ...
-        arrays: of sinks-STAGE.npz.
-    """
-
-    stage: str
-    arrays: Arrays
-
-    @property
-    def eps(self) -> float:
-        """The eps that decides what counts as a sink."""
-        return float(self.arrays["default_eps"])
-
-    @property
-    def layers(self) -> list[int]:
-        """Measured layers."""
-        return [int(layer) for layer in self.arrays["layers"]]
-
-    @property
-    def frequency(self) -> NDArray:
-        """Share of prompts with a sink at `eps`, (S, Ly, h)."""
-        index = int(np.argmin(np.abs(self.arrays["eps"] - self.eps)))
-        return self.arrays["frequency"][..., index]
-
-    @property
-    def flagged(self) -> list[Head]:
-        """Consistent sink heads."""
-        return [(self.layers[row], int(head)) for row, head in np.argwhere(self.arrays["consistent"])]
-
-    def select(self, values: NDArray, head: Head) -> NDArray:
-        """One head of `values` (..., Ly, h), as (...); all NaN if its layer was not measured."""
-        if head[0] not in self.layers or head[1] >= values.shape[-1]:
-            return np.full(values.shape[:-2], np.nan)
-        return values[..., self.layers.index(head[0]), head[1]]
-
-    def with_any_sink(self) -> list[Head]:
-        """Heads that have a sink in some prompt at some sigma."""
-        return [(self.layers[row], int(head)) for row, head in np.argwhere((self.frequency > 0).any(axis=0))]
-
-
-@dataclass(frozen=True)
-class MaskingStage:
-    """The masking measurement of one stage.
-
-    Args:
-        stage: base, epoch-000, epoch-001, ...
-        arrays: of masking-STAGE.npz.
-    """
-
-    stage: str
-    arrays: Arrays
-
-    @property
-    def scopes(self) -> list[str]:
-        """Names of the sets of layers that were masked together, (K,)."""
-        return [str(scope) for scope in self.arrays["scopes"]]
-
-    def value(self, name: str, scope: str = "retrained") -> float:
-        """The entry of a scope in an array (K,); NaN if the scope was not measured."""
-        return float(self.arrays[name][self.scopes.index(scope)]) if scope in self.scopes else math.nan
-
-    def curve(self, name: str, scope: str = "retrained") -> NDArray | None:
-        """The row (R,) of a scope in an array (K, R); None if the scope was not measured."""
-        return self.arrays[name][self.scopes.index(scope)] if scope in self.scopes else None
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """The results of a run. What a run does not have is None, NaN or empty.
+    """The results of a run. A result that the run lacks is None, NaN or empty.
 
     Args:
         run: the run folder.
         config: text of config.yaml.
-        base: the base as the recipe names it.
+        base: name of the base in the recipe.
         planted_record: content of the base's planted.json.
-        planted: its entries, one for each planted head.
-        sinks: stage -> sink measurement, in order of stages.
-        masking: stage -> masking measurement, in order of stages.
+        planted: entries of planted.json, one for each planted head.
+        sinks: sink measurement of each stage, in the order of stages.
+        masking: masking measurement of each stage, in the order of stages.
         metrics: rows of metrics.csv.
         fingerprint: content of fingerprint.json.
         versions: content of versions.json.
         samples: entries of samples/samples.json whose files exist.
+        unconditional_sinks: as `sinks`, on the probes without their captions.
+        unconditional_masking: as `masking`, likewise.
     """
 
     run: RunFolder
@@ -123,6 +44,15 @@ class RunResults:
     fingerprint: dict[str, Any] | None
     versions: dict[str, Any] | None
     samples: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    unconditional_sinks: Mapping[str, SinkStage] = field(default_factory=dict)
+    unconditional_masking: Mapping[str, MaskingStage] = field(default_factory=dict)
+
+    @property
+    def without_captions(self) -> "RunResults | None":
+        """The same run with the measurements on probes without captions; None if none were made."""
+        if not self.unconditional_sinks and not self.unconditional_masking:
+            return None
+        return replace(self, sinks=self.unconditional_sinks, masking=self.unconditional_masking)
 
     @property
     def planted_heads(self) -> list[Head]:
@@ -145,9 +75,24 @@ class RunResults:
         return self.masking.get("base")
 
     @property
+    def base_dense_loss(self) -> float:
+        """Dense loss of the base's own weights on the probes of masking; NaN if it was not measured."""
+        return self.masking_before.dense_loss if self.masking_before else math.nan
+
+    @property
     def masking_after(self) -> MaskingStage | None:
         """Masking after the last measured epoch of training."""
         return self.masking.get(last_epoch(self.masking) or "")
+
+    @cached_property
+    def sink_comparison(self) -> SinkComparison:
+        """Sinks before and after."""
+        return SinkComparison(self.before, self.after)
+
+    @cached_property
+    def masking_comparison(self) -> MaskingComparison:
+        """Masking before and after."""
+        return MaskingComparison(self.masking_before, self.masking_after)
 
     @property
     def found_before(self) -> int:
@@ -179,26 +124,26 @@ class RunResults:
 
     @property
     def val_loss(self) -> float:
-        """Validation loss at the end of training, EMA weights; NaN if there is none."""
+        """Validation loss of the EMA weights at the end of training; NaN if there is none."""
         values = self.series("val/loss")[1]
         return values[-1] if values else math.nan
 
     @property
     def loss_difference(self) -> float | None:
-        """Validation loss of the retrained model relative to the base's before planting, minus one."""
+        """Relative difference of the retrained model's validation loss from the base's before planting."""
         before = float((self.planted_record or {}).get("val_loss_before") or math.nan)
         difference = self.val_loss / before - 1
         return difference if math.isfinite(difference) else None
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a column of metrics.csv, empty cells left out."""
+        """Steps and values of a column of metrics.csv, without empty cells."""
         rows = [(row.get("step"), row.get(name)) for row in self.metrics]
         pairs = [(float(step), float(value)) for step, value in rows if step and value]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def last_epoch(stages: Mapping[str, Any]) -> str | None:
-    """The last `epoch-NNN` after at least one epoch of training."""
+    """The last stage `epoch-NNN`, without epoch-000; None if there is none."""
     epochs = [stage for stage in stages if stage.startswith("epoch-") and int(stage.removeprefix("epoch-")) > 0]
     return max(epochs, key=lambda stage: int(stage.removeprefix("epoch-")), default=None)
 
@@ -208,16 +153,26 @@ def _read_json(path: Path) -> Any:
 
 
 def _base(run: RunFolder) -> str | None:
-    """`model.base` of the resolved recipe, whether the model is named by class_path or not."""
+    """`model.base` of the resolved recipe, with or without a class_path for the model."""
     model = run.read_config().get("model") if run.config.is_file() else None
     return (model.get("init_args") or model).get("base") if isinstance(model, dict) else None
+
+
+def _read_sinks(run: RunFolder, kind: str) -> dict[str, SinkStage]:
+    return {stage: SinkStage(stage, arrays) for stage, arrays in run.read_measurements(kind).items()}
+
+
+def _read_masking(run: RunFolder, kind: str) -> dict[str, MaskingStage]:
+    found = run.read_measurements(kind)
+    base_loss = float(found["base"]["dense_loss"]) if "base" in found else math.nan
+    return {stage: MaskingStage(stage, arrays, base_loss) for stage, arrays in found.items()}
 
 
 def read_results(run: RunFolder) -> RunResults:
     """Reads a run folder.
 
     Args:
-        run: folder that `reblock fit` wrote.
+        run: run folder of `reblock fit`.
 
     Raises:
         ValueError: if the folder is missing or has neither a config nor metrics.
@@ -235,10 +190,12 @@ def read_results(run: RunFolder) -> RunResults:
         base=base,
         planted_record=planted,
         planted=(planted or {}).get("heads") or [],
-        sinks={stage: SinkStage(stage, arrays) for stage, arrays in run.read_measurements("sinks").items()},
-        masking={stage: MaskingStage(stage, arrays) for stage, arrays in run.read_measurements("masking").items()},
+        sinks=_read_sinks(run, "sinks"),
+        masking=_read_masking(run, "masking"),
         metrics=run.read_metrics()[1],
         fingerprint=run.read_fingerprint(),
         versions=run.read_versions(),
         samples=[entry for entry in samples if (run.samples / entry["file"]).is_file()],
+        unconditional_sinks=_read_sinks(run, "unconditional-sinks"),
+        unconditional_masking=_read_masking(run, "unconditional-masking"),
     )

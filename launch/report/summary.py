@@ -1,4 +1,4 @@
-"""The report's summary of a run: a few key figures, and sentences that say what the results mean."""
+"""The report's summary of a run: a few key figures, and sentences that explain the results."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from typing import Literal
 import numpy as np
 
 from launch.report.charts import number
-from launch.report.results import Head, RunResults, SinkStage, stage_title
+from launch.report.comparisons import Change
+from launch.report.results import RunResults
+from launch.report.stages import Head, MaskingStage, SinkStage, stage_title
 
-#: A sentence names at most so many heads one by one.
+#: Largest number of heads that a sentence lists by name.
 _MAX_NAMED = 6
 
 
@@ -22,9 +24,9 @@ class KeyFigure:
     """A figure at the top of the page.
 
     Args:
-        value: the figure, as text.
-        label: what it is.
-        verdict: good, bad, or empty for none.
+        value: the figure as text.
+        label: description of the figure.
+        verdict: good, bad, or empty for no verdict.
     """
 
     value: str
@@ -33,7 +35,7 @@ class KeyFigure:
 
 
 def list_heads(heads: Sequence[Head]) -> str:
-    """Heads as text: layer 6 head 1, layer 7 head 0."""
+    """Lists heads as text, e.g. "layer 6 head 1, layer 7 head 0"."""
     return ", ".join(f"layer {layer} head {head}" for layer, head in heads)
 
 
@@ -103,17 +105,61 @@ def _after(results: RunResults) -> str:
     )
 
 
+def _sink_changes(results: RunResults) -> str:
+    """How the frequency of planted heads, or of those flagged, has changed; heads of the same words together."""
+    before, after = results.before, results.after
+    if before is None or after is None:
+        return ""
+    heads = list(dict.fromkeys(results.planted_heads or [*before.flagged, *after.flagged]))
+    groups: dict[str, list[Head]] = {}
+    for head in heads:
+        change = results.sink_comparison.change(head)
+        words = {1: "higher", -1: "lower"}.get(change.direction) or change.words.partition(" [")[0]
+        groups.setdefault(words, []).append(head)
+    parts = [f"{words}: {list_heads(named)}" for words, named in groups.items()]
+    return f"Sink frequency over all noise levels, after against before: {'; '.join(parts)}." if parts else ""
+
+
+def _flagged(results: RunResults) -> str:
+    """The sink heads before and after."""
+    stages = (("before", results.before), ("after", results.after))
+    parts = [f"flagged {word}: {list_heads(stage.flagged) or 'no head'}" for word, stage in stages if stage]
+    return f"{'; '.join(parts)}." if parts else ""
+
+
 def _masking(results: RunResults) -> str:
     before, after = results.masking_before, results.masking_after
     if before is None or after is None:
         return "Robustness to masking was not measured both before and after training."
-    ratios = [number(stage.value("critical_ratio")) for stage in (before, after)]
-    losses = [number(float(stage.arrays["dense_loss"]), 4) for stage in (before, after)]
+    change, retrained = results.masking_comparison.change, "the retrained blocks together"
     return (
-        "Critical ratio of the retrained blocks together, the share of their smallest attention weights that can go "
-        f"at 1 % more loss: {ratios[0]} before, {ratios[1]} after {stage_title(after.stage)}. "
-        f"Dense loss on the same probes: {losses[0]} before, {losses[1]} after."
+        f"Critical ratio of {retrained}, the share of their smallest attention weights that can go before and after "
+        f"{stage_title(after.stage)}, at 1 % more of the own loss: {_told(results, 'critical_ratio')}; at 1 % of the "
+        f"base's loss: {_told(results, 'critical_ratio_of_base')}. Dense loss on the same probes: "
+        f"{_before_after(results.masking_comparison.dense_loss, 4)}. Uniform control, of the own loss: "
+        f"{_before_after(change('uniform_cost'))}."
     )
+
+
+def _before_after(change: Change, digits: int = 3) -> str:
+    """Both figures, and the change if there is one."""
+    return f"{number(change.before, digits)} before, {number(change.after, digits)} after, {change.words}"
+
+
+def _or_blank(stage: MaskingStage | None, name: str, digits: int = 3) -> str:
+    if stage is None:
+        return "n/a"
+    return "blank" if stage.blank(name) else number(stage.value(name), digits)
+
+
+def _told(results: RunResults, name: str) -> str:
+    """A critical ratio before and after, and why one is blank."""
+    stages = [stage for stage in (results.masking_before, results.masking_after) if stage]
+    reason = next((stage.blank(name) for stage in stages if stage.blank(name)), "")
+    if reason:
+        before, after = (_or_blank(stage, name) for stage in stages)
+        return f"{before} before, {after} after ({reason})"
+    return _before_after(results.masking_comparison.change(name))
 
 
 def _loss(results: RunResults) -> str:
@@ -130,7 +176,7 @@ def _loss(results: RunResults) -> str:
         f"Validation loss: {number(float(record['val_loss_before']), 4)} for the base before planting, "
         f"{number(float(record.get('val_loss_after') or math.nan), 4)} with the sinks planted, "
         f"{number(results.val_loss, 4)} retrained: {signed_percent(results.loss_difference)} against the base "
-        "before planting."
+        "before planting, without an interval."
     )
 
 
@@ -141,8 +187,13 @@ def _frozen(results: RunResults) -> str:
 
 
 def sentences(results: RunResults) -> list[str]:
-    """What the results mean, one sentence or two for each subject."""
-    lines = [_planted(results), _before(results), _after(results), _masking(results), _loss(results), _frozen(results)]
+    """Explains the results, with one or two sentences for each subject."""
+    parts = (_planted, _before, _after, _sink_changes, _masking, _loss, _frozen)
+    lines = [line for line in (part(results) for part in parts) if line]
+    bare = results.without_captions
+    if bare is not None:
+        told = (_flagged(bare), _sink_changes(bare), _masking(bare))
+        lines += [f"Without captions: {line}" for line in told if line]
     skipped = results.series("train/skipped")[1]
     if skipped and skipped[-1]:
         lines.append(f"{skipped[-1]:.0f} steps were skipped for a non-finite loss or gradient.")
@@ -150,7 +201,7 @@ def sentences(results: RunResults) -> list[str]:
 
 
 def key_figures(results: RunResults) -> list[KeyFigure]:
-    """The figures at the top of the page; what was not measured has none."""
+    """The figures at the top of the page, of those results that were measured."""
     shown = []
     planted = len(results.planted)
     if planted and results.before:
@@ -159,14 +210,29 @@ def key_figures(results: RunResults) -> list[KeyFigure]:
     if planted and results.after:
         left = len(results.planted_after)
         label = "of them still sinks after retraining"
-        shown.append(KeyFigure(f"{left} / {planted}", label, "bad" if left else "good"))
+        gone = all(results.sink_comparison.change(head).direction < 0 for head in results.planted_heads)
+        shown.append(KeyFigure(f"{left} / {planted}", label, "bad" if left else "good" if gone else ""))
     if results.masking_before and results.masking_after:
-        before, after = (m.value("critical_ratio") for m in (results.masking_before, results.masking_after))
-        verdict = "good" if after > before else "bad" if after < before else ""
-        label = "critical ratio of masking, before → after"
-        shown.append(KeyFigure(f"{number(before, 2)} → {number(after, 2)}", label, verdict))
+        shown.append(_critical_figure(results))
     if results.loss_difference is not None:
-        verdict = "good" if results.loss_difference <= 0.05 else "bad"
-        label = "validation loss against the base before planting"
-        shown.append(KeyFigure(signed_percent(results.loss_difference), label, verdict))
+        label = "validation loss against the base before planting; no interval"
+        shown.append(KeyFigure(signed_percent(results.loss_difference), label))
     return shown
+
+
+def _critical_figure(results: RunResults) -> KeyFigure:
+    """The critical ratio at a fixed tolerance, with what it depends on."""
+    comparison = results.masking_comparison
+    ratio, loss, control = (
+        comparison.change("critical_ratio_of_base"),
+        comparison.dense_loss,
+        comparison.change("uniform_cost"),
+    )
+    label = (
+        "critical ratio of masking at 1 % of the base's loss, before → after, "
+        f"{ratio.words}; dense loss {number(loss.before)} → {number(loss.after)}, uniform control "
+        f"{signed_percent(control.before)} → {signed_percent(control.after)}"
+    )
+    stages = (results.masking_before, results.masking_after)
+    before, after = (_or_blank(stage, "critical_ratio_of_base", 2) for stage in stages)
+    return KeyFigure(f"{before} → {after}", label, ratio.verdict(1))

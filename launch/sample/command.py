@@ -1,4 +1,4 @@
-"""`reblock sample`: the same captions and seeds through base, retrained, and retrained with small weights masked."""
+"""`reblock sample`: samples the same captions and seeds from the base, the retrained and the masked retrained model."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from launch.sample.contact_sheet import write_contact_sheet
 from launch.sample.generate import SamplingConfig, VideoSampler, bottom_masked, psnr_and_ssim
 from trainer.models.layout import AttentionFunction
 
-#: Sampled when no captions are given: sentences of `reblock synth`.
+#: Default captions, in the language of `reblock synth`.
 CAPTIONS = (
     "a red circle moves right over a dark gray background",
     "a yellow star moves down over a dark blue background",
@@ -30,9 +30,9 @@ class SampleVariant:
 
     Args:
         name: base, retrained or retrained-masked.
-        folder: the pipeline that is sampled.
+        folder: pipeline folder to sample from.
         mask_ratio: share of attention weights removed in the layers of `functions`.
-        functions: layer -> attention function; empty for dense attention.
+        functions: attention function by layer; empty for dense attention.
     """
 
     name: str
@@ -63,7 +63,7 @@ def _retrained_blocks(folder: Path) -> list[int]:
 
 
 def _identity(folder: Path) -> str:
-    """Sizes and modification times of a pipeline folder's weights: changes when they are written anew."""
+    """Sizes and modification times of a pipeline folder's weights, which change if the weights are written again."""
     files = sorted(folder.glob("*/*.safetensors"))
     return " ".join(f"{f.parent.name}/{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
 
@@ -105,27 +105,27 @@ def sample(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> None:
-    """Samples the same captions and seeds from base and retrained model, and makes a contact sheet of all videos.
+    """Samples the same captions and seeds from base and retrained model, and draws a contact sheet of all videos.
 
     Writes one mp4 per caption and variant (base, retrained, retrained-masked), samples.json and contact-sheet.png.
     Videos that exist with the same settings are not sampled again.
 
     Args:
-        out: folder of the videos.
+        out: folder to write the videos to.
         base: diffusers pipeline folder of the base.
         retrained: pipeline folder written by `reblock export`; without it only the base is sampled.
         captions: texts to sample; three captions of the synthetic clips by default.
-        seed: caption i is sampled from noise seed + i, the same for every variant.
-        steps: denoising steps.
+        seed: seed of the first caption's noise; caption i uses seed + i in every variant.
+        steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 turns it off.
         mask_ratio: share of the attention weights removed in the retrained blocks, smallest first; 0 leaves the masked
             variant out.
-        frames: frames per video, 6k + 1.
-        height: pixels, a multiple of 16.
-        width: pixels, a multiple of 16.
+        frames: number of frames per video, 6k + 1.
+        height: height in pixels, a multiple of 16.
+        width: width in pixels, a multiple of 16.
         fps: frames per second of the files.
-        device: torch device.
-        dtype: of the weights, float32 or bfloat16; latents stay float32 between steps.
+        device: torch device to sample on.
+        dtype: dtype of the weights, float32 or bfloat16; latents stay float32 between steps.
     """
     config = SamplingConfig(
         seed=seed, steps=steps, guidance=guidance, frames=frames, height=height, width=width, fps=fps, dtype=dtype
@@ -158,7 +158,7 @@ def sample(
 def _sample_missing(
     out: Path, entries: list[dict], variants: Sequence[SampleVariant], config: SamplingConfig, device: str
 ) -> None:
-    """Samples the entries without `frames`, one model after the other: at real size only one fits into memory."""
+    """Samples the entries without `frames`, one model after the other, since at real size only one fits into memory."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     by_folder = [(f, list(group)) for f, group in itertools.groupby(variants, key=lambda v: v.folder)]
     with Progress(*columns) as progress:
@@ -166,7 +166,7 @@ def _sample_missing(
         for folder, group in by_folder:
             names = [v.name for v in group]
             own = [e for e in entries if e["variant"] in names]
-            # A masked video is compared with the pixels of the dense one, so both are sampled together.
+            # Both are sampled, since a masked video is compared with the pixels of the dense one.
             seeds = {e["seed"] for e in own if "frames" not in e}
             todo = [e for e in own if e["seed"] in seeds]
             if todo:
@@ -184,7 +184,7 @@ def _sample_entries(
     progress: Progress,
     task: TaskID,
 ) -> None:
-    """Samples and writes the videos of `todo`, whose entries get the results; `entries` is the whole index."""
+    """Samples and writes the videos of `todo`, and adds the results to its entries; `entries` is the whole index."""
     dense = None
     for entry in todo:
         variant = variants[entry["variant"]]

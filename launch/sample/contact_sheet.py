@@ -1,4 +1,4 @@
-"""The contact sheet of samples: a row for each caption, a strip of frames for each variant.
+"""Draws the contact sheet of samples: one row per caption, one strip of frames per variant.
 
 Legend: T frames, H W pixels.
 """
@@ -19,7 +19,7 @@ _GAP = 2  # pixels between the frames of a strip
 
 
 def frame_strip(video: NDArray[np.uint8], frames: int) -> NDArray[np.uint8]:
-    """`frames` frames of a video (T, H, W, 3), evenly spaced from first to last, side by side on white."""
+    """Places `frames` evenly spaced frames of a video (T, H, W, 3) side by side, with white gaps."""
     padded = np.pad(video[even_indices(len(video), frames)], ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=255)
     return np.concatenate(list(padded), axis=1)[:, :-_GAP]
 
@@ -30,13 +30,13 @@ def write_contact_sheet(
     """Writes the contact sheet, atomically.
 
     Args:
-        path: PNG to write.
-        captions: one per row.
-        videos: variant -> one video (T, H, W, 3) per caption.
-        frames: frames shown of each video.
+        path: PNG file to write.
+        captions: caption of each row.
+        videos: videos of each variant, one (T, H, W, 3) per caption.
+        frames: number of frames to show of each video.
     """
     first = frame_strip(next(iter(videos.values()))[0], frames)
-    width = 4.4  # inches of one block
+    width = 4.4  # width of one strip in inches
     height = width * first.shape[0] / first.shape[1]
     figure = Figure(figsize=(width * len(videos) + 0.2, (height + 0.32) * len(captions) + 0.35), facecolor="white")
     axes = figure.subplots(len(captions), len(videos), squeeze=False)

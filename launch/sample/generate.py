@@ -1,4 +1,4 @@
-"""Samples videos from a pipeline folder, with other attention functions in chosen layers where wanted.
+"""Samples videos from a pipeline folder, optionally with other attention functions in some layers.
 
 Legend: T frames, H W pixels, B batch, h heads, d head width, N vision tokens.
 """
@@ -20,7 +20,7 @@ from trainer.attention import masked_attention, pooled_quantiles
 from trainer.models.layout import AttentionCall, AttentionFunction
 from trainer.models.mochi import SplitModel
 
-#: PSNR of equal videos: infinity is no JSON number.
+#: PSNR in dB of identical videos, since JSON has no infinity.
 IDENTICAL_DB = 100.0
 
 Pixels = NDArray[np.uint8]  # (T, H, W, 3)
@@ -28,17 +28,17 @@ Pixels = NDArray[np.uint8]  # (T, H, W, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """What a video depends on, besides its caption and its model.
+    """Settings that determine a video, besides its caption and its model.
 
     Args:
         seed: noise seed of the first caption.
-        steps: denoising steps.
+        steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 turns it off.
-        frames: frames per video, 6k + 1.
-        height: pixels, a multiple of 16.
-        width: pixels, a multiple of 16.
+        frames: number of frames per video, 6k + 1.
+        height: height in pixels, a multiple of 16.
+        width: width in pixels, a multiple of 16.
         fps: frames per second of the file.
-        dtype: of the weights, float32 or bfloat16.
+        dtype: dtype of the weights, float32 or bfloat16.
     """
 
     seed: int
@@ -51,7 +51,7 @@ class SamplingConfig:
     dtype: str
 
     def check(self) -> None:
-        """Raises ValueError, naming every fault at once."""
+        """Raises a ValueError that names all invalid settings."""
         faults = []
         if self.frames < 1 or self.frames % 6 != 1:
             faults.append(f"frames {self.frames} (expected 6k + 1: 7, 13, 19, ...)")
@@ -66,9 +66,9 @@ class SamplingConfig:
 
 
 def bottom_masked(ratio: float) -> AttentionFunction:
-    """Attention without the share `ratio` of each head's smallest weights; thresholds are measured at every call.
+    """Attention function that removes the share `ratio` of each head's smallest weights.
 
-    Every sample is masked by itself, over its valid tokens only: padded text has no weights to rank.
+    Each call measures the thresholds, for each sample by itself and over its valid tokens only, without padded text.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -84,7 +84,7 @@ def bottom_masked(ratio: float) -> AttentionFunction:
 
 
 def psnr_and_ssim(video: Pixels, dense: Pixels) -> tuple[float, float]:
-    """PSNR in dB (at most `IDENTICAL_DB`) and SSIM of a video against the dense one, over all frames."""
+    """PSNR in dB (at most `IDENTICAL_DB`) and SSIM over all frames, with the dense video as the reference."""
     a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (video, dense))  # (T, 3, H, W)
     psnr = float(peak_signal_noise_ratio(a, b, data_range=1.0))
     ssim = structural_similarity_index_measure(a, b, data_range=1.0)
@@ -96,32 +96,32 @@ class VideoSampler:
     """Samples videos from one pipeline folder, which is loaded once.
 
     Args:
-        folder: a complete diffusers Mochi pipeline.
-        config: of every video.
-        device: torch device.
+        folder: folder of a complete diffusers Mochi pipeline.
+        config: settings of every video.
+        device: torch device to sample on.
     """
 
     def __init__(self, folder: Path, config: SamplingConfig, device: str) -> None:
         self.config, self.device = config, torch.device(device)
         self.dtype = getattr(torch, config.dtype)
-        diffusers_logging.disable_progress_bar()  # of loading, which `rich` knows nothing of
+        diffusers_logging.disable_progress_bar()  # the bar for loading would disturb ours
         pipe = MochiPipeline.from_pretrained(folder, torch_dtype=self.dtype, local_files_only=True)
         self.pipe = pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.vae.enable_tiling()  # no effect up to 256 pixels; larger frames would not fit whole
+        self.pipe.vae.enable_tiling()  # no effect up to 256 pixels; larger frames need it to fit into memory
         self.split_model = SplitModel(self.pipe.transformer)
 
     @torch.no_grad()
     def sample(
         self, caption: str, seed: int, functions: Mapping[int, AttentionFunction], on_step: Callable[[], None]
     ) -> Pixels:
-        """The video of a caption, (T, H, W, 3).
+        """Samples a video, (T, H, W, 3) uint8.
 
         Args:
-            caption: may be empty.
-            seed: of the noise.
-            functions: layer -> attention function in place of the dense one.
-            on_step: called after every denoising step.
+            caption: caption of the video; it may be empty.
+            seed: seed of the noise.
+            functions: attention functions by layer, which replace dense attention.
+            on_step: function to call after every denoising step.
         """
         config = self.config
 
@@ -132,7 +132,7 @@ class VideoSampler:
         text, mask, _, _ = self.pipe.encode_prompt(caption, do_classifier_free_guidance=False)
         if not caption:
             mask = torch.zeros_like(mask)
-        # The pipeline keeps latents and timesteps in the dtype of the embeddings: float32 whatever the weights are.
+        # The pipeline keeps latents and timesteps in the dtype of the embeddings, which should always be float32.
         text = text.float() * mask[..., None]
         narrow = self.dtype != torch.float32
         with (
@@ -142,7 +142,7 @@ class VideoSampler:
             video = self.pipe(
                 prompt_embeds=text,
                 prompt_attention_mask=mask,
-                # The empty caption is what training drops captions to: zero embedding, zero mask.
+                # The empty caption, as in training with dropped captions: zero embedding, zero mask.
                 negative_prompt_embeds=torch.zeros_like(text),
                 negative_prompt_attention_mask=torch.zeros_like(mask),
                 num_frames=config.frames,

@@ -23,14 +23,17 @@ from trainer.models.layout import AttentionCall, AttentionFunction, dense_attent
 from trainer.models.mochi import SplitModel
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted(*values):
+    """Values of a test that runs Triton kernels, as an item of `parametrize`."""
+    return pytest.param(
+        *values, marks=pytest.mark.skipif(not _INTERPRETED, reason="set TRITON_INTERPRET=1 to interpret kernels")
+    )
+
+
 #: Back ends that a known answer must come out of; kernels are interpreted where the variable was set before the start.
-BACKENDS = [
-    "dense",
-    "chunked",
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(not _INTERPRETED, reason="set TRITON_INTERPRET=1 to interpret kernels")
-    ),
-]
+BACKENDS = ["dense", "chunked", interpreted("triton")]
 #: Drawn examples of a test: interpreted kernels take seconds for one, and are not made smaller when they fail.
 DRAWN = (
     settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])

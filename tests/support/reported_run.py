@@ -8,37 +8,72 @@ import numpy as np
 
 from data.video.write import write_video
 
-LAYERS, HEADS, SIGMAS, PROMPTS = (4, 5), 3, 2, 4
+LAYERS, HEADS, SIGMAS, PROMPTS = (4, 5), 3, 2, 8
 EPS = (0.1, 0.3)
 PLANTED = ((4, 1), (5, 0))
 
 
-def write_sinks(run: Path, stage: str, frequency: dict[tuple[int, int], float]) -> None:
-    """Frequencies at eps 0.3; at eps 0.1 every head is a sink, so that a mix-up of the axis shows."""
+def write_sinks(run: Path, stage: str, frequency: dict[tuple[int, int], float], *, captions: bool = True) -> None:
+    """Frequencies at eps 0.3; at eps 0.1 every head is a sink, so that a mix-up of the axis shows.
+
+    Args:
+        run: folder.
+        stage: of the file.
+        frequency: (layer, head) -> share of the prompts, the first ones, at both sigmas.
+        captions: keep the number of each sample's caption; older runs did not.
+    """
     shape = (SIGMAS, len(LAYERS), HEADS)
     at = np.zeros(shape)
     for (layer, head), value in frequency.items():
         at[:, LAYERS.index(layer), head] = value
     per_head = np.full((PROMPTS, *shape), 0.125)
+    with_sink = np.arange(PROMPTS)[:, None, None, None] + 0.5 < at * PROMPTS
+    kept = {"caption_ids": np.arange(PROMPTS)} if captions else {}
     np.savez_compressed(
         run / "measurements" / f"sinks-{stage}.npz",
         layers=np.array(LAYERS), sigmas=np.array([0.3, 0.7]), eps=np.array(EPS), default_eps=np.array(0.3),
         keys=np.array([f"clip-{i}" for i in range(PROMPTS)]), frequency=np.stack([np.ones(shape), at], axis=-1),
         consistent=(at >= 0.9).all(axis=0), alpha=per_head, value_norm_ratio=per_head * 2,
-        queries=np.array(70), keys_count=np.array(71),
+        queries=np.array(70), keys_count=np.array(71), **kept,
+        fraction=np.stack([np.ones_like(per_head), np.where(with_sink, 0.9, 0.1)], axis=-1),
+        frequency_low=np.stack([np.ones(shape), at * 0.9], axis=-1), frequency_high=np.ones((*shape, 2)),
     )  # fmt: skip
 
 
-def write_masking(run: Path, stage: str, critical: float, dense: float) -> None:
+def write_masking(
+    run: Path, stage: str, critical: float, dense: float, *, uniform: float = 0.5, per_probe: bool = True
+) -> None:
+    """A loss that grows linearly with the ratio, so that the critical ratio is the one asked for.
+
+    Args:
+        run: folder.
+        stage: of the file.
+        critical: ratio of the retrained scope.
+        dense: loss.
+        uniform: the control's increase of the loss in the retrained scope.
+        per_probe: keep the figures of every probe, from 0.9 to 1.1 times the mean; older runs did not.
+    """
     ratios = np.linspace(0.1, 0.9, 9)
-    curve = np.stack([ratios**2, ratios**3])
-    np.savez_compressed(
-        run / "measurements" / f"masking-{stage}.npz",
-        ratios=ratios, sigmas=np.array([0.3, 0.7]), scopes=np.array(["retrained", "layer-04"]), distortion=curve,
-        loss_increase=curve * 0.1, dense_loss=np.array(dense), auc=np.array([-1.5, -2.5]),
-        critical_ratio=np.array([critical, 0.77]), uniform_distortion=np.array([0.9, np.nan]),
-        uniform_loss_increase=np.array([0.5, 0.6]), prompts=np.array(PROMPTS), samples=np.array(PROMPTS * SIGMAS),
-    )  # fmt: skip
+    change, control = np.stack([ratios**2, ratios**3]), np.array([uniform, 0.6])
+    increase = 0.01 * dense * ratios / np.array([[critical], [0.77]])
+    arrays = {
+        "ratios": ratios, "sigmas": np.array([0.3, 0.7]), "scopes": np.array(["retrained", "layer-04"]),
+        "distortion": change, "loss_increase": increase, "dense_loss": np.array(dense),
+        "auc": np.log10(change).mean(axis=1),
+        "critical_ratio": np.array([critical, 0.77]), "uniform_distortion": np.array([0.9, np.nan]),
+        "uniform_loss_increase": control, "dropped_mass": change / 50,
+        "prompts": np.array(PROMPTS), "samples": np.array(PROMPTS * SIGMAS),
+    }  # fmt: skip
+    if per_probe:
+        scale = np.linspace(0.9, 1.1, PROMPTS)[:, None] * np.ones(SIGMAS)
+        loss = dense * scale
+        arrays |= {
+            "dense_loss_by_probe": loss, "energy_by_probe": scale, "change_by_probe": scale[..., None, None] * change,
+            "loss_by_probe": loss[..., None, None] + scale[::-1, :, None, None] * increase,
+            "uniform_loss_by_probe": loss[..., None] + scale[..., None] * control,
+            "keys": np.array([f"clip-{i}" for i in range(PROMPTS)]), "caption_ids": np.arange(PROMPTS),
+        }  # fmt: skip
+    np.savez_compressed(run / "measurements" / f"masking-{stage}.npz", **arrays)
 
 
 def write_planted_base(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Massive activations of the residual stream on the probe set: the largest entry beside the median, by depth.
+"""Massive activations of the residual stream on the probe set: largest and median magnitude at each depth.
 
 Legend: P prompts, S sigmas, Ly measured depths, B probes of a batch, N vision tokens, L text tokens, D width.
 """
@@ -17,13 +17,13 @@ from trainer.callbacks.probe_set import ProbeBatch, ProbeSet
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
 
-#: An entry is massive if it is above this magnitude and this many times the median magnitude.
+#: An entry is massive if its magnitude exceeds the first value, and exceeds the second value times the median.
 #: Source: M. Sun et al., "Massive Activations in Large Language Models", arXiv 2402.17762.
 MAGNITUDE, TIMES_MEDIAN = 100.0, 1000.0
 
 
 def largest_and_median(stream: Tensor) -> dict[str, Tensor]:
-    """Of the magnitudes of a stream (B, N, D): the largest, its token and channel, and the median; (B,) each."""
+    """Largest magnitude of a stream (B, N, D), its token and channel, and the median magnitude; each (B,)."""
     magnitude = stream.float().abs().flatten(1)
     largest, at = magnitude.max(dim=1)
     width = stream.shape[2]
@@ -31,13 +31,13 @@ def largest_and_median(stream: Tensor) -> dict[str, Tensor]:
 
 
 class MassiveActivations(ProbeCallback):
-    """What enters each block from the first retrained one on, and what leaves the last: largest and median magnitude.
+    """Measures the largest and median magnitude at the input of each block of the head, and at the last block's output.
 
-    Of the vision stream with token and channel; of the text stream without (0 where a prompt has no caption).
+    The vision stream also gives the token and channel of the largest. The text stream gives 0 without a caption.
 
     Args:
-        prompts: how many held-out samples.
-        settings: of the probes and stages, as `ProbeCallback` takes them.
+        prompts: number of held-out samples.
+        settings: arguments for `ProbeCallback`.
     """
 
     kind = "activations"

@@ -1,4 +1,4 @@
-"""How many samples of the data were damaged."""
+"""Logs the number of damaged samples."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from trainer.module import as_retrain_blocks
 
 
 class DataFaults(Callback):
-    """Logs `data/faults`: how many damaged samples were skipped for an optimiser step, on all ranks.
+    """Logs `data/faults`: number of damaged samples that were skipped for an optimiser step, on all ranks.
 
-    `faults*.jsonl` in the run folder name them.
+    `faults*.jsonl` in the run folder list the damaged samples of all ranks.
     """
 
     def on_train_batch_end(

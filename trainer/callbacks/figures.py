@@ -1,4 +1,4 @@
-"""Figures of the measurements. Drawn without pyplot, so that no process-wide state is touched.
+"""Figures of the measurements, drawn without pyplot, which would change process-wide state.
 
 Legend: P prompts, S sigmas, K scopes, R ratios, Ly layers, h heads, E eps values.
 """
@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from trainer.callbacks.masking_statistics import TOLERATED, UNMEASURED, bears_on_attention
+
 #: Okabe and Ito's palette, which colour-blind readers can distinguish; black first.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
 _MARKERS = "osD^vPX*"
 #: Outline of planted heads: visible on every colour of the map.
 _OUTLINE = "#D55E00"
-#: With more cells than this, values are shown by colour only.
+#: A heat map with more cells than this does not print the values in its cells.
 _MOST_CELLS = 400
 
 
@@ -25,7 +27,7 @@ def _at_default(arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def _heat_map(axes: Axes, values: np.ndarray, layers: np.ndarray, title: str, planted: Set[tuple[int, int]]) -> None:
-    """values (Ly, h) in 0 .. 1 as a heat map with its values in the cells."""
+    """Draws `values`, (Ly, h) in 0 .. 1, as a heat map; outlines the planted heads."""
     rows, heads = values.shape
     image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="cividis", aspect="auto")
     axes.set_title(title, fontsize=10, loc="left")
@@ -50,9 +52,9 @@ def sinks(arrays: Mapping[str, np.ndarray], stage: str, planted: Set[tuple[int, 
     """Sink frequency, share of attending queries and alpha of every measured head.
 
     Args:
-        arrays: of a sinks-STAGE.npz.
-        stage: for the title.
-        planted: (layer, head) to outline.
+        arrays: content of a sinks-STAGE.npz.
+        stage: stage that the title names.
+        planted: heads to outline, as (layer, head).
     """
     at, layers = _at_default(arrays), arrays["layers"]
     rows, heads = arrays["alpha"].shape[2:]
@@ -84,11 +86,11 @@ def sinks(arrays: Mapping[str, np.ndarray], stage: str, planted: Set[tuple[int, 
 
 
 def sink_positions(arrays: Mapping[str, np.ndarray], stage: str) -> Figure | None:
-    """Where the sinks of all heads sit, by latent frame and place in the frame; None if there is no sink.
+    """Distribution of the sinks of all heads over latent frames and over positions in a frame; None without sinks.
 
     Args:
-        arrays: of a sinks-STAGE.npz.
-        stage: for the title.
+        arrays: content of a sinks-STAGE.npz.
+        stage: stage that the title names.
     """
     at = _at_default(arrays)
     found = arrays["key"][..., at][arrays["fraction"][..., at] > 0.5]
@@ -108,12 +110,15 @@ def sink_positions(arrays: Mapping[str, np.ndarray], stage: str) -> Figure | Non
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=right, fraction=0.04)
-    figure.suptitle(f"Where sinks sit, {stage}: {len(found)} sinks over prompts, noise levels and heads", fontsize=10)
+    title = f"Where sinks sit, {stage}: {len(found)} sinks over prompts, noise levels and heads"
+    if "frame_p" in arrays:
+        title += f"; evenly spread: p = {arrays['frame_p']:.2g} over frames, {arrays['place_p']:.2g} over places"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
 def _style(index: int, scope: str) -> dict:
-    """A line for one scope: scopes of many layers solid, single layers dashed; colour and marker both tell."""
+    """Line style of a scope: solid for several layers, dashed for one; each scope has its own colour and marker."""
     many = not scope.startswith("layer-")
     return {
         "color": PALETTE[index % (len(PALETTE) - 1)],  # the palette's yellow is too pale for a line
@@ -125,14 +130,14 @@ def _style(index: int, scope: str) -> dict:
 
 
 def _scope_label(scope: str) -> str:
-    """`layer-04` as `layer 4`, `retrained` as `retrained layers`."""
+    """Label of a scope: `layer-04` gives `layer 4`, `retrained` gives `retrained layers`."""
     name, _, rest = scope.partition("-")
     if name == "layer":
         return f"layer {int(rest)}"
     return f"all but {', '.join(rest.split('-'))}" if name == "but" else f"{scope} layers"
 
 
-#: Words for settings that are not the default ones, for titles.
+#: Text in titles for each setting that differs from the default.
 _OPTIONS = {
     ("masked_keys", "vision"): "on vision keys only",
     ("quantile", "row"): "thresholds per row",
@@ -142,16 +147,16 @@ _OPTIONS = {
 
 
 def _options(arrays: Mapping[str, np.ndarray]) -> str:
-    """The settings that are not the default ones, each after a comma; those of old arrays are."""
+    """Text for all settings that differ from the default, each after a comma; old arrays hold no settings."""
     return "".join(f", {text}" for (name, value), text in _OPTIONS.items() if str(arrays.get(name)) == value)
 
 
-def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.01) -> Figure:
+def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = TOLERATED) -> Figure:
     """Distortion and relative loss increase against the masked share, one line per scope.
 
     Args:
-        arrays: of a masking-STAGE.npz.
-        stage: for the title.
+        arrays: content of a masking-STAGE.npz.
+        stage: stage that the title names.
         tolerated: relative loss increase that the critical ratio allows.
     """
     ratios, dense = arrays["ratios"], float(arrays["dense_loss"])
@@ -160,7 +165,9 @@ def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.0
     for index, scope in enumerate(arrays["scopes"].tolist()):
         style = _style(index, scope)
         critical = arrays["critical_ratio"][index]
-        label = f"{_scope_label(scope)}: r* {'≥' if critical >= ratios[-1] else '='} {critical:.2f}"
+        measured = bears_on_attention(arrays["uniform_loss_increase"][index], tolerated * dense)
+        reading = f"{'≥' if critical >= ratios[-1] else '='} {critical:.2f}" if measured else "not measured"
+        label = f"{_scope_label(scope)}: r* {reading}"
         left.plot(ratios, np.maximum(arrays["distortion"][index], 1e-8), label=label, **style)
         right.plot([0, *ratios], [0, *arrays["loss_increase"][index] / dense], label=label, **style)
         # The control is drawn to the right of the curves.
@@ -184,6 +191,8 @@ def masking(arrays: Mapping[str, np.ndarray], stage: str, tolerated: float = 0.0
     right.set_ylim(min(-0.3 * tolerated, 1.5 * increase.min(initial=0)), 1.5 * increase.max(initial=tolerated))
     title = f"masked layers, and the largest\nratio r* below {100 * tolerated:g} % (dotted)"
     lines = left.get_legend_handles_labels()
+    if any(label.endswith("not measured") for label in lines[1]):
+        title += "\n" + UNMEASURED.replace(": ", ":\n")
     figure.legend(*lines, fontsize=8, loc="outside right center", title=title, title_fontsize=8, frameon=False)
     figure.suptitle(
         f"Masking the smallest weights, {stage}: dense loss {dense:.4f}, {arrays['prompts']} prompts x "

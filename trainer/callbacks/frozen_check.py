@@ -1,4 +1,4 @@
-"""Proof that a fit left the frozen weights as they were."""
+"""Checks that a fit does not change the frozen weights."""
 
 from pathlib import Path
 

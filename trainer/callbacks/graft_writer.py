@@ -16,7 +16,7 @@ class GraftWriter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = as_retrain_blocks(pl_module)
         weights = {"raw": module.retrained_parameters(), "ema": module.ema.average}
-        weights = gather_full(weights, keep=trainer.is_global_zero)  # collective: each rank may hold a part only
+        weights = gather_full(weights, keep=trainer.is_global_zero)  # collective: weights may be sharded
         if not trainer.is_global_zero:
             return
         save_graft(

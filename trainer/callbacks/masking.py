@@ -1,12 +1,12 @@
-"""How the velocity changes when the smallest attention weights are removed, on the probe set.
+"""Measures on the probe set how the velocity changes when the smallest attention weights are removed.
 
-The threshold of each head is taken in a dense pass of the whole model on the same probe (an oracle); a second pass
-removes what lies below it in the layers of a scope. How and why: docs/measurements.md.
+A dense pass of the whole model on the same probe gives the threshold of each head (an oracle). A second pass removes
+the weights below it in the layers of a scope. docs/measurements.md explains the method.
 
 Legend: P prompts, S sigmas, K scopes, R ratios, B probes of a batch, h heads, N tokens, d head width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.attention import masked_attention, pooled_quantiles, row_quantiles, uniform_attention
 from trainer.callbacks import figures
+from trainer.callbacks.masking_statistics import PER_PROBE, TOLERATED, bears_on_attention, masking_figures
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkCache, TrunkForward
@@ -26,12 +27,7 @@ from trainer.models.mochi import State
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
 
-#: The critical ratio is the largest one at which the loss rises by at most this share of the dense loss.
-TOLERATED = 0.01
-#: Keeps the logarithm of a distortion of zero finite.
-FLOOR = 1e-8
-
-#: Which weights are pooled and removed; of how many weights a threshold is the quantile; what takes their place.
+#: Weights that are pooled and removed; set of weights that shares one threshold; replacement of a removed weight.
 Keys = Literal["all", "vision"]
 Quantile = Literal["head", "row"]
 Removed = Literal["renormalise", "zero", "mean"]
@@ -39,33 +35,14 @@ Removed = Literal["renormalise", "zero", "mean"]
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def critical_ratio(ratios: Sequence[float], relative_increase: Sequence[float]) -> float:
-    """The largest ratio at which the loss is at most 1 % above the dense loss, read off the curve.
-
-    The curve is linear between ratios and starts at ratio 0 with no increase. Of several crossings of 1 % the last one
-    counts. NaN counts as an infinite increase.
-
-    Args:
-        ratios: R ascending shares.
-        relative_increase: dL(r) / L(0) at each.
-    """
-    r = np.concatenate([[0.0], np.asarray(ratios, dtype=np.float64)])
-    rise = np.concatenate([[0.0], np.nan_to_num(np.asarray(relative_increase, dtype=np.float64), nan=np.inf)])
-    last = int(np.flatnonzero(rise <= TOLERATED)[-1])
-    if last == len(r) - 1:
-        return float(r[last])
-    step = (TOLERATED - rise[last]) / (rise[last + 1] - rise[last])
-    return float(r[last] + step * (r[last + 1] - r[last]))
-
-
 @dataclass(frozen=True)
 class _Dense:
-    """One dense pass.
+    """Result of one dense pass.
 
     Args:
-        velocity: (B, C, F, H, W).
-        thresholds: layer -> (B, h, R), per row (B, h, N, R).
-        states: block index -> what enters that block.
+        velocity: output of the model, (B, C, F, H, W).
+        thresholds: thresholds of each layer, (B, h, R), or (B, h, N, R) with one per row.
+        states: input of each block at which a scope begins, by block index.
     """
 
     velocity: Tensor
@@ -80,12 +57,12 @@ class MaskingRobustness(ProbeCallback):
         ratios: shares of the weights that are removed, ascending, each between 0 and 1.
         scopes: layers masked together: `retrained`, `each` (every retrained layer alone), `all`, `layer-45`, or
             `but-44-45` (all but these).
-        keys: `all`, or `vision`: only weights on vision keys are pooled and removed.
-        quantile: one threshold per `head`, of all its weights, or per `row`.
-        removed: `renormalise` (logits of -inf), `zero` (rows keep what is left), or `mean` (each removed weight becomes
-            the mean of its row's removed ones).
-        prompts: how many held-out samples.
-        settings: of the probes and stages, as `ProbeCallback` takes them.
+        keys: keys whose weights are pooled and removed: `all`, or `vision` for vision keys only.
+        quantile: `head` for one threshold over all weights of a head, or `row` for one per query.
+        removed: `renormalise` (logits of -inf), `zero` (the other weights stay as they are), or `mean` (each removed
+            weight becomes the mean of the removed weights of its row).
+        prompts: number of held-out samples.
+        settings: arguments for `ProbeCallback`.
     """
 
     kind = "masking"
@@ -121,7 +98,7 @@ class MaskingRobustness(ProbeCallback):
         self._layers_of(module)
 
     def _layers_of(self, module: "RetrainBlocks") -> dict[str, list[int]]:
-        """Scope -> the layers it masks, in the order of the arrays."""
+        """The layers that each scope masks; scopes are in the order of the arrays."""
         retrained, every = list(module.blocks), list(range(module.split_model.num_blocks))
         found: dict[str, list[int]] = {}
         for scope in self.scopes:
@@ -191,13 +168,13 @@ class MaskingRobustness(ProbeCallback):
         return _Dense(velocity, {layer: found[str(layer)] for layer in layers}, states)
 
     def _num_keys(self, call: AttentionCall) -> int | None:
-        """How many keys, from the first, may lose weights; None: all."""
+        """Number of leading keys whose weights may be removed; None for all keys."""
         return call.layout.num_vision if self.keys == "vision" else None
 
     def _masked(
         self, module: "RetrainBlocks", probes: ProbeBatch, dense: _Dense, layers: list[int], index: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Velocity of one masked pass, and realised ratio and dropped mass (B,), means over layers and heads."""
+        """Velocity of one masked pass; realised ratio and dropped mass, each (B,), means over layers and heads."""
         found: dict[str, Tensor] = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -222,16 +199,16 @@ class MaskingRobustness(ProbeCallback):
         }
         return velocity, removed
 
-    # -- all of them ---------------------------------------------------------------------------------------------
+    # -- all batches ---------------------------------------------------------------------------------------------
 
     def summarise(
         self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        # tables: (P, S) dense, (P, S, K) uniform, (P, S, K, R) masked; means over probes before any quotient.
+        # tables: (P, S) dense, (P, S, K) uniform, (P, S, K, R) masked. Quotients are taken of means over probes.
         energy, dense_loss = tables["energy"].mean(axis=0), tables["dense_loss"].mean(axis=0)  # (S,)
         change = np.moveaxis(tables["change"].mean(axis=0), 0, 1)  # (K, S, R)
         increase = np.moveaxis(tables["loss"].mean(axis=0), 0, 1) - dense_loss[:, None]
-        distortion, loss_increase = change.mean(axis=1) / energy.mean(), increase.mean(axis=1)
+        means = {name: tables[name].mean(axis=(0, 1)) for name in PER_PROBE}
         return {
             "ratios": np.array(self.ratios),
             "sigmas": np.array(probes.sigmas),
@@ -239,31 +216,27 @@ class MaskingRobustness(ProbeCallback):
             "masked_keys": np.array(self.keys),
             "quantile": np.array(self.quantile),
             "removed": np.array(self.removed),
-            "distortion": distortion,
-            "loss_increase": loss_increase,
+            **masking_figures(means, self.ratios),
             "distortion_by_sigma": change / energy[:, None],
             "loss_increase_by_sigma": increase,
-            "dense_loss": dense_loss.mean(),
             "dense_loss_by_sigma": dense_loss,
-            "auc": np.log10(distortion + FLOOR).mean(axis=1),
-            "critical_ratio": np.array([critical_ratio(self.ratios, row / dense_loss.mean()) for row in loss_increase]),
             "realised_ratio": tables["realised"].mean(axis=(0, 1)),
             "dropped_mass": tables["dropped"].mean(axis=(0, 1)),
             "uniform_distortion": tables["uniform_change"].mean(axis=(0, 1)) / energy.mean(),
-            "uniform_loss_increase": tables["uniform_loss"].mean(axis=(0, 1)) - dense_loss.mean(),
             # Of every probe, for intervals clustered by prompt.
-            "energy_by_probe": tables["energy"].astype(np.float32),
-            "dense_loss_by_probe": tables["dense_loss"].astype(np.float32),
-            "change_by_probe": tables["change"].astype(np.float32),
-            "loss_by_probe": tables["loss"].astype(np.float32),
+            **{f"{name}_by_probe": tables[name].astype(np.float32) for name in (*PER_PROBE, "uniform_change")},
+            "keys": np.array(probes.keys, dtype=np.str_),
+            "caption_ids": np.array(probes.caption_ids),
             "prompts": np.array(len(probes.samples)),
             "samples": np.array(len(probes)),
         }
 
     def scalars(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         found = {"dense_loss": float(arrays["dense_loss"])}
+        measured = bears_on_attention(arrays["uniform_loss_increase"], TOLERATED * arrays["dense_loss"])
         for index, scope in enumerate(arrays["scopes"]):
-            found[f"{scope}/critical_ratio"] = float(arrays["critical_ratio"][index])
+            if measured[index]:
+                found[f"{scope}/critical_ratio"] = float(arrays["critical_ratio"][index])
             found[f"{scope}/auc"] = float(arrays["auc"][index])
             found[f"{scope}/uniform_loss_increase"] = float(arrays["uniform_loss_increase"][index])
         return found
@@ -275,7 +248,7 @@ class MaskingRobustness(ProbeCallback):
 def _rerun(
     module: "RetrainBlocks", trunk_cache: TrunkCache, probes: ProbeBatch, dense: _Dense, changed: TrunkForward
 ) -> Tensor:
-    """The velocity with the functions of `changed` in their layers; earlier layers are as in the dense pass."""
+    """Velocity with the attention functions of `changed`; layers before them are as in the dense pass."""
     split_model, at = module.split_model, min(changed.functions)
     if at in dense.states:
         state = dense.states[at]

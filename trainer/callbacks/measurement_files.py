@@ -1,4 +1,4 @@
-"""Output of a measurement: arrays (.npz) and figures (PNG) in the run folder, scalars for the loggers."""
+"""Output of a measurement: arrays (.npz) and figures (PNG) in the run folder, and scalars for the loggers."""
 
 import io
 import json
@@ -12,9 +12,6 @@ from matplotlib.figure import Figure
 
 from data.files import write_bytes
 from trainer.run_files import FIGURES, MEASUREMENTS
-
-#: Two-sided 95 % quantile of the standard normal.
-_Z95 = 1.959963984540054
 
 
 def measurement_path(run: str | Path, kind: str, stage: str) -> Path:
@@ -42,7 +39,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Reads what `save_arrays` wrote; nothing in the file is executed."""
+    """Reads a file that `save_arrays` wrote, without pickle, so no code in the file is executed."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
@@ -55,40 +52,21 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def log_figure(trainer: Trainer, name: str, path: Path) -> None:
-    """Gives a saved figure to the loggers that take images (Weights & Biases)."""
+    """Logs a saved figure with the loggers that accept images (Weights & Biases)."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
 
 
 def log_scalars(trainer: Trainer, scalars: Mapping[str, float]) -> None:
-    """Gives scalars to every logger at the current step; only the loggers of rank zero write."""
+    """Logs scalars with every logger at the current step; only the loggers of rank zero write."""
     values = {name: float(value) for name, value in scalars.items()} | {"epoch": trainer.current_epoch}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
 
 
-def wilson_interval(successes: np.ndarray, trials: int) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % score interval of a share.
-
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
-
-    Args:
-        successes: counts from 0 to `trials`.
-        trials: at least 1.
-
-    Returns:
-        Lower and upper ends, float64, of the shape of `successes`.
-    """
-    share = np.asarray(successes, dtype=np.float64) / trials
-    scale = 1 + _Z95**2 / trials
-    centre = (share + _Z95**2 / (2 * trials)) / scale
-    half = _Z95 / scale * np.sqrt(share * (1 - share) / trials + _Z95**2 / (4 * trials**2))
-    return np.clip(centre - half, 0.0, share), np.clip(centre + half, share, 1.0)
-
-
 def planted_heads(base: str) -> set[tuple[int, int]]:
-    """(layer, head) of the sinks that were planted into a base on purpose; empty for ordinary bases."""
+    """(layer, head) of the sinks that `reblock plant` put into a base; empty for other bases."""
     path = Path(base) / "planted.json"
     if not path.is_file():
         return set()

@@ -1,4 +1,4 @@
-"""Measurements during a fit: at which stages they are made, and how training stays unchanged by them.
+"""Base class of the measurements: runs them at each stage of a fit, without an effect on training.
 
 Legend: P prompts, S sigmas, B probes of a batch.
 """
@@ -7,7 +7,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def measurement_mode(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside: evaluation mode and no autograd.
+    """Evaluation mode without autograd.
 
-    Afterwards, also when something raises, each submodule has its own mode again, and torch its random state.
+    On exit, also after an exception, restores the mode of each submodule and torch's random state.
     """
     modes = {part: part.training for part in module.modules()}
     devices = [device] if device.type == "cuda" else []
@@ -43,6 +43,18 @@ def measurement_mode(module: torch.nn.Module, device: torch.device) -> Iterator[
                 part.training = training
 
 
+class _Group(NamedTuple):
+    """Which probes are measured together, and what the names of their files, scalars and figure titles have added."""
+
+    files: str
+    scalars: str
+    title: str
+
+
+CONDITIONAL = _Group("", "", "")
+UNCONDITIONAL = _Group("unconditional-", "unconditional/", ", without captions")
+
+
 class ProbeCallback(Callback, ABC):
     """A measurement on the probe set. It observes and never changes training.
 
@@ -51,15 +63,17 @@ class ProbeCallback(Callback, ABC):
     in the run folder is not measured again, except `validate`.
 
     Args:
-        prompts: how many held-out samples.
+        prompts: number of held-out samples.
         sigmas: noise levels, each in 0 .. 1.
-        seed: of the probes' noise. It does not follow the run's `seed_everything`, so that runs have the same probes.
-        batch_size: probes measured together; None chooses by the size of a latent.
-        base_stage: also measure the base's own weights.
-        every_n_epochs: measure after every so many epochs, and after the last.
+        seed: seed of the probes' noise. It does not follow `seed_everything`, so that all runs have the same probes.
+        batch_size: number of probes measured together; None chooses it by the size of a latent.
+        base_stage: whether to measure the base's own weights too.
+        every_n_epochs: interval between measurements in epochs; the last epoch is always measured.
+        unconditional: whether to measure every stage also on the probes without their captions, as a measurement of its
+            own: files `unconditional-KIND-STAGE`, scalars under `unconditional/`.
     """
 
-    #: Name of the measurement: in file names, and as the prefix of scalars.
+    #: Name of the measurement in file names, and prefix of its scalars.
     kind: str
 
     def __init__(
@@ -71,6 +85,7 @@ class ProbeCallback(Callback, ABC):
         batch_size: int | None = None,
         base_stage: bool = True,
         every_n_epochs: int = 1,
+        unconditional: bool = False,
     ) -> None:
         if min(prompts, every_n_epochs, batch_size or 1) < 1:
             raise ValueError(
@@ -84,13 +99,14 @@ class ProbeCallback(Callback, ABC):
         self.batch_size = batch_size
         self.base_stage = base_stage
         self.every_n_epochs = every_n_epochs
-        self._probes: ProbeSet | None = None
-        self.trunk_cache = self._own_cache = TrunkCache()
-        self._first: ProbeCallback = self
+        self.unconditional = unconditional
+        self._probes: dict[bool, ProbeSet] = {}
+        self.trunk_cache = self._default_cache = TrunkCache()
+        self._first_probe_callback: ProbeCallback = self
         self._epoch_start = 0.0
         self._epoch_seconds: float | None = None
-        #: Called after each measured batch, on every rank equally often. Each must raise on all ranks or on none; an
-        #: exception ends the measurement.
+        #: Functions to call after each measured batch, equally often on every rank. A function must raise on all ranks
+        #: or on none; an exception ends the measurement.
         self.after_batch: list[Callable[[], None]] = []
 
     # -- what a measurement defines -----------------------------------------------------------------------------------
@@ -101,29 +117,29 @@ class ProbeCallback(Callback, ABC):
 
     @abstractmethod
     def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
-        """Measures one batch, whose trunk output comes from `trunk_cache`: name -> (B, ...)."""
+        """Measures one batch and returns tensors (B, ...) by name; gets the trunk's output from `trunk_cache`."""
 
     @abstractmethod
     def summarise(
         self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """The arrays of the .npz file.
+        """Computes the arrays of the .npz file.
 
         Args:
-            module: that was measured.
-            probes: that it was measured on.
-            tables: what `observe` gave for all probes: name -> (P, S, ...) float64.
+            module: the measured module.
+            probes: the probe set of the measurement.
+            tables: results of `observe` for all probes, (P, S, ...) float64 by name.
         """
 
     @abstractmethod
     def scalars(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Values for the loggers: name, without `kind` -> value."""
+        """Values for the loggers, by name without the prefix `kind`."""
 
     @abstractmethod
     def figures(self, module: "RetrainBlocks", arrays: Mapping[str, np.ndarray], stage: str) -> dict[str, Figure]:
-        """Name, which `-STAGE.png` is added to -> figure."""
+        """Figures by name; the file is called NAME-STAGE.png. `stage` is for titles."""
 
-    # -- when it is made -----------------------------------------------------------------------------------------
+    # -- when it is measured -------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         source = getattr(trainer, "datamodule", None)
@@ -139,8 +155,8 @@ class ProbeCallback(Callback, ABC):
             raise ValueError(
                 f"got {len(caches)} TrunkCaches, expected one for all measurements: keep one in the recipe."
             )
-        self._first = next(callback for callback in callbacks if isinstance(callback, ProbeCallback))
-        self.trunk_cache = caches[0] if caches else self._first._own_cache
+        self._first_probe_callback = next(callback for callback in callbacks if isinstance(callback, ProbeCallback))
+        self.trunk_cache = caches[0] if caches else self._first_probe_callback._default_cache
         self.trunk_cache.setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -169,46 +185,54 @@ class ProbeCallback(Callback, ABC):
     def _run_stage(
         self, trainer: Trainer, pl_module: LightningModule, stage: str, *, again: bool = False, log: bool = True
     ) -> None:
-        """Measures, saves and logs a stage.
+        """Measures, saves and logs a stage, also without captions if asked for.
 
         Args:
-            trainer: of the fit.
-            pl_module: RetrainBlocks.
-            stage: as in the file names.
-            again: measure even if the stage's arrays exist.
-            log: give its scalars to the loggers.
+            trainer: Trainer of the fit.
+            pl_module: the `RetrainBlocks` to measure.
+            stage: name of the stage, as in file names.
+            again: whether to measure even if the stage's arrays exist.
+            log: whether to log the stage's scalars.
         """
-        module = cast("RetrainBlocks", pl_module)
-        path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
+        for group in (CONDITIONAL, UNCONDITIONAL) if self.unconditional else (CONDITIONAL,):
+            self._run_group(trainer, cast("RetrainBlocks", pl_module), stage, group, again=again, log=log)
+
+    def _run_group(
+        self, trainer: Trainer, module: "RetrainBlocks", stage: str, group: _Group, *, again: bool, log: bool
+    ) -> None:
+        path = measurement_files.measurement_path(trainer.default_root_dir, group.files + self.kind, stage)
         started, before = time.monotonic(), self.trunk_cache.counts
         with raise_on_all_ranks(trainer) as check_ranks:
             measured = path.is_file() and not again
             check_ranks()
-            # Rank zero decides for all: ranks that decided differently would wait for each other for ever.
+            # Rank zero decides for all ranks, since different decisions would end in a deadlock.
             measured = trainer.strategy.broadcast(measured)
-            arrays = None if measured else self._measure(trainer, module, stage, check_ranks)
+            arrays = None if measured else self._measure(trainer, module, stage, group, check_ranks)
             if not trainer.is_global_zero:
                 return
             if arrays is not None:
-                self._save(trainer, module, stage, arrays)
+                self._save(trainer, module, stage, group, arrays)
             if log:
-                # Also where it was measured before: the loggers of a resumed run may have lost this step.
+                # Also if the stage was measured before: the loggers of a resumed run may have lost this step.
                 scalars = self.scalars(measurement_files.load_arrays(path) if arrays is None else arrays)
-                prefix = "base/" if stage == "base" else ""
-                measurement_files.log_scalars(
-                    trainer, {f"{prefix}{self.kind}/{name}": v for name, v in scalars.items()}
-                )
+                prefix = ("base/" if stage == "base" else "") + group.scalars + self.kind
+                measurement_files.log_scalars(trainer, {f"{prefix}/{name}": v for name, v in scalars.items()})
         if arrays is not None:
-            self._report_cost(stage, started, before)
+            self._report_cost(stage, group, started, before)
 
     def _measure(
-        self, trainer: Trainer, module: "RetrainBlocks", stage: str, check_ranks: Callable[[], None]
+        self,
+        trainer: Trainer,
+        module: "RetrainBlocks",
+        stage: str,
+        group: _Group,
+        check_ranks: Callable[[], None],
     ) -> dict[str, np.ndarray] | None:
-        """The arrays of a stage on rank zero, None on the others."""
+        """Measures a stage. Returns its arrays on rank zero and None on the other ranks."""
         self.check(module)
         weights = module.base_weights if stage == "base" else module.evaluation_weights
         with measurement_mode(module, module.device), weights(), trainer.precision_plugin.val_step_context():
-            probes = self._read_probes()
+            probes = self._read_probes(group)
             shape = (len(probes.samples), len(probes.sigmas))
             tables: dict[str, Tensor] = {}
             for batch, counts in probes.share(trainer.global_rank, trainer.world_size):
@@ -216,37 +240,47 @@ class ProbeCallback(Callback, ABC):
                     table = tables.setdefault(name, found.new_zeros(*shape, *found.shape[1:], dtype=torch.float64))
                     if counts:
                         table[list(batch.prompts), list(batch.strata)] = found.double()
-                check_ranks()  # after every batch: no rank measures on for minutes after another has failed
+                check_ranks()  # after every batch, so that a failure on one rank stops the others soon
                 for call in self.after_batch:
                     call()
-            # Each probe is counted on one rank and is zero in the tables of the others.
+            # Each probe counts on one rank only; the tables of the other ranks hold zeros for it.
             gathered = {name: trainer.strategy.reduce(table, reduce_op="sum") for name, table in tables.items()}
             if not trainer.is_global_zero:
                 return None
             return self.summarise(module, probes, {name: table.cpu().numpy() for name, table in gathered.items()})
 
-    def _read_probes(self) -> ProbeSet:
-        if self._probes is None:
+    def _read_probes(self, group: _Group) -> ProbeSet:
+        dropped = group is UNCONDITIONAL
+        if dropped not in self._probes:
             samples = self._source.probe_samples(self.prompts)
-            self._probes = ProbeSet(samples, self.sigmas, seed=self.seed, batch_size=self.batch_size)
-        return self._probes
+            self._probes[dropped] = ProbeSet(
+                samples, self.sigmas, seed=self.seed, batch_size=self.batch_size, unconditional=dropped
+            )
+        return self._probes[dropped]
 
-    def _save(self, trainer: Trainer, module: "RetrainBlocks", stage: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes figures and arrays into the run folder, and gives the figures to the loggers."""
-        for name, figure in self.figures(module, arrays, stage).items():
-            drawn = measurement_files.figure_path(trainer.default_root_dir, name, stage)
+    def _save(
+        self,
+        trainer: Trainer,
+        module: "RetrainBlocks",
+        stage: str,
+        group: _Group,
+        arrays: Mapping[str, np.ndarray],
+    ) -> None:
+        """Writes figures and arrays into the run folder, and logs the figures."""
+        for name, figure in self.figures(module, arrays, stage + group.title).items():
+            drawn = measurement_files.figure_path(trainer.default_root_dir, group.files + name, stage)
             measurement_files.save_figure(drawn, figure)
-            measurement_files.log_figure(trainer, name, drawn)
-        path = measurement_files.measurement_path(trainer.default_root_dir, self.kind, stage)
-        measurement_files.save_arrays(path, arrays)  # last: their file marks the stage as complete
+            measurement_files.log_figure(trainer, group.scalars + name, drawn)
+        path = measurement_files.measurement_path(trainer.default_root_dir, group.files + self.kind, stage)
+        measurement_files.save_arrays(path, arrays)  # last, since this file marks the stage as complete
 
-    def _report_cost(self, stage: str, started: float, before: tuple[int, int]) -> None:
-        """Prints one line: how long the stage took on rank zero, and how often the trunk was run."""
+    def _report_cost(self, stage: str, group: _Group, started: float, before: tuple[int, int]) -> None:
+        """Prints one line with the stage's duration on rank zero, and how often the trunk was run or cached."""
         spent = time.monotonic() - started
-        run, cached = (now - then for now, then in zip(self.trunk_cache.counts, before, strict=True))
-        # The first callback's epoch: that of the others would include the measurements made before theirs.
-        share, epoch = "", self._first._epoch_seconds
+        run, cached = (count - earlier for count, earlier in zip(self.trunk_cache.counts, before, strict=True))
+        # The epoch as the first probe callback timed it; the other callbacks' times include earlier measurements.
+        share, epoch = "", self._first_probe_callback._epoch_seconds
         if stage not in ("base", "epoch-000", "validate") and epoch is not None:
             share = f", {spent / epoch:.0%} of the epoch's {epoch:.1f} s before it"
-        line = f"{self.kind} at {stage}: {len(self._read_probes())} probes, {spent:.1f} s{share}"
+        line = f"{group.files}{self.kind} at {stage}: {len(self._read_probes(group))} probes, {spent:.1f} s{share}"
         rank_zero_info(f"{line} (passes of the trunk: {run} run, {cached} cached)")

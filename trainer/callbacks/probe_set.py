@@ -1,6 +1,6 @@
 """The probe set: held-out (latent, caption) at fixed sigmas with fixed noise, in batches that need no key mask.
 
-Captions of a batch are of one length, so every attention weight of it counts.
+All captions of a batch have the same length, so no key is padding and every attention weight is valid.
 
 Legend: P prompts, S sigmas, B probes of a batch.
 """
@@ -8,6 +8,7 @@ Legend: P prompts, S sigmas, B probes of a batch.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,7 +22,7 @@ from trainer.surgery import fingerprint
 #: Mid-points of four equal bands of sigma.
 SIGMAS = (0.125, 0.375, 0.625, 0.875)
 
-#: A batch of probes holds at most so many latent cells (F * H * W), one probe at least.
+#: Largest number of latent cells (F * H * W) in a batch of probes; a batch has at least one probe.
 _CELLS = 2**14
 
 
@@ -39,12 +40,12 @@ class ProbeBatch:
     """Probes that are measured together.
 
     Args:
-        prompts: (B,) index of each probe's prompt in the probe set.
-        strata: (B,) index of its sigma.
-        batch: latents and captions, all captions of one length.
-        noise: (B, C, F, H, W) float32.
-        sigma: (B,) float32.
-        identity: digest of all that a model computes from: the tensors of these probes, in this order.
+        prompts: index of each probe's prompt in the probe set, (B,).
+        strata: index of each probe's sigma in the probe set, (B,).
+        batch: latents and captions; all captions have the same length.
+        noise: noise of each probe, (B, C, F, H, W) float32.
+        sigma: noise level of each probe, (B,) float32.
+        identity: digest of the model's inputs: the tensors of these probes in this order.
     """
 
     prompts: tuple[int, ...]
@@ -60,24 +61,32 @@ class ProbeBatch:
 
 
 class ProbeSet:
-    """Every prompt at every sigma, with one noise per prompt.
+    """Every prompt at every sigma, with one noise tensor per prompt.
 
     Args:
-        samples: the P prompts' samples.
-        sigmas: the S sigmas.
-        seed: of the noise, which is keyed by each sample's uid.
-        batch_size: probes per batch; None chooses by the size of a latent.
+        samples: samples of the P prompts.
+        sigmas: the S noise levels.
+        seed: seed of the noise, which also depends on each sample's uid.
+        batch_size: number of probes per batch; None chooses it by the size of a latent.
+        unconditional: whether to leave out the captions: zero embedding and zero mask, as training drops them.
 
     Raises:
         ValueError: if there are no samples.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], sigmas: Sequence[float], *, seed: int, batch_size: int | None = None
+        self,
+        samples: Sequence[Sample],
+        sigmas: Sequence[float],
+        *,
+        seed: int,
+        batch_size: int | None = None,
+        unconditional: bool = False,
     ) -> None:
         if not samples:
             raise ValueError("got no probe samples, expected at least one held-out sample; enlarge the validation set.")
-        self.samples = list(samples)
+        self._captioned = list(samples)
+        self.samples = [replace(s, text=s.text[:0]) for s in samples] if unconditional else list(samples)
         self.sigmas = tuple(sigmas)
         self.seed = seed
         self.batch_size = batch_size or max(1, _CELLS // math.prod(samples[0].latent.shape[1:]))
@@ -92,11 +101,23 @@ class ProbeSet:
 
     @property
     def text_tokens(self) -> list[int]:
-        """Valid text tokens of each prompt."""
+        """Number of valid text tokens of each prompt, (P,)."""
         return [int(sample.text.shape[0]) for sample in self.samples]
 
+    @cached_property
+    def caption_ids(self) -> list[int]:
+        """A number for each sample; samples of one caption, by its embedding, share it, even if captions are left out.
+
+        They are no independent draws of a prompt. Empty captions are told apart: then only the clips differ.
+        """
+        texts = [
+            fingerprint([("text", sample.text)]) if len(sample.text) else str(index)
+            for index, sample in enumerate(self._captioned)
+        ]
+        return [texts.index(text) for text in texts]
+
     def groups(self) -> list[list[tuple[int, int]]]:
-        """(prompt, stratum) of every probe, grouped into batches of captions of one length."""
+        """(prompt index, sigma index) of every probe, grouped into batches with captions of one length."""
         lengths = self.text_tokens
         groups = []
         for length in sorted(set(lengths)):
@@ -105,10 +126,10 @@ class ProbeSet:
         return groups
 
     def share(self, rank: int, world_size: int) -> Iterator[tuple[ProbeBatch, bool]]:
-        """The batches of one rank, each with whether its results count.
+        """Yields the batches of one rank, each with whether its results count.
 
-        Batches do not depend on the number of ranks. Every rank gets equally many, since a sharded model computes only
-        where all ranks do: where they do not divide, some are computed again and their results do not count.
+        Batches do not depend on the number of ranks. A sharded model needs all ranks for each forward pass, so every
+        rank gets the same number of batches. Some batches are repeated for that; their second results do not count.
         """
         groups = self.groups()
         for turn in range(math.ceil(len(groups) / world_size)):
@@ -129,7 +150,7 @@ def _identity(batch: Batch, noise: Tensor, sigma: Tensor) -> str:
 
 
 def refuse_key_mask(call: AttentionCall) -> None:
-    """Raises ValueError if padded text keys would be measured as if they were attended to."""
+    """Raises ValueError if the call has a key mask, since measurements would count padded text keys."""
     if call.layout.key_mask is not None:
         raise ValueError(
             f"got captions of {sorted(set(call.layout.text_lengths))} tokens in one batch, expected one length: "

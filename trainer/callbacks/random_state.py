@@ -1,4 +1,4 @@
-"""A resumed fit draws the random numbers that come next."""
+"""Saves and restores random states, so that a resumed fit draws the same numbers as an uninterrupted one."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from trainer.checkpoint.random_state import random_state, restore_random_state
 
-#: Where a checkpoint holds the state.
+#: Key of the state in a checkpoint.
 _KEY = "random_states"
 
 
 class RandomStateCheckpoint(Callback):
-    """Saves the state of the process's random generators in each checkpoint, and restores it when a fit resumes."""
+    """Saves the state of the process's random number generators in each checkpoint; restores it when a fit resumes."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
@@ -23,7 +23,7 @@ class RandomStateCheckpoint(Callback):
         self._loaded = checkpoint.get(_KEY)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # After everything else of the restart, which draws numbers of its own.
+        # Last, since other parts of the restart draw random numbers too.
         if self._loaded is not None:
             restore_random_state(self._loaded)
             self._loaded = None

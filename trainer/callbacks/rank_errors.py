@@ -1,4 +1,4 @@
-"""Errors of one rank that end all ranks: the others raise too, instead of waiting for it in a collective."""
+"""Raises the error of one rank on all ranks, so that the others do not wait for it in a collective."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,15 +13,14 @@ class RankFailedError(RuntimeError):
 
 @contextlib.contextmanager
 def raise_on_all_ranks(trainer: Trainer) -> Iterator[Callable[[], None]]:
-    """An exception that one rank raises inside is raised on every rank: on the others as a `RankFailedError`.
+    """If one rank raises an exception in this context, raises `RankFailedError` on all other ranks.
 
-    Yields `check_ranks`. Every rank calls it equally often, and right before each collective of its own. It returns
-    when all ranks have called it, and raises if one has failed. The block ends with such a call; a rank that raises
-    takes part in the next call of the others before it leaves the block.
+    Yields `check_ranks`. Every rank must call it equally often, and right before each of its own collectives. The call
+    returns once all ranks have made it, and raises if one of them has failed. It is also made at the end of the
+    context. A rank that raises takes part in the next call of the others before it leaves the context.
 
-    KeyboardInterrupt and SystemExit are not passed on: a job is stopped by a signal to all of its ranks. In a forward
-    pass that is itself collective (sharded weights) the other ranks still wait for the one that failed, until the
-    timeout of the process group.
+    KeyboardInterrupt and SystemExit are not passed on, since a signal that stops a job goes to all ranks. If a rank
+    fails in a forward pass with sharded weights, the others wait in a collective until the process group's timeout.
     """
 
     def exchange(error: Exception | None) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from trainer.attention import EPS, sink_statistics, sink_verdict
 from trainer.callbacks import figures
-from trainer.callbacks.measurement_files import planted_heads, wilson_interval
+from trainer.callbacks.intervals import wilson_interval
+from trainer.callbacks.measurement_files import planted_heads
+from trainer.callbacks.positions import position_p_values
 from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkForward
@@ -22,7 +24,7 @@ from trainer.models.layout import AttentionCall, dense_attention
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
 
-#: A head is consistent if the share of prompts with a sink is at least this on at least this share of the sigmas.
+#: A head is consistent if at least this share of prompts has a sink, at no less than this share of the sigmas.
 CONSISTENT = 0.9
 
 _PER_HEAD = (
@@ -41,11 +43,11 @@ class SinkFrequency(ProbeCallback):
     """Measures attention sinks of every head: verdict per eps, alpha, value-norm ratios, position, frequency.
 
     Args:
-        layers: `retrained`, `all`, or block indices.
+        layers: layers to measure: `retrained`, `all`, or block indices.
         eps: thresholds above which an attention weight counts as heavy.
-        default_eps: the eps of the verdict that scalars and figures use; one of `eps`.
-        prompts: how many held-out samples.
-        settings: of the probes and stages, as `ProbeCallback` takes them.
+        default_eps: threshold for scalars and figures; one of `eps`.
+        prompts: number of held-out samples.
+        settings: arguments for `ProbeCallback`.
     """
 
     kind = "sinks"
@@ -107,18 +109,20 @@ class SinkFrequency(ProbeCallback):
         self, module: "RetrainBlocks", probes: ProbeSet, tables: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         with_sink = sink_verdict(torch.from_numpy(tables["fraction"])).numpy()  # (P, S, Ly, h, E)
-        count = with_sink.sum(axis=0)
-        trials = len(probes.samples)
-        low, high = wilson_interval(count, trials)
-        frequency = count / trials
-        often = frequency[..., self.eps.index(self.default_eps)] >= CONSISTENT  # (S, Ly, h)
+        frequency = with_sink.mean(axis=0)
+        prompts = len(set(probes.caption_ids))
+        low, high = wilson_interval(frequency * prompts, prompts)
+        at = self.eps.index(self.default_eps)
+        often = frequency[..., at] >= CONSISTENT  # (S, Ly, h)
         size = tables["size"].astype(np.int64)  # (P, S, 5)
+        p_values = position_p_values(tables["key"][..., at], with_sink[..., at], size[0, 0, 2:], probes.caption_ids)
         return {
             "layers": np.array(self._measured(module)),
             "sigmas": np.array(probes.sigmas),
             "eps": np.array(self.eps),
             "default_eps": np.array(self.default_eps),
             "keys": np.array(probes.keys, dtype=np.str_),
+            "caption_ids": np.array(probes.caption_ids),
             **{name: tables[name].astype(np.float32) for name in _PER_HEAD if "key" not in name},
             "key": tables["key"].astype(np.int32),
             "alpha_key": tables["alpha_key"].astype(np.int32),
@@ -126,6 +130,7 @@ class SinkFrequency(ProbeCallback):
             "frequency_low": low,
             "frequency_high": high,
             "consistent": often.mean(axis=0) >= CONSISTENT,
+            **{name: np.array(p) for name, p in p_values.items()},
             "grid": size[0, 0, 2:],
             "queries": size[..., 0].max(),
             "keys_count": size[..., 1].max(),

@@ -1,4 +1,4 @@
-"""Caches of tensors: in memory up to a number of bytes, and in a folder whose files are verified when read."""
+"""Caches of tensors: in memory up to a budget, and in a folder whose files are verified when read."""
 
 import hashlib
 import json
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Tensors, and values that JSON can hold.
+    """Tensors, and values that JSON can represent.
 
     Args:
-        tensors: name -> tensor.
-        facts: name -> value.
-        widened: names of tensors that `narrow` has turned from float32 into bfloat16.
+        tensors: tensors by name.
+        facts: values by name.
+        widened: names of the tensors that `narrow` has converted from float32 to bfloat16.
     """
 
     tensors: Mapping[str, Tensor]
@@ -35,15 +35,15 @@ class CacheEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of all tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def to(self, device: torch.device | str) -> "CacheEntry":
-        """The same on `device`, without views of larger tensors."""
+        """The entry on `device`; each tensor is contiguous."""
         return replace(self, tensors={name: t.to(device).contiguous() for name, t in self.tensors.items()})
 
     def narrow(self) -> "CacheEntry":
-        """float32 tensors as bfloat16 where no bit is lost, as in the output of a bfloat16 trunk."""
+        """Converts float32 tensors to bfloat16 if that is lossless, as for the output of a bfloat16 trunk."""
         tensors, widened = dict(self.tensors), []
         for name, tensor in self.tensors.items():
             if tensor.dtype == torch.float32:
@@ -54,16 +54,16 @@ class CacheEntry:
         return replace(self, tensors=tensors, widened=tuple(widened))
 
     def widen(self) -> "CacheEntry":
-        """Undoes `narrow`."""
+        """Reverses `narrow`."""
         wide = {name: t.float() if name in self.widened else t for name, t in self.tensors.items()}
         return replace(self, tensors=wide, widened=())
 
 
 class MemoryCache:
-    """Entries in memory, until the budget is used up; nothing is evicted.
+    """Cache in memory. It takes entries until the budget is used up, and evicts none.
 
     Args:
-        budget: bytes.
+        budget: largest size of all entries in bytes.
     """
 
     def __init__(self, budget: int) -> None:
@@ -72,11 +72,11 @@ class MemoryCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all entries."""
+        """Size of all entries in bytes."""
         return sum(entry.nbytes for entry in self._entries.values())
 
     def fits(self, entry: CacheEntry) -> bool:
-        """Whether the budget allows for it."""
+        """Whether the entry fits into the remaining budget."""
         return self.nbytes + entry.nbytes <= self.budget
 
     def get(self, key: str) -> CacheEntry | None:
@@ -94,14 +94,14 @@ class MemoryCache:
 
 
 class DiskCache:
-    """Entries in safetensors files, one per key, which several processes may share; nothing is removed.
+    """Cache in a folder that several processes may share: one safetensors file per key, none of them evicted.
 
-    A file is used only if it holds its full key and the digest of its tensors; a damaged or foreign one is written
-    again. If a write fails, the cache warns once and then stops writing.
+    A file is used only if its metadata match the key and the digest of its tensors; otherwise it is written again. If
+    a write fails, the cache warns once and then stops writing.
 
     Args:
-        path: the folder; made at the first write.
-        budget: bytes that this process may write.
+        path: folder of the cache; it is created at the first write.
+        budget: number of bytes that this process may write.
     """
 
     def __init__(self, path: Path, budget: int) -> None:
@@ -112,7 +112,7 @@ class DiskCache:
         return self._path / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def fits(self, entry: CacheEntry) -> bool:
-        """Whether the budget allows for it."""
+        """Whether the entry fits into the remaining budget."""
         return entry.nbytes <= self._left
 
     def get(self, key: str) -> CacheEntry | None:

@@ -1,4 +1,4 @@
-"""Samples and tokens per second of all ranks."""
+"""Logs samples and tokens per second of all ranks."""
 
 import time
 from collections import deque
@@ -13,16 +13,16 @@ from trainer.module import as_retrain_blocks
 
 
 class ThroughputLogger(Callback):
-    """Logs `train/samples_per_s` and `train/tokens_per_s`: what all ranks took, by the clock of the first one.
+    """Logs `train/samples_per_s` and `train/tokens_per_s` of all ranks, by the clock of rank 0.
 
-    Means over the last optimiser steps, once there are so many in a row. Lightning's `Throughput` takes numbers on the
-    host; what all ranks took is known on the device, for which no step waits.
+    Both are means over the last optimiser steps, logged once a window is full. Lightning's `Throughput` needs numbers
+    on the host; the counts of all ranks are on the device, and no step waits for them.
 
     Args:
-        window: ends of steps that the means are taken between, at least 2.
+        window: number of step ends in a window, at least 2.
 
     Raises:
-        ValueError: if it is less.
+        ValueError: if `window` is below 2.
     """
 
     def __init__(self, *, window: int = 20) -> None:
@@ -31,7 +31,7 @@ class ThroughputLogger(Callback):
         self.window = window
 
     def _restart(self, trainer: Trainer) -> None:
-        # Measurements and validation are no training time: the window starts again after them.
+        # Measurements and validation do not count as training time: the window restarts after them.
         self._ends: deque[tuple[float, Tensor]] = deque(maxlen=self.window)  # seconds, (samples, tokens) until then
         self._step = trainer.global_step
 

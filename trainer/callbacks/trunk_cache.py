@@ -1,4 +1,4 @@
-"""A cache of the frozen trunk's output on the probes: in host memory, then in a folder; the rest is computed again.
+"""Caches the frozen trunk's output on the probes in host memory, and optionally in a folder.
 
 Legend: B probes of a batch, N vision tokens, L text tokens, D width.
 """
@@ -29,13 +29,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class TrunkForward:
-    """One forward pass of the trunk: with which attention functions, and what they measure.
+    """One forward pass of the trunk: its attention functions and what they measure.
 
     Args:
-        functions: layer -> attention function; functions of the head's layers are ignored.
-        changes: says how `functions` change the trunk's output, all settings included; empty if they do not.
-        measures: says what `functions` measure, all settings included; empty if nothing.
-        found: the measurements, name -> tensor: empty before the pass, then filled by `functions` or from the cache.
+        functions: attention function by layer; functions of the head's layers are ignored.
+        changes: how `functions` change the trunk's output, with all settings; empty if they do not change it.
+        measures: what `functions` measure, with all settings; empty if they measure nothing.
+        found: measured tensors by name; empty before the pass, then filled by `functions` or from the cache.
     """
 
     functions: Mapping[int, AttentionFunction] = field(default_factory=dict)
@@ -45,22 +45,22 @@ class TrunkForward:
 
 
 class TrunkCache(Callback):
-    """Caches what the trunk computes from a probe batch: the state that enters the first retrained block, measurements.
+    """Caches the trunk's results on each probe batch: the input of the first retrained block, and measurements.
 
-    The trunk is frozen and the probes are fixed, so both are the same at all stages and for all callbacks, scopes and
-    ratios; a cached result equals a computed one bit for bit. What does not fit is computed at every use. Nothing is
-    evicted: batches come in the same order at every stage, so a cache of the most recent ones would miss every time.
-    Checkpoints hold nothing of it.
+    The trunk is frozen and the probes are fixed, so these results are the same at all stages, and for all callbacks,
+    scopes and ratios. A cached result equals a computed one bit for bit. What does not fit is computed at every use.
+    There is no eviction: batches come in the same order at every stage, so an LRU cache would miss every time. The
+    cache is not part of checkpoints.
 
-    One that a recipe lists among its callbacks serves all measurements of the run; without one, they share a cache with
-    these defaults. The cache's keys name the functions of a `TrunkForward` only: measure inside no other change of the
-    trunk's attention.
+    If a recipe lists a `TrunkCache` among its callbacks, all measurements of the run use it; otherwise they share one
+    with these defaults. The cache's keys cover only the functions of a `TrunkForward`, so no other change of the
+    trunk's attention may be active during a measurement.
 
     Args:
-        host_gib: host memory for it in GiB, per process. At Mochi's full length a probe takes 0.26 GiB from a
+        host_gib: host memory for the cache in GiB, per process. At Mochi's full length a probe takes 0.26 GiB from a
             bfloat16 trunk, and the rotary tables 0.51 GiB once.
-        folder: also cache in this folder, for a resumed run or another run on the same base and probes.
-        disk_gib: what may be written to `folder` in GiB, per process. Nothing is removed from it.
+        folder: folder to cache in too, for a resumed run or another run on the same base and probes.
+        disk_gib: limit for writes to `folder` in GiB, per process. Files are never removed.
     """
 
     def __init__(self, *, host_gib: float = 5.0, folder: str | None = None, disk_gib: float = 64.0) -> None:
@@ -80,26 +80,26 @@ class TrunkCache(Callback):
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that it may use."""
+        """Limit of host memory in bytes."""
         return self._memory.budget
 
     @property
     def counts(self) -> tuple[int, int]:
-        """(passes of the trunk that were run, passes whose result came from the cache) so far."""
+        """Number of trunk passes so far that were run, and that came from the cache."""
         return self._run_passes, self._cached_passes
 
     def state(self, module: "RetrainBlocks", probes: ProbeBatch, forward: TrunkForward | None = None) -> State:
-        """The state that enters block `module.first`; fills `forward.found`. Runs the trunk where either is not cached.
+        """Returns the input of block `module.first` and fills `forward.found`; runs the trunk if either is not cached.
 
         Args:
-            module: whose trunk.
-            probes: on the module's device.
-            forward: how it is run; None: without changes and measurements.
+            module: module that owns the trunk.
+            probes: probe batch on the module's device.
+            forward: attention functions of the pass; None runs it without changes and measurements.
         """
         how = forward or TrunkForward()
         functions = {layer: function for layer, function in how.functions.items() if layer < module.first}
-        # A sharded model computes only where all ranks do, so one rank may not have cached what another has not. And a
-        # model without a frozen trunk has nothing to cache.
+        # Sharded weights need all ranks for each forward pass, but a cache may hit on some ranks only. And a model
+        # without a frozen trunk has nothing to cache.
         if self._sharded or module.first == 0:
             return self._run(module, probes, functions)
         device = probes.noise.device
@@ -148,7 +148,7 @@ class TrunkCache(Callback):
 
 
 def _split(state: State) -> tuple[CacheEntry, CacheEntry]:
-    """What belongs to these probes, and the rotary tables, which are the same for all probes of one size."""
+    """Splits a state into the tensors of these probes, and the rotary tables, which all probes of one size share."""
     own = {"vision": state.vision, "text": state.text, "temb": state.temb}
     if state.layout.key_mask is not None:
         own["key_mask"] = state.layout.key_mask
@@ -158,7 +158,7 @@ def _split(state: State) -> tuple[CacheEntry, CacheEntry]:
 
 
 def _join(own: CacheEntry, rope: CacheEntry) -> State:
-    """Undoes `_split`."""
+    """Reverses `_split`."""
     tensors, facts = own.tensors, own.facts
     layout = TokenLayout(
         grid=tuple(facts["grid"]),
@@ -177,9 +177,9 @@ def _join(own: CacheEntry, rope: CacheEntry) -> State:
 
 
 def _identity(module: "RetrainBlocks", device: torch.device) -> dict[str, Any]:
-    """Everything besides the probes that the trunk's output depends on: weights, precision, hardware, code.
+    """Everything that the trunk's output depends on besides the probes: weights, precision, hardware, code.
 
-    The fingerprint covers the weights' names too, so it differs with the block that the trunk ends at.
+    The fingerprint covers the names of the frozen weights, so it also depends on the block at which the trunk ends.
     """
     kind = device.type
     if kind == "cuda":
@@ -198,5 +198,5 @@ def _identity(module: "RetrainBlocks", device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _code() -> str:
-    """The trainer's source and the versions of what it computes with."""
+    """Digest of the trainer's source, and the versions of the packages that it computes with."""
     return f"{source_digest('trainer')} {package_versions(('torch', 'diffusers'))}"

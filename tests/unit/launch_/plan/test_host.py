@@ -17,16 +17,15 @@ OVERLAYS = Path(__file__).resolve().parents[4] / "recipes" / "cluster"
 SIGMAS = [0.25, 0.75]
 
 
-def planned(folder, *options, trunk_dtype="float32", **trainer):
-    callbacks = [
-        {"class_path": "trainer.callbacks.sinks.SinkFrequency", "init_args": {"prompts": 3, "sigmas": SIGMAS}},
-    ]
+def planned(folder, *options, trunk_dtype="float32", unconditional=False, **trainer):
+    probes = {"prompts": 3, "sigmas": SIGMAS, "unconditional": unconditional}
+    callbacks = [{"class_path": "trainer.callbacks.sinks.SinkFrequency", "init_args": probes}]
     args = recipe(folder, model={"trunk_dtype": trunk_dtype}, trainer={"callbacks": callbacks} | trainer)
     return estimate([*args, *options, *CLIP]).host
 
 
 @torch.no_grad()
-def kept(folder, trunk_dtype, precision):
+def kept(folder, trunk_dtype, precision, groups=(False,)):
     """Bytes in a store that has seen all probes, their captions as long as they may be."""
     module = RetrainBlocks(
         base=str(folder / "config.json"), surgery=SurgeryConfig(last=2, init="torch"), trunk_dtype=trunk_dtype
@@ -41,8 +40,9 @@ def kept(folder, trunk_dtype, precision):
     store = TrunkCache()
     precision_context = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
     with precision_context:
-        for batch, _ in ProbeSet(samples, SIGMAS, seed=1).share(0, 1):
-            store.state(module, batch)
+        for unconditional in groups:
+            for batch, _ in ProbeSet(samples, SIGMAS, seed=1, unconditional=unconditional).share(0, 1):
+                store.state(module, batch)
     return store._memory.nbytes
 
 
@@ -51,6 +51,13 @@ def kept(folder, trunk_dtype, precision):
 def test_host_memory_is_what_a_store_keeps(tmp_path, trunk_dtype, precision):
     plan = planned(tmp_path, trunk_dtype=trunk_dtype, precision=precision)
     assert plan == kept(tmp_path, trunk_dtype, precision) > 0
+
+
+def test_probes_without_captions_are_kept_too(tmp_path):
+    """As large as those with captions at most."""
+    plan = planned(tmp_path, unconditional=True, precision="32-true")
+    both = kept(tmp_path, "float32", "32-true", groups=(False, True))
+    assert kept(tmp_path, "float32", "32-true") < both <= plan
 
 
 def test_a_sharded_model_keeps_nothing(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from launch.report.charts import Series, heat_map, line_chart, number
+from launch.report.charts import Panel, Series, heat_map, line_chart, number, panel_chart
 
 
 def _points(svg: str) -> list[tuple[float, float]]:
@@ -36,6 +36,34 @@ def test_a_logarithmic_chart_leaves_out_zero():
     heights = [y for _, y in _points(svg)]
     assert len(heights) == 3
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+
+
+def test_a_logarithmic_horizontal_axis_leaves_out_zero_and_names_its_ticks():
+    svg = line_chart([Series("a", [0.0, 0.02, 0.2], [1, 2, 3], 1)], x_label="x", y_label="y", x_scale="log")
+    (x0, _), (x1, _) = _points(svg)
+    ticks = {text: float(at) for at, text in re.findall(r'x="([\d.]+)" y="\d+" text-anchor="middle">([^<]*)<', svg)}
+    assert ticks["0.02"] == pytest.approx(x0, abs=0.11) and ticks["0.2"] == pytest.approx(x1, abs=0.11)
+    assert (ticks["0.1"] - ticks["0.05"]) == pytest.approx((x1 - x0) * np.log10(2), abs=0.2)
+
+
+def test_panels_share_one_picture_and_its_horizontal_axis():
+    x = [0, 1, 3]
+    panels = [Panel([Series("a", x, [1, 2, 3], 1)], "up"), Panel([Series("b", x, [3, 2, 1], 2)], "down", height=80)]
+    svg = panel_chart(panels, x_label="x", x_ticks=[(0, "base"), (1, "first"), (3, "third")])
+    assert svg.count("<svg") == 1 and svg.count(">base<") == 1
+    up, down = np.split(np.array(_points(svg)), 2)
+    np.testing.assert_allclose(up[:, 0], down[:, 0])
+    assert up[:, 1].max() < down[:, 1].min()  # below each other
+    assert (np.diff(up[:, 1]) < 0).all() and (np.diff(down[:, 1]) > 0).all()
+
+
+def test_intervals_are_bars_at_their_points():
+    ends = ([0.0, np.nan], [10.0, 5.0])
+    svg = line_chart([Series("a", [1, 2], [5.0, 4.0], 1, "dots", ends)], x_label="x", y_label="y")
+    ((x, top, bottom),) = re.findall(r'class="bar"[^>]*x1="([\d.]+)"[^>]*y1="([\d.]+)" y2="([\d.]+)"', svg)
+    (x0, y0), _ = _points(svg)
+    assert float(x) == x0 and float(top) - y0 == pytest.approx(y0 - float(bottom), abs=0.11)
+    assert svg.count('class="bar"') == 1
 
 
 @pytest.mark.parametrize(

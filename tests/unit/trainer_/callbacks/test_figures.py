@@ -79,7 +79,10 @@ def test_positions_count_sinks_by_frame_and_place():
     assert [bar.get_height() for bar in left.patches] == [0.0, 1.0]  # key 37 of 2 x 4 x 6: frame 1, y 2, x 1
     image = right.images[0].get_array()
     assert image[2, 1] == 1.0 and image.sum() == 1.0
-    assert "6 sinks" in figure.get_suptitle()
+    assert "6 sinks" in figure.get_suptitle() and "p =" not in figure.get_suptitle()
+    tested = sink_arrays([4], 2, sinks=[(4, 0)]) | {"frame_p": np.array(0.0005), "place_p": np.array(0.31)}
+    title = figures.sink_positions(tested, "base").get_suptitle()
+    assert "evenly spread: p = 0.0005 over frames, 0.31 over places" in title
 
 
 def test_masking_curves_start_at_the_origin_and_name_their_scopes():
@@ -89,6 +92,14 @@ def test_masking_curves_start_at_the_origin_and_name_their_scopes():
     np.testing.assert_allclose(curves[1].get_xydata(), [[0, 0], [0.1, 0.04], [0.5, 0.2], [0.9, 0.36]])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["retrained layers: r* ≥ 0.90", "layer 4: r* = 0.25", "all but 04, 05: r* = 0.25"]
+
+
+def test_a_critical_ratio_is_not_named_where_attention_costs_nothing():
+    arrays = masking_arrays(["retrained", "all"], uniform_loss_increase=np.array([0.004, 0.006]))  # 1 %: 0.005
+    legend = figures.masking(arrays, "epoch-000").legends[0]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["retrained layers: r* not measured", "all layers: r* = 0.25"]
+    assert "the uniform control costs nothing" in legend.get_title().get_text()
 
 
 def test_masking_figure_survives_what_is_no_number_and_zero_distortion(tmp_path):

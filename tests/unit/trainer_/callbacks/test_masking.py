@@ -8,7 +8,8 @@ import torch
 
 from data.batch import Sample
 from trainer.attention import dense as reference
-from trainer.callbacks.masking import FLOOR, MaskingRobustness, critical_ratio
+from trainer.callbacks.masking import MaskingRobustness
+from trainer.callbacks.masking_statistics import FLOOR
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.module import RetrainBlocks, SurgeryConfig
 
@@ -40,24 +41,6 @@ def measure(module, lengths=(3, 0, 3), **kwargs):
             table = tables.setdefault(name, np.zeros((len(lengths), len(SIGMAS), *found.shape[1:])))
             table[list(batch.prompts), list(batch.strata)] = found.double().numpy()
     return callback, callback.summarise(module, probes, tables)
-
-
-@pytest.mark.parametrize(
-    "rise, expected",
-    [
-        ([0.0, 0.0, 0.0], 0.9),  # never too much: the largest ratio measured
-        ([0.01, 0.01, 0.01], 0.9),  # exactly the limit is allowed
-        ([0.0, 0.0, 0.02], 0.7),  # half way between 0.5 and 0.9
-        ([0.04, 0.1, 0.2], 0.025),  # a quarter of the way to the first ratio, from no increase at 0
-        ([0.02, 0.005, 0.02], 0.5 + 0.4 / 3),  # fails, recovers, fails: the last crossing
-        ([-0.1, -0.01, 0.03], 0.7),
-        ([0.0, float("nan"), 0.5], 0.1),  # no number is too large, and nothing can be read off beside it
-        ([0.0, float("inf"), float("inf")], 0.1),
-        ([float("nan")] * 3, 0.0),
-    ],
-)
-def test_critical_ratio(rise, expected):
-    assert critical_ratio((0.1, 0.5, 0.9), rise) == pytest.approx(expected)
 
 
 def brute_force(module, probes, layers, ratio):
@@ -124,7 +107,10 @@ def test_shapes_and_how_the_figures_hang_together(base_folder):
     np.testing.assert_allclose(got["dense_loss_by_sigma"].mean(), got["dense_loss"])
     assert (np.diff(got["dropped_mass"], axis=1) > 0).all() and (np.diff(got["realised_ratio"], axis=1) > 0).all()
     scalars = callback.scalars(got)
-    assert scalars["retrained/critical_ratio"] == got["critical_ratio"][0]
+    costs = dict(zip(got["scopes"].tolist(), got["uniform_loss_increase"] >= 0.01 * got["dense_loss"], strict=True))
+    assert {name: f"{name}/critical_ratio" in scalars for name in costs} == costs and any(costs.values())
+    for index, (scope, measured) in enumerate(costs.items()):
+        assert not measured or scalars[f"{scope}/critical_ratio"] == got["critical_ratio"][index]
     assert scalars["layer-02/auc"] == got["auc"][2] and scalars["dense_loss"] == got["dense_loss"]
     assert callback.figures(build(base_folder), got, "base").keys() == {"masking"}
 
@@ -143,11 +129,12 @@ def test_distortion_is_a_quotient_of_means_not_a_mean_of_quotients(base_folder):
 
 
 def test_fresh_blocks_are_the_identity_so_masking_them_changes_nothing(base_folder):
-    _, got = measure(build(base_folder, init="dit"), ratios=(0.5, 0.9), scopes=("retrained", "layer-0"))
+    callback, got = measure(build(base_folder, init="dit"), ratios=(0.5, 0.9), scopes=("retrained", "layer-0"))
     assert got["distortion"][0].max() == 0 and got["loss_increase"][0].max() == 0 and got["critical_ratio"][0] == 0.9
     assert got["auc"][0] == pytest.approx(-8)
     assert got["realised_ratio"][0].min() > 0.4  # weights were removed, they only do not matter
     assert got["distortion"][1].min() > 0  # the trunk's layer does matter
+    assert "retrained/critical_ratio" not in callback.scalars(got)  # nothing was learnt from it
 
 
 def test_uniform_attention_ties_so_nothing_is_removed_and_the_control_is_the_model_itself(base_folder):
@@ -295,3 +282,6 @@ def test_the_figures_of_all_probes_are_kept_and_their_means_are_the_figures(base
     distortion = arrays["change_by_probe"].mean(axis=(0, 1)) / arrays["energy_by_probe"].mean()
     np.testing.assert_allclose(distortion, arrays["distortion"], rtol=1e-4)
     assert dense.mean() == pytest.approx(arrays["dense_loss"], rel=1e-6)
+    uniform = (arrays["uniform_loss_by_probe"] - dense[..., None]).mean(axis=(0, 1))
+    np.testing.assert_allclose(uniform, arrays["uniform_loss_increase"], atol=1e-6)
+    assert arrays["keys"].tolist() == ["clip-0", "clip-1", "clip-2"] and arrays["caption_ids"].tolist() == [0, 1, 2]

@@ -24,6 +24,10 @@ from trainer.attention.inputs import checked
 from trainer.models.mochi import SplitModel
 
 backends = pytest.mark.parametrize("backend", known_answers.BACKENDS)
+#: Only the chunked back end has a chunk size.
+chunk_sizes = pytest.mark.parametrize(
+    "backend, chunk", [("dense", None), ("chunked", None), ("chunked", 6), known_answers.interpreted("triton", None)]
+)
 #: 5 * 3 * 2 vision tokens and 5 text tokens.
 GRID, TEXT, TOKENS = (5, 6, 4), 5, 35
 
@@ -111,9 +115,8 @@ def assert_nothing_removed(found):
     assert all(realised.max() == dropped.max() == 0 for realised, dropped in found.values())
 
 
-@backends
-@pytest.mark.parametrize("chunk", [None, 6])
-def test_ratio_zero_is_the_dense_velocity_bit_for_bit(split_model, batch, chunk, backend):
+@chunk_sizes
+def test_ratio_zero_is_the_dense_velocity_bit_for_bit(split_model, batch, backend, chunk):
     how = {"chunk": chunk, "backend": backend}
     want = dense_velocity(split_model, batch, backend, chunk)
     for limits in (pooled(0.0, **how), constant(0.0), constant(-math.inf)):
@@ -123,9 +126,8 @@ def test_ratio_zero_is_the_dense_velocity_bit_for_bit(split_model, batch, chunk,
             assert_nothing_removed(found)
 
 
-@backends
-@pytest.mark.parametrize("chunk", [None, 6])
-def test_ratio_zero_of_every_row_is_the_dense_velocity_bit_for_bit(split_model, batch, chunk, backend):
+@chunk_sizes
+def test_ratio_zero_of_every_row_is_the_dense_velocity_bit_for_bit(split_model, batch, backend, chunk):
     how = {"chunk": chunk, "backend": backend}
     got, found = masked_velocity(split_model, batch, per_row(0.0, **how), **how)
     assert torch.equal(got, dense_velocity(split_model, batch, backend, chunk))
@@ -133,8 +135,7 @@ def test_ratio_zero_of_every_row_is_the_dense_velocity_bit_for_bit(split_model, 
 
 
 @backends
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9, 1.0])
-def test_uniform_attention_is_left_whole_and_is_the_control(make_transformer, batch, ratio, backend):
+def test_uniform_attention_is_left_whole_and_is_the_control(make_transformer, batch, backend):
     model = make_transformer(3)
     with torch.no_grad():
         for block in model.transformer_blocks:
@@ -142,13 +143,16 @@ def test_uniform_attention_is_left_whole_and_is_the_control(make_transformer, ba
             block.attn1.add_q_proj.weight.zero_()
     split_model, how = SplitModel(model), {"chunk": 6, "backend": backend}
     # All N^2 weights tie at 1 / N, and none lies strictly below: nothing may go at any ratio.
-    thresholds = known_answers.watch(split_model, batch, 1, lambda q, k, v, call: pooled(ratio, **how)(q, k))
-    torch.testing.assert_close(thresholds.double(), torch.full((2, 2), 1 / TOKENS).double(), rtol=1e-5, atol=0)
     whole = dense_velocity(split_model, batch, backend, 6)
-    for limits in (pooled(ratio, **how), per_row(ratio, **how)):
-        got, found = masked_velocity(split_model, batch, limits, **how)
-        assert torch.equal(got, whole)
-        assert_nothing_removed(found)
+    for ratio in (0.1, 0.5, 0.9, 1.0):
+        thresholds = known_answers.watch(
+            split_model, batch, 1, lambda q, k, v, call, ratio=ratio: pooled(ratio, **how)(q, k)
+        )
+        torch.testing.assert_close(thresholds.double(), torch.full((2, 2), 1 / TOKENS).double(), rtol=1e-5, atol=0)
+        for limits in (pooled(ratio, **how), per_row(ratio, **how)):
+            got, found = masked_velocity(split_model, batch, limits, **how)
+            assert torch.equal(got, whole)
+            assert_nothing_removed(found)
     control = everywhere(split_model, batch, lambda q, k, v: uniform_attention(v))
     torch.testing.assert_close(control, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(known_answers.stock_velocity(model, batch), whole, rtol=1e-5, atol=1e-5)
@@ -157,9 +161,8 @@ def test_uniform_attention_is_left_whole_and_is_the_control(make_transformer, ba
 # -- all but the largest -----------------------------------------------------------------------------------------------
 
 
-@backends
-@pytest.mark.parametrize("chunk", [None, 6])
-def test_ratio_one_keeps_exactly_the_row_maxima(split_model, batch, chunk, backend):
+@chunk_sizes
+def test_ratio_one_keeps_exactly_the_row_maxima(split_model, batch, backend, chunk):
     how = {"chunk": chunk, "backend": backend}
     largest = {
         layer: known_answers.watch(split_model, batch, layer, lambda q, k, v, call: known_answers.softmax64(q, k))

@@ -15,26 +15,7 @@ from trainer.callbacks.measurement_files import (
     planted_heads,
     save_arrays,
     save_figure,
-    wilson_interval,
 )
-
-
-@pytest.mark.parametrize(
-    "successes, trials, low, high",
-    # At the ends z^2 / (n + z^2), in the middle 1/2 -+ z / (2 sqrt(n + z^2)).
-    [(0, 10, 0.0, 0.277533), (5, 10, 0.236593, 0.763407), (10, 10, 0.722467, 1.0)],
-)
-def test_wilson_interval(successes, trials, low, high):
-    got = wilson_interval(np.array([successes]), trials)
-    assert got[0][0] == pytest.approx(low, abs=2e-6) and got[1][0] == pytest.approx(high, abs=2e-6)
-
-
-def test_wilson_ends_are_where_the_score_test_turns():
-    # The definition itself: at either end p, |share - p| is 1.96 standard errors under p.
-    low, high = wilson_interval(np.arange(1, 14), 14)
-    for end in (low, high):
-        score = (np.arange(1, 14) / 14 - end) / np.sqrt(end * (1 - end) / 14)
-        np.testing.assert_allclose(np.abs(score), 1.959964, rtol=1e-6)
 
 
 def test_arrays_come_back_and_nothing_is_left_beside(tmp_path):

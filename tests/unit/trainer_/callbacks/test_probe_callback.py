@@ -158,6 +158,33 @@ def test_each_says_its_share_of_the_epoch_without_the_other_measurements(tmp_pat
         assert (spent - 0.05) / (epoch + 0.05) - 0.01 < share / 100 < (spent + 0.05) / (epoch - 0.05) + 0.01
 
 
+def test_probes_without_captions_are_a_measurement_of_their_own(tmp_path, base_folder, measured, monkeypatch):
+    root, _, only_conditional, _ = measured
+    told = Told()
+    fit(tmp_path, base_folder, measurements(unconditional=True), logger=told)
+    expected = [f"{group}{kind}-{stage}.npz" for group in ("", "unconditional-") for kind in ("sinks", "masking")
+                for stage in STAGES]  # fmt: skip
+    assert files(tmp_path, "measurements") == sorted(expected)
+    assert not any("unconditional" in name for name in files(root, "measurements"))
+    assert {f"unconditional-{kind}-base.png" for kind in ("sinks", "masking")} <= set(files(tmp_path, "figures"))
+    # The conditional ones are as without the option, the others differ from them.
+    assert told.named("masking/") == only_conditional.named("masking/")
+    losses = {
+        prefix: told.named(prefix)[f"{prefix}masking/dense_loss"]
+        for prefix in ("", "unconditional/", "base/", "base/unconditional/")
+    }
+    assert len(set(losses.values())) == 4
+    for kind in ("sinks", "masking"):
+        one, other = (
+            load_arrays(tmp_path / "measurements" / f"{group}{kind}-base.npz") for group in ("", "unconditional-")
+        )
+        assert one.keys() == other.keys() and one["keys"].tolist() == other["keys"].tolist()
+        assert one["caption_ids"].tolist() == other["caption_ids"].tolist()
+    assert other["dense_loss"] == pytest.approx(losses["base/unconditional/"][1])
+    monkeypatch.setattr(MaskingRobustness, "observe", lambda *a: pytest.fail("measured again"))
+    fit(tmp_path, base_folder, measurements(unconditional=True))
+
+
 def test_a_measurement_that_raises_leaves_no_trace(tmp_path, base_folder, monkeypatch):
     module, trainer = make_module(base_folder), make_trainer(tmp_path, measurements())
     monkeypatch.setattr("trainer.callbacks.sinks.sink_statistics", lambda *a, **k: 1 / 0)

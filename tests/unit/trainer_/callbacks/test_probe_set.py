@@ -1,5 +1,6 @@
 """The probe set: complete, fixed, one caption length per batch, spread evenly over ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,34 @@ def test_a_batchs_identity_changes_with_every_tensor_of_it():
         assert not own & identities(**other), other
     one, two = (ProbeSet(draw_samples((3, 3)), sigmas, seed=1) for sigmas in ((0.25, 0.75), (0.75, 0.25)))
     assert next(one.share(0, 1))[0].identity != next(two.share(0, 1))[0].identity
+
+
+def test_samples_of_one_caption_share_a_number_and_empty_captions_do_not():
+    samples = draw_samples((3, 0, 3, 0, 3))
+    samples[4] = replace(samples[4], text=samples[0].text.clone())
+    assert ProbeSet(samples, SIGMAS, seed=1).caption_ids == [0, 1, 2, 3, 0]
+
+
+def test_captions_can_be_left_out_and_nothing_else_changes():
+    samples = draw_samples((3, 0, 3))
+    samples[2] = replace(samples[2], text=samples[0].text.clone())
+    with_captions, without = (
+        ProbeSet(samples, SIGMAS, seed=1, batch_size=1, unconditional=dropped) for dropped in (False, True)
+    )
+    assert without.text_tokens == [0, 0, 0] and without.caption_ids == with_captions.caption_ids == [0, 1, 0]
+    assert without.keys == with_captions.keys and [len(s.text) for s in samples] == [3, 0, 3]
+
+    def batches(probes):
+        return {(b.prompts, b.strata): b for b, _ in probes.share(0, 1)}
+
+    dropped, kept = batches(without), batches(with_captions)
+    assert dropped.keys() == kept.keys()
+    for pair, batch in dropped.items():
+        assert not batch.batch.text.any() and not batch.batch.text_mask.any() and batch.batch.text_lengths == (0,)
+        assert torch.equal(batch.noise, kept[pair].noise) and torch.equal(batch.batch.latents, kept[pair].batch.latents)
+        assert (batch.identity == kept[pair].identity) == (pair[0] == (1,))  # without a caption there is none to drop
+    # All captions have one length, none: batches are full.
+    assert len(ProbeSet(samples, SIGMAS, seed=1, batch_size=6, unconditional=True).groups()) == 1
 
 
 def test_large_latents_are_measured_one_by_one():

@@ -1,12 +1,14 @@
 """Sink frequency on whole tiny Mochi models whose sinks are known."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from data.batch import Sample
+from trainer.callbacks.intervals import wilson_interval
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.callbacks.sinks import SinkFrequency
 from trainer.models.from_scratch import reserve_channels
@@ -102,8 +104,19 @@ def test_planted_head_is_found_with_its_closed_form_and_no_other(planted_base):
     scalars = callback.scalars(got)
     assert scalars["heads"] == 1 and scalars["max_frequency"] == 1.0
     assert scalars["alpha_max"] == pytest.approx(got["alpha"][:, :, 0, 1].mean())
+    # Tokens of the prompts: frames 0, 1, 0 and three places.
+    assert got["place_p"] == 1.0 and 0.5 < got["frame_p"] <= 1.0
     figures = callback.figures(module, got, "base")
     assert figures.keys() == {"sinks", "positions"}
+
+
+def test_samples_of_one_caption_make_no_frequency_surer(planted_base):
+    base, direction = planted_base
+    samples = marked_samples(direction)
+    samples[2] = replace(samples[2], text=samples[0].text.clone())
+    _, got = measure(build(base), samples)
+    assert got["caption_ids"].tolist() == [0, 1, 0]
+    assert got["frequency_low"][0, 0, 1, 3] == pytest.approx(wilson_interval(np.array(2.0), 2)[0])
 
 
 def test_the_planted_head_is_no_sink_in_fresh_blocks(planted_base):

@@ -1,0 +1,148 @@
+"""What has changed between two stages: a difference is one only where its paired interval excludes zero."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from launch.report.charts import number
+from launch.report.stages import Arrays, Ends, Head, MaskingStage, SinkStage
+from trainer.callbacks.intervals import excludes_zero, few_prompts, paired_bootstrap, share_difference
+
+#: What is said where the interval holds zero, and where there is none.
+NOISE = "no difference that can be told from noise"
+
+#: Settings that both stages of a comparison must share.
+_MASKING_SETTINGS = ("keys", "sigmas", "scopes", "ratios", "masked_keys", "quantile", "removed")
+_SINK_SETTINGS = ("keys", "sigmas", "layers")
+
+
+def ends_text(interval: Ends | None) -> str:
+    """An interval as text, in brackets after a space; empty for none."""
+    return f" [{number(interval[0])}, {number(interval[1])}]" if interval else ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure at two stages.
+
+    Args:
+        before: the figure.
+        after: the figure.
+        interval: of after minus before; None if there is none.
+        reason: why there is none.
+    """
+
+    before: float
+    after: float
+    interval: Ends | None = None
+    reason: str = ""
+
+    @property
+    def direction(self) -> int:
+        """1 higher, -1 lower, 0 where that cannot be told from noise."""
+        if self.interval is None or not excludes_zero(self.interval):
+            return 0
+        return 1 if self.interval[0] > 0 else -1
+
+    def verdict(self, better: int) -> Literal["good", "bad", ""]:
+        """Good or bad, where a change in the direction `better` is good; empty where there is none to be told."""
+        return ("good" if self.direction == better else "bad") if self.direction else ""
+
+    @property
+    def words(self) -> str:
+        """The change and its interval, or that there is none."""
+        if not self.direction:
+            return NOISE + (ends_text(self.interval) or f" ({self.reason})")
+        by = number(abs(self.after - self.before))
+        return f"{'higher' if self.direction > 0 else 'lower'} by {by}{ends_text(self.interval)}"
+
+
+def _different(before: Arrays, after: Arrays, names: tuple[str, ...]) -> str:
+    """Why two stages cannot be paired; empty if they can."""
+    differ = [
+        name for name in names if name in before and name in after and not np.array_equal(before[name], after[name])
+    ]
+    return f"the stages differ in {', '.join(differ)}" if differ else ""
+
+
+@dataclass(frozen=True)
+class MaskingComparison:
+    """Masking at two stages, on the same probes.
+
+    Args:
+        before: stage.
+        after: stage.
+    """
+
+    before: MaskingStage | None
+    after: MaskingStage | None
+
+    @cached_property
+    def no_interval(self) -> str:
+        """Why differences have no interval; empty if they have one."""
+        if self.before is None or self.after is None:
+            return "one of the stages was not measured"
+        different = _different(self.before.arrays, self.after.arrays, _MASKING_SETTINGS)
+        return self.before.no_interval or self.after.no_interval or different
+
+    @cached_property
+    def _intervals(self) -> dict[str, tuple]:
+        if self.no_interval or self.before is None or self.after is None:
+            return {}
+        prompts = self.before.arrays["caption_ids"]
+        return paired_bootstrap(self.before.statistic, self.before.tables, self.after.tables, prompts) or {}
+
+    def change(self, name: str, scope: str = "retrained") -> Change:
+        """A scope's figure (K,) of `MaskingStage.figures`."""
+        before, after = (stage.value(name, scope) if stage else math.nan for stage in (self.before, self.after))
+        blanks = [stage.blank(name, scope) for stage in (self.before, self.after) if stage]
+        blank = next(filter(None, blanks), "")
+        if not math.isfinite(after - before) or name not in self._intervals or self.before is None:
+            return Change(before, after, None, blank or self.no_interval or "not measured")
+        low, high = (float(end[self.before.scopes.index(scope)]) for end in self._intervals[name])
+        return Change(before, after, (low, high))
+
+    @property
+    def dense_loss(self) -> Change:
+        """L(0)."""
+        before, after = (stage.dense_loss if stage else math.nan for stage in (self.before, self.after))
+        ends = self._intervals.get("dense_loss")
+        return Change(before, after, (float(ends[0]), float(ends[1])) if ends else None, self.no_interval)
+
+
+@dataclass(frozen=True)
+class SinkComparison:
+    """Sink frequencies at two stages, on the same probes.
+
+    Args:
+        before: stage.
+        after: stage.
+    """
+
+    before: SinkStage | None
+    after: SinkStage | None
+
+    @cached_property
+    def no_interval(self) -> str:
+        """Why differences have no interval; empty if they have one."""
+        if self.before is None or self.after is None:
+            return "one of the stages was not measured"
+        if any(not {"caption_ids", "fraction"} <= set(stage.arrays) for stage in (self.before, self.after)):
+            return "the run kept no caption numbers"
+        different = _different(self.before.arrays, self.after.arrays, _SINK_SETTINGS)
+        return different or few_prompts(self.before.arrays["caption_ids"])
+
+    def change(self, head: Head) -> Change:
+        """The mean over sigmas of a head's sink frequency."""
+        before, after = (
+            float(stage.select(stage.frequency, head).mean()) if stage else math.nan
+            for stage in (self.before, self.after)
+        )
+        if self.no_interval or self.before is None or self.after is None or not math.isfinite(after - before):
+            return Change(before, after, None, self.no_interval or "not measured")
+        shares = [stage.select(stage.with_sink, head).mean(axis=1) for stage in (self.before, self.after)]
+        ends = share_difference(shares[0], shares[1], self.before.arrays["caption_ids"])
+        return Change(before, after, ends and (float(ends[0]), float(ends[1])))
