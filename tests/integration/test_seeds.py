@@ -13,6 +13,7 @@ from launch.cluster.submit import SubmitCLI
 from launch.fit.cli import RecipeCLI, recipe_cli
 from tests.support.fitted_runs import fit
 from trainer.callbacks.probe_callback import ProbeCallback
+from trainer.callbacks.probe_set import ProbeSet
 from trainer.graft import load_graft
 
 OWN = ("--model.surgery.seed=7", "--model.init_args.seed=8", "--data.seed=9")
@@ -41,8 +42,8 @@ def draws(cli: RecipeCLI) -> dict[str, torch.Tensor]:
     model.build("cpu")
     weights = [p.detach().flatten() for p in model.retrained_parameters().values()]
     probes = next(callback for callback in cli.trainer.callbacks if isinstance(callback, ProbeCallback))
-    probes._source = data
-    (batch, _), *_ = probes._read_probes().share(0, 1)
+    samples = data.probe_samples(probes.prompts)
+    (batch, _), *_ = ProbeSet(samples, probes.sigmas, seed=probes.seed).share(0, 1)
     held_out = Batch.collate(data.held_out_samples(range(len(data.val_split))))
     return {
         "weights": torch.cat(weights), "order": torch.tensor(data.train_dataloader().batch_sampler.batches),
