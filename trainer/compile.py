@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch._dynamo
+from torch import nn
 
 from trainer.models.layout import dense_attention
 
@@ -35,7 +36,7 @@ class _CompiledInTraining:
         return (self._compiled if own else self._eager)(self._block, *args, **kwargs)
 
 
-def compile_blocks(blocks: Sequence[Any], first: int, part: CompiledPart) -> None:
+def compile_blocks(blocks: Sequence[Any] | nn.ModuleList, first: int, part: CompiledPart) -> None:
     """Compiles the forward of blocks in place, at its first use; names of parameters stay as they are.
 
     Args:

@@ -15,12 +15,13 @@ from torch import Tensor
 from data.batch import Batch
 from trainer.checkpoint.content import load_module_state, save_module_state
 from trainer.compile import CompiledPart, compile_blocks
+from trainer.distillation import FLOW_ALONE, ObjectivePhase, Teacher, block_losses, check_phases, phase_at
 from trainer.ema import Ema, check_decay, swapped_values
 from trainer.graft import base_block_weights
 from trainer.models.load import check_base, load_transformer, read_config
 from trainer.models.mochi import SplitModel, State
 from trainer.objective import Flow, SigmaSampler
-from trainer.optimizer import OptimConfig, adamw, clip_or_drop, linear_warmup, scale_gradients
+from trainer.optimizer import OptimConfig, adamw, clip_or_drop, learning_rate, scale_gradients
 from trainer.parallel.combinations import check_shards, check_trainer
 from trainer.parallel.sharded_tensors import full_tensor
 from trainer.parallel.strategies import build_device, distribute
@@ -47,6 +48,7 @@ class RetrainBlocks(LightningModule):
         base: diffusers folder, transformer folder, hub id, or a `config.json` (random weights).
         surgery: which blocks, and how they start.
         optim: optimiser and schedule.
+        objective: the losses of each phase of the run; the flow loss throughout if none is given.
         sigma: distribution of sigma.
         caption_dropout: share of samples trained without caption.
         seed: of sigma, noise and caption dropout in training. The noise of validation is always the same.
@@ -65,6 +67,7 @@ class RetrainBlocks(LightningModule):
         base: str,
         surgery: SurgeryConfig,
         optim: OptimConfig | None = None,
+        objective: list[ObjectivePhase] | None = None,
         sigma: SigmaSampler = "uniform",
         caption_dropout: float = 0.1,
         seed: int = 0,
@@ -86,6 +89,13 @@ class RetrainBlocks(LightningModule):
                 f"got compile {compile!r} with stock_attention, which waits for the device; leave one out."
             )
         check_decay(ema_decay)
+        self.phases = tuple(objective or FLOW_ALONE)
+        check_phases(self.phases)
+        if self.needs_teacher and surgery.train_outside:
+            raise ValueError(
+                "got model.objective with velocity or blocks and surgery.train_outside, expected flow alone: a teacher "
+                "needs a trunk that stays as it is."
+            )
         self.base = base
         self.surgery = surgery
         self.optim = optim or OptimConfig()
@@ -98,6 +108,7 @@ class RetrainBlocks(LightningModule):
         self.split_trunk = split_trunk
         self.val_sigmas = val_sigmas
         self.split_model: SplitModel | None = None
+        self.teacher: Teacher | None = None
         self.ema: Ema | None = None
         self._step = StepFigures()
         #: Samples, tokens and damaged samples of the last optimiser step, over its micro-batches and all ranks.
@@ -135,6 +146,11 @@ class RetrainBlocks(LightningModule):
         """
         clip, precision = trainer.gradient_clip_val, str(trainer.precision)
         check_trainer(type(trainer.strategy), precision, clip, self.surgery, split_trunk=self.split_trunk)
+        if self.optim.decay_steps and trainer.max_epochs == -1 and trainer.max_steps == -1:
+            raise ValueError(
+                f"got model.optim.decay_steps {self.optim.decay_steps} in a run without end, expected "
+                "trainer.max_epochs or trainer.max_steps: the rate is to be zero at the end."
+            )
 
     def retrained_blocks(self, num_blocks: int) -> tuple[int, ...]:
         return choose_blocks(num_blocks, last=self.surgery.last, blocks=self.surgery.blocks)
@@ -158,6 +174,10 @@ class RetrainBlocks(LightningModule):
         self.split_model = SplitModel(
             model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head
         )
+        if self.needs_teacher:
+            self.teacher = Teacher(self.split_model, self.blocks, self.trunk_dtype)
+            if self.compile_part in ("trunk", "both"):
+                compile_blocks(self.teacher.blocks, 0, "both")
         apply_surgery(model, self.blocks, self.surgery)
         compile_blocks(model.transformer_blocks, self.first, self.compile_part)
         self.ema = Ema(self.retrained_parameters(), decay=self.ema_decay)
@@ -166,6 +186,11 @@ class RetrainBlocks(LightningModule):
     def first(self) -> int:
         """Index of the first retrained block: the trunk ends before it, the head begins with it."""
         return 0 if self.surgery.train_outside else self.blocks[0]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a phase of the run learns from the base's own blocks."""
+        return any(phase.needs_teacher for phase in self.phases)
 
     def retrained_parameters(self) -> dict[str, Tensor]:
         """Name in the diffusers transformer -> trained parameter."""
@@ -182,15 +207,19 @@ class RetrainBlocks(LightningModule):
             batch: whose captions.
         """
         trains = self.surgery.train_outside or not self.split_trunk
-        narrow = self.trunk_dtype != torch.float32
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            with torch.autocast(x.device.type, self.trunk_dtype) if narrow else contextlib.nullcontext():
+            with self._trunk_autocast(x.device):
                 state = self.split_model.embed(
                     x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
                 )
                 state = self.split_model.run(state, 0, self.first)
         # The head goes on in its own dtype, whatever the trunk computed in.
         return state if trains else state.map(lambda t: t.to(x.dtype) if t.is_floating_point() else t)
+
+    def _trunk_autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """The context in which modules of the trunk's dtype compute."""
+        narrow = self.trunk_dtype != torch.float32
+        return torch.autocast(device.type, self.trunk_dtype) if narrow else contextlib.nullcontext()
 
     def head(self, state: State) -> Tensor:
         """Runs the first retrained block and all that follows; gives the velocity (B, C, F, H, W)."""
@@ -201,17 +230,62 @@ class RetrainBlocks(LightningModule):
         return self.head(self.trunk(x, sigma, batch))
 
     def losses(self, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Mean squared error per sample, (B,) float32."""
+        """The flow loss: mean squared error per sample, (B,) float32."""
         x = self.flow.mix(batch.latents, noise, sigma)
-        error = self.velocity(x, sigma, batch).float() - self.flow.target(batch.latents, noise)
-        return error.square().flatten(1).mean(dim=1)
+        return _squared_error(self.velocity(x, sigma, batch), self.flow.target(batch.latents, noise))
+
+    def objective_losses(self, batch: Batch, noise: Tensor, sigma: Tensor, phase: ObjectivePhase) -> Tensor:
+        """The weighted sum of a phase's losses per sample, (B,) float32.
+
+        Args:
+            batch: latents (B, C, F, H, W) and captions.
+            noise: (B, C, F, H, W).
+            sigma: (B,) float32 noise levels.
+            phase: which losses.
+        """
+        state = self.trunk(self.flow.mix(batch.latents, noise, sigma), sigma, batch)
+        losses = torch.zeros(len(batch), device=sigma.device)
+        if phase.needs_teacher:
+            states = self.taught(state)
+        if phase.blocks:
+            losses = losses + phase.blocks * self.block_losses(states)
+        if phase.needs_head:
+            velocity = self.head(state)
+            if phase.flow:
+                losses = losses + phase.flow * _squared_error(velocity, self.flow.target(batch.latents, noise))
+            if phase.velocity:
+                losses = losses + phase.velocity * _squared_error(velocity, self.taught_velocity(states))
+        return losses
+
+    def taught(self, state: State) -> dict[int, State]:
+        """What the base's own blocks make of the trunk's output: `Teacher.states`."""
+        assert self.teacher is not None and self.split_model is not None
+        with self._trunk_autocast(state.vision.device):
+            return self.teacher.states(self.split_model, state)
+
+    @torch.no_grad()
+    def taught_velocity(self, states: dict[int, State]) -> Tensor:
+        """The velocity of the base, (B, C, F, H, W) float32."""
+        assert self.split_model is not None
+        with self._trunk_autocast(states[self.first].vision.device):
+            return self.split_model.finish(states[self.split_model.num_blocks]).float()
+
+    def block_losses(self, states: dict[int, State]) -> Tensor:
+        """Error of each retrained block alone, (B,) float32: `trainer.distillation.block_losses`."""
+        assert self.split_model is not None
+        return block_losses(self.split_model, self.blocks, states)
+
+    @property
+    def current_phase(self) -> ObjectivePhase:
+        """The phase of the run that the next step belongs to."""
+        return phase_at(self.phases, self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         epoch, device = self.current_epoch, batch.latents.device
         host_sigma = self.flow.sigma(epoch, batch.uids)
         noise = self.flow.noise(epoch, batch.uids, batch.latents.shape[1:]).to(device, non_blocking=True)
         batch = batch.without_captions(self.flow.dropped(epoch, batch.uids))
-        losses = self.losses(batch, noise, host_sigma.to(device, non_blocking=True))
+        losses = self.objective_losses(batch, noise, host_sigma.to(device, non_blocking=True), self.current_phase)
         loss = losses.mean()
         patch = self.split_model.transformer.config.patch_size
         self._step.add(losses.detach(), host_sigma, tokens=tokens_of(batch, patch), faults=batch.faults)
@@ -285,7 +359,7 @@ class RetrainBlocks(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = adamw(self.retrained_parameters(), self.optim, fused=self.device.type == "cuda")
-        schedule = linear_warmup(optimizer, self.optim.warmup_steps)
+        schedule = learning_rate(optimizer, self.optim, lambda: self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
@@ -341,6 +415,11 @@ class RetrainBlocks(LightningModule):
         if not hasattr(self, "_base_fingerprint"):
             self._base_fingerprint = frozen_fingerprint(self.split_model.transformer)
         return self._base_fingerprint
+
+
+def _squared_error(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per sample, (B,) float32."""
+    return (velocity.float() - target).square().flatten(1).mean(dim=1)
 
 
 def as_retrain_blocks(module: LightningModule) -> RetrainBlocks:

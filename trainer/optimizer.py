@@ -1,21 +1,23 @@
 """AdamW over the retrained parameters: groups, schedule, and gradients that are scaled, clipped or not finite."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler
 
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW with a constant rate after a linear warmup.
+    """AdamW with a constant rate between a linear warmup and, as an option, a linear decay.
 
     Args:
         lr: learning rate after warmup.
         warmup_steps: optimiser steps over which the rate rises linearly.
+        decay_steps: optimiser steps at the end of the run over which the rate falls linearly to zero (the WSD schedule:
+            warmup, stable, decay). A run that is extended afterwards has a new end.
         weight_decay: decoupled decay of matrices; norms, biases and modulation biases have none.
         betas: AdamW's two decay rates.
         eps: AdamW's epsilon.
@@ -25,11 +27,16 @@ class OptimConfig:
 
     lr: float = 1e-4
     warmup_steps: int = 200
+    decay_steps: int = 0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip_norm: float = 1.0
     max_skipped_in_row: int = 10
+
+    def __post_init__(self) -> None:
+        if self.decay_steps < 0:
+            raise ValueError(f"got optim.decay_steps {self.decay_steps}, expected 0 or more.")
 
 
 def adamw(named: Mapping[str, Tensor], optim: OptimConfig, *, fused: bool) -> AdamW:
@@ -51,10 +58,27 @@ def adamw(named: Mapping[str, Tensor], optim: OptimConfig, *, fused: bool) -> Ad
     )
 
 
-def linear_warmup(optimizer: AdamW, steps: int) -> LinearLR:
-    """A rate that rises linearly, from 1 / `steps` of its value to the full value in `steps` optimiser steps."""
-    steps = max(1, steps)
-    return LinearLR(optimizer, start_factor=1 / steps, total_iters=steps - 1)
+def learning_rate(optimizer: AdamW, optim: OptimConfig, run_steps: Callable[[], float]) -> LRScheduler:
+    """The schedule of the learning rate, by optimiser step.
+
+    In W warmup steps it rises from lr / W to lr. In the last D steps of the run it falls from lr to lr / D, so that
+    each step still changes something; after them it would be zero.
+
+    Args:
+        optimizer: whose rate.
+        optim: its settings.
+        run_steps: gives the optimiser steps of the whole run. It is not called before the second step: until then, the
+            training loader, which they depend on, may not be made.
+    """
+    warmup = max(1, optim.warmup_steps)
+    if not optim.decay_steps:
+        return LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+
+    def share(step: int) -> float:
+        risen = min(1.0, (step + 1) / warmup)
+        return risen if step == 0 else risen * max(0.0, min(1.0, (run_steps() - step) / optim.decay_steps))
+
+    return LambdaLR(optimizer, share)
 
 
 def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:

@@ -59,10 +59,14 @@ def fake_module(inputs: PlanInputs) -> Iterator[UsageCounter]:
     with warnings.catch_warnings(), FakeTensorMode(), UsageCounter() as counter:
         warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
         make_empty(split_model)
-        for block in split_model.transformer.transformer_blocks:
+        teacher = inputs.module.teacher
+        if teacher is not None:
+            make_empty(teacher)
+        for block in (*split_model.transformer.transformer_blocks, *(teacher.blocks if teacher else ())):
             block.__dict__.pop("forward", None)  # restores the uncompiled forward
         inputs.module.ema = Ema(inputs.module.retrained_parameters(), decay=inputs.module.ema_decay)
         counter.assign("weights", [*split_model.parameters(), *split_model.buffers()])
+        counter.assign("teacher", teacher.parameters() if teacher else ())
         counter.assign("ema", inputs.module.ema.average.values())
         yield counter
 
@@ -97,7 +101,7 @@ def trace_step(inputs: PlanInputs, counter: UsageCounter) -> StepTrace:
     optimizer.step()
     counter.assign("optimiser", [v for state in optimizer.state.values() for v in state.values()])
     counter.assign("gradients", [p.grad for p in retrained.values() if p.grad is not None])
-    parts = {part: counter.parts[part] for part in ("weights", "gradients", "optimiser", "ema")}
+    parts = {part: counter.parts.get(part, 0) for part in ("weights", "teacher", "gradients", "optimiser", "ema")}
 
     batch, noise, sigma = fake_batch(inputs, inputs.batch)
     handed: list[Any] = []
@@ -115,7 +119,9 @@ def trace_step(inputs: PlanInputs, counter: UsageCounter) -> StepTrace:
         return call
 
     with autocast(inputs), _in_stages(module, staged), _noting_widths(module, widths):
-        loss = module.losses(batch, noise, sigma).mean()
+        # Of the phases of the run, the one with most work.
+        phase = max(module.phases, key=lambda phase: phase.cost)
+        loss = module.objective_losses(batch, noise, sigma, phase).mean()
         loss = loss * (loss - loss + 1).detach()
     if inputs.accumulate == 1:
         optimizer.zero_grad()  # otherwise gradients of earlier micro-batches remain
@@ -132,12 +138,15 @@ def trace_step(inputs: PlanInputs, counter: UsageCounter) -> StepTrace:
 
 @contextlib.contextmanager
 def _in_stages(module: RetrainBlocks, staged: Callable[[str, Callable], Callable]) -> Iterator[None]:
-    """Inside the context, the module's trunk and head run within their stage."""
-    module.trunk, module.head = staged(TRUNK, module.trunk), staged(HEAD, module.head)  # type: ignore[method-assign]
+    """Inside the context, the module's trunk and head run within their stage, the teacher within the head's."""
+    stages = {"trunk": TRUNK, "head": HEAD, "taught": HEAD, "taught_velocity": HEAD, "block_losses": HEAD}
+    for name, stage in stages.items():
+        setattr(module, name, staged(stage, getattr(module, name)))
     try:
         yield
     finally:
-        del module.trunk, module.head
+        for name in stages:
+            delattr(module, name)
 
 
 def _own(state: State) -> tuple[Tensor, ...]:

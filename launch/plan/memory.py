@@ -11,7 +11,7 @@ from launch.plan.operations import Allocation
 from launch.plan.sharding import STRATEGIES, Sharding
 
 #: Parts of the memory, in the order of the tables.
-PARTS = ("weights", "gradients", "optimiser", "ema", "buffers", "activations", "measurement")
+PARTS = ("weights", "teacher", "gradients", "optimiser", "ema", "buffers", "activations", "measurement")
 
 _FLOAT32 = 4
 
@@ -113,6 +113,7 @@ def _fsdp2(sharding: Sharding, counted: Parameters, parts: dict[str, int], share
     kept = counted.outside + counted.trunk + counted.head - sum(blocks)
     return {
         "weights": kept + -(-sum(blocks) // shared),
+        "teacher": parts["teacher"],
         **{name: -(-parts[name] // shared) for name in ("gradients", "optimiser", "ema")},
         "buffers": whole if shared > 1 else 0,
     }
@@ -137,6 +138,7 @@ def _zero(stage: int) -> Callable[..., dict[str, int]]:
             buffers += min(gradients, sharding.gather_elements * width)
         return {
             "weights": weights,
+            "teacher": parts["teacher"],
             "gradients": gradients if stage == 1 else -(-gradients // shared),
             "optimiser": -(-states // shared),
             "ema": ema,

@@ -49,7 +49,7 @@ def _operations(plan: Estimate) -> Table:
     table = _table("One optimiser step of one GPU", "", "TFLOP", "seconds")
     rows = (
         ("trunk, forward", plan.flops["trunk"], plan.work.trunk),
-        ("head, forward", plan.flops["head"], plan.work.head),
+        ("head, and teacher if there is one, forward", plan.flops["head"], plan.work.head),
         ("head, backward, with what is recomputed", plan.flops["backward"], plan.work.backward),
         ("weights and averages", 0, plan.work.update),
     )
@@ -63,9 +63,12 @@ def _operations(plan: Estimate) -> Table:
 def _memory(plan: Estimate) -> Table:
     small = max(memory.total for memory in plan.memory.values()) < GIB
     unit, called = (MIB, "MiB") if small else (GIB, "GiB")
-    table = _table(f"Memory of a GPU in {called}: activations or measurement, whichever is more", "", *PARTS, "total")
+    # A column of its own would make the table wider than 100 characters.
+    shown = [part for part in PARTS if part != "teacher"]
+    table = _table(f"Memory of a GPU in {called}: activations or measurement, whichever is more", "", *shown, "total")
     for name, memory in plan.memory.items():
-        cells = [_short(memory.parts[part] / unit, 3) for part in PARTS]
+        parts = memory.parts | {"weights": memory.parts["weights"] + memory.parts["teacher"]}
+        cells = [_short(parts[part] / unit, 3) for part in shown]
         own = name == plan.strategy
         table.add_row(
             f"{name} *" if own else name, *cells, _short(memory.total / unit, 3), style="bold" if own else None

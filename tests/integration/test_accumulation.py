@@ -1,5 +1,6 @@
 """The last step of an epoch may have fewer micro-batches than the others: its gradient is the mean over its own."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from data.stream.order import global_batches
 from launch.run_folder import RunFolder
 from tests.support.fitted_runs import fit
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
-from trainer.optimizer import adamw, linear_warmup
+from trainer.optimizer import adamw, learning_rate
 
 #: 32 samples to train on, two to a micro-batch: five steps of an epoch have three micro-batches, the last one has one.
 SIZE, ACCUMULATE, EPOCHS = 2, 3, 2
@@ -40,7 +41,7 @@ def by_hand(whole_base, shards) -> tuple[list[float], dict[str, torch.Tensor]]:
     split = LatentDataModule(shards=str(shards), val_samples=8, global_batch_size=SIZE).train_split
     weights, optim, norms = module.retrained_parameters(), OptimConfig(**OPTIM), []
     optimizer = adamw(weights, optim, fused=False)
-    schedule = linear_warmup(optimizer, optim.warmup_steps)
+    schedule = learning_rate(optimizer, optim, lambda: math.inf)
     for epoch in range(EPOCHS):
         visits = global_batches(0, epoch, split.groups, SIZE).flatten().tolist()
         for first in range(0, len(visits), ACCUMULATE * SIZE):

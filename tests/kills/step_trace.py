@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from data.batch import Batch
+from trainer.distillation import ObjectivePhase
 
 #: Phases of a fit that `StepRecorder` tells apart.
 START, FORWARD, BACKWARD, UPDATE, BETWEEN, VALIDATION, MEASURING = (
@@ -39,15 +40,14 @@ class StepRecorder(Callback):
         os.pwrite(self._now, f"{phase:<16}".encode(), 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        losses = pl_module.losses
+        losses = pl_module.objective_losses
 
-        def recorded(batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
-            found = losses(batch, noise, sigma)
-            if trainer.training:
-                self._seen = (batch.uids, sigma, noise, found.detach())
+        def recorded(batch: Batch, noise: Tensor, sigma: Tensor, phase: ObjectivePhase) -> Tensor:
+            found = losses(batch, noise, sigma, phase)
+            self._seen = (batch.uids, sigma, noise, found.detach())
             return found
 
-        pl_module.losses = recorded
+        pl_module.objective_losses = recorded
         self._mark(MEASURING)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

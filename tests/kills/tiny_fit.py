@@ -21,7 +21,8 @@ TRANSFORMER = {
 def write_recipe(folder: Path, *, epochs: int, ranks: int) -> Path:
     """Writes `recipe.yaml`, and the shards and base that it names, into `folder`.
 
-    The fit has validation, a measurement, loader processes and checkpoints, and takes `STEPS` steps an epoch.
+    The fit has two phases of the objective, a rate that decays, validation, a measurement, loader processes and
+    checkpoints, and takes `STEPS` steps an epoch.
     """
     write_shards(folder / "latents", SAMPLES, Bucket(7, 32, 32), 18, None)
     (folder / "config.json").write_text(json.dumps(TRANSFORMER))
@@ -41,7 +42,8 @@ def write_recipe(folder: Path, *, epochs: int, ranks: int) -> Path:
             "class_path": "trainer.module.RetrainBlocks",
             "init_args": {
                 "base": str(folder / "config.json"), "surgery": {"last": 2}, "ema_decay": 0.9, "caption_dropout": 0.3,
-                "optim": {"lr": 0.003, "warmup_steps": 5},
+                "optim": {"lr": 0.003, "warmup_steps": 5, "decay_steps": 9},
+                "objective": [{"steps": 13, "blocks": 1.0}, {"flow": 1.0, "velocity": 0.5}],
             },
         },
         "data": {

@@ -22,6 +22,7 @@ RECIPES += sorted(f"experiments/{path.name}" for path in (ROOT / "recipes" / "ex
 #: Options of `reblock pack`, read by a test of their own.
 PACK_OPTIONS = sorted(path.stem for path in (ROOT / "recipes" / "data").glob("*.yaml"))
 OVERLAYS = sorted(path.stem for path in (ROOT / "recipes" / "cluster").glob("*.yaml"))
+OBJECTIVES = sorted(path.stem for path in (ROOT / "recipes" / "objectives").glob("*.yaml"))
 ZERO = [name for name in OVERLAYS if name.startswith("zero")]
 
 
@@ -52,6 +53,7 @@ def recipe(name: str, tmp_path: Path, *more: str, overlay: str | None = None):
 
 def test_every_yaml_file_is_read_by_a_test_here():
     known = {*RECIPES, *(f"cluster/{name}.yaml" for name in OVERLAYS), *(f"data/{name}.yaml" for name in PACK_OPTIONS)}
+    known |= {f"objectives/{name}.yaml" for name in OBJECTIVES}
     found = {
         path.relative_to(ROOT / "recipes").as_posix()
         for pattern in ("*.yaml", "*.yml")
@@ -65,6 +67,14 @@ def test_options_of_pack_are_read(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "out"), f"--config=recipes/data/{name}.yaml"])
     assert stop.value.code == 2 and "nowhere" in capsys.readouterr().err  # past the options, to the clips
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_builds_its_teacher(name, tmp_path):
+    module = recipe("demo.yaml", tmp_path, "--config", f"recipes/objectives/{name}.yaml").model
+    assert [getattr(phase, name) for phase in module.phases] == [1.0]
+    module.build("meta")
+    assert len(module.teacher.blocks) == 4
 
 
 @pytest.mark.parametrize("name", RECIPES)

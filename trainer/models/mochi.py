@@ -9,7 +9,7 @@ d head width.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -224,16 +224,21 @@ class SplitModel(nn.Module):
 
     def run(self, state: State, start: int, stop: int) -> State:
         """Runs the blocks start .. stop - 1."""
-        vision, text = state.vision, state.text
-        mask = state.layout.key_mask if self.stock_attention else state.layout
         for layer, block in enumerate(self.transformer.transformer_blocks[start:stop], start):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                vision, text = torch.utils.checkpoint.checkpoint(
-                    block, vision, text, state.temb, mask, state.rope, use_reentrant=False,
-                    context_fn=functools.partial(self._checkpoint_contexts, layer),
-                )  # fmt: skip
+                contexts = functools.partial(self._checkpoint_contexts, layer)
+                call = functools.partial(
+                    torch.utils.checkpoint.checkpoint, block, use_reentrant=False, context_fn=contexts
+                )
+                state = self.run_block(call, state)
             else:
-                vision, text = block(vision, text, state.temb, mask, state.rope)
+                state = self.run_block(block, state)
+        return state
+
+    def run_block(self, block: Callable[..., tuple[Tensor, Tensor]], state: State) -> State:
+        """Runs one block, of this model or of another of its class."""
+        mask = state.layout.key_mask if self.stock_attention else state.layout
+        vision, text = block(state.vision, state.text, state.temb, mask, state.rope)
         return replace(state, vision=vision, text=text)
 
     def _checkpoint_contexts(self, layer: int) -> tuple[AbstractContextManager, AbstractContextManager]:

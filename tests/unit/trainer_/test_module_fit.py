@@ -40,6 +40,21 @@ def test_rate_rises_linearly_and_then_stays(make_module, make_batch, fit, warmup
     assert got == pytest.approx(want, rel=1e-6)
 
 
+def test_rate_falls_linearly_over_the_last_share_of_the_run(make_module, make_batch, fit, make_recorder):
+    recorder = make_recorder()
+    module = make_module(optim=OptimConfig(lr=1e-3, warmup_steps=2, decay_steps=4))
+    fit(module, [make_batch([1])] * 10, callbacks=[recorder])
+    got = [m["train/lr"] for m in recorder.metrics]
+    assert got == pytest.approx([0.5e-3, *[1e-3] * 6, 0.75e-3, 0.5e-3, 0.25e-3], rel=1e-6)
+
+
+def test_a_rate_that_decays_needs_an_end(make_module, make_batch, fit):
+    with pytest.raises(ValueError, match="decay_steps 3 in a run without end"):
+        fit(make_module(optim=OptimConfig(decay_steps=3)), [make_batch()], max_epochs=-1, max_steps=-1)
+    with pytest.raises(ValueError, match="decay_steps -1"):
+        OptimConfig(decay_steps=-1)
+
+
 def test_accumulation_averages_once_per_optimiser_step(make_module, make_batch, fit, make_recorder):
     """Four micro-batches of one sample are one batch of four, for weights and for the average."""
     samples = [make_batch([3], seed=i, uids=[i]) for i in range(4)]
@@ -166,8 +181,10 @@ def test_non_finite_gradients_of_a_finite_loss_are_skipped(make_module, make_bat
 def test_a_non_finite_loss_with_finite_gradients_is_skipped(make_module, make_batch, fit, monkeypatch, make_recorder):
     """Squares overflow before gradients do; every rank must see it, so it has to show in the gradients."""
     module, recorder = make_module(), make_recorder()
-    plain = module.losses
-    monkeypatch.setattr(module, "losses", lambda *a: plain(*a) + (math.inf if module.global_step == 1 else 0.0))
+    plain = module.objective_losses
+    monkeypatch.setattr(
+        module, "objective_losses", lambda *a: plain(*a) + (math.inf if module.global_step == 1 else 0.0)
+    )
     fit(module, [make_batch()] * 3, callbacks=[recorder])
     assert module.skipped == 1
     assert all(torch.equal(value, recorder.weights[0][name]) for name, value in recorder.weights[1].items())

@@ -103,7 +103,7 @@ COUNTED = Parameters(
     retrained=100, frozen=1000, outside=80, trunk=600, head=400, gradients=400, largest_gradients=200,
     sizes=(200, 200), block_sizes=(150, 150, 150, 150, 200, 200), first=4,
 )  # fmt: skip
-ALL = {"weights": 1080, "gradients": 400, "optimiser": 800, "ema": 400}
+ALL = {"weights": 1080, "teacher": 60, "gradients": 400, "optimiser": 800, "ema": 400}
 MOMENTS = [Allocation("trunk", 400, 300), Allocation("backward", 100, 900), Allocation("update", 400, 10)]
 
 
@@ -116,7 +116,7 @@ def test_a_gpu_alone_and_ddp():
     single, ddp = held(Sharding("single"), 1, 1), held(Sharding("ddp"))
     # The peak is in the backward pass, where not all gradients are there yet.
     assert single.parts == {**ALL, "buffers": 0, "activations": 600, "measurement": 700}
-    assert single.total == 2680 + 700
+    assert single.total == 2740 + 700
     assert ddp.total == single.total + 400
     assert held(Sharding("ddp", bucket_views=True)).total == single.total
 
@@ -124,7 +124,8 @@ def test_a_gpu_alone_and_ddp():
 def test_fsdp2_spreads_blocks_gradients_states_and_averages():
     found = held(Sharding("fsdp2"))
     assert found.parts == {
-        "weights": 80 + 250, "gradients": 100, "optimiser": 200, "ema": 100, "buffers": 2 * 200 + 2 * 200,
+        "weights": 80 + 250, "teacher": 60,
+        "gradients": 100, "optimiser": 200, "ema": 100, "buffers": 2 * 200 + 2 * 200,
         "activations": 825, "measurement": 700,
     }  # fmt: skip
     assert held(Sharding("fsdp2", over_node=False)).parts["weights"] == 80 + 125
@@ -133,7 +134,8 @@ def test_fsdp2_spreads_blocks_gradients_states_and_averages():
 def test_fsdp2_of_the_head_alone_keeps_the_trunk_on_every_rank():
     found = held(Sharding("fsdp2", shard_trunk=False))
     assert found.parts == {
-        "weights": 80 + 600 + 400 // 4, "gradients": 100, "optimiser": 200, "ema": 100, "buffers": 2 * 200 + 2 * 200,
+        "weights": 80 + 600 + 400 // 4, "teacher": 60,
+        "gradients": 100, "optimiser": 200, "ema": 100, "buffers": 2 * 200 + 2 * 200,
         "activations": 825, "measurement": 700,
     }  # fmt: skip
     # A trunk with larger blocks than the head's, and a head of one block: only what is spread is gathered.
@@ -154,4 +156,5 @@ def test_zero_keeps_16_bits_and_spreads_stage_by_stage():
     assert one["optimiser"] == two["optimiser"] == three["optimiser"] == 150  # 12 bytes of 100 numbers, on 8 ranks
     assert (one["ema"], two["ema"], three["ema"]) == (400, 400, 50)
     assert three["weights"] == 880 // 8
+    assert one["teacher"] == three["teacher"] == 60
     assert held(Sharding("zero1"), sixteen_bit=False).parts["optimiser"] == 100

@@ -82,3 +82,23 @@ def test_micro_batches_multiply_operations(tmp_path):
     assert (one.work.accumulate, three.work.accumulate) == (1, 3)
     assert three.work.trunk == pytest.approx(3 * one.work.trunk) and three.work.update == one.work.update
     assert three.bytes_per_gpu > one.bytes_per_gpu  # gradients of the micro-batches before stay
+
+
+def test_a_teacher_is_planned_for(tmp_path):
+    """Its blocks run once forward, and lie in the trunk's dtype beside the model; the costliest phase counts."""
+
+    def planned(name, *phases, **model):
+        return estimate([*recipe(tmp_path / name, model={"objective": list(phases), **model}), *CLIP])
+
+    for name in ("flow", "velocity", "blocks", "narrow"):
+        (tmp_path / name).mkdir()
+    flow = planned("flow", {"flow": 1.0})
+    velocity = planned("velocity", {"flow": 1.0, "steps": 5}, {"velocity": 1.0})
+    blocks = planned("blocks", {"blocks": 1.0, "steps": 5}, {"flow": 1.0})
+    narrow = planned("narrow", {"velocity": 1.0}, trunk_dtype="bfloat16")
+    assert velocity.flops == {**flow.flops, "head": 2 * flow.flops["head"]}
+    assert blocks.flops["trunk"] == flow.flops["trunk"]
+    assert 1.9 * flow.flops["head"] < blocks.flops["head"] < 2 * flow.flops["head"]  # the output layers do not run
+    retrained = flow.parameters.retrained
+    found = [plan.parts["teacher"] for plan in (flow, velocity, blocks, narrow)]
+    assert found == [0, 4 * retrained, 4 * retrained, 2 * retrained]
