@@ -1,4 +1,4 @@
-"""Losses against the base's own blocks as teacher, and the phases of a run that weigh them against the flow loss.
+"""Losses against the base's own blocks as teacher, and the phases of a run with the weight of each loss.
 
 The teacher starts from the trunk's output that the retrained blocks start from, so it needs no second trunk pass.
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.models.mochi import SplitModel, State
 
-#: A change below this share of a state's mean square counts as this share: a block that changes nothing is no divisor.
+#: A change below this share of a state's mean square counts as this share, against division by zero.
 _LEAST_CHANGE = 1e-6
 
 
@@ -25,9 +25,9 @@ class ObjectivePhase:
     Args:
         steps: optimiser steps that the phase lasts; None for the last one, which lasts as long as the run.
         flow: weight of the flow loss, the mean squared error against data minus noise.
-        velocity: weight of the mean squared error against the velocity of the base, which holds no noise.
-        blocks: weight of the error of each retrained block alone. It gets the base's activations before that block and
-            learns those after it.
+        velocity: weight of the mean squared error against the velocity of the base.
+        blocks: weight of the error of each retrained block alone. Each gets the base's activations before it and learns
+            those after it.
     """
 
     steps: int | None = None
@@ -47,11 +47,11 @@ class ObjectivePhase:
 
     @property
     def cost(self) -> int:
-        """Work of the phase relative to others: a teacher's forward pass, or a forward and a backward pass."""
+        """Relative work of the phase: 1 for the teacher, 3 each for head and blocks, which also run backward."""
         return 3 * self.needs_head + 3 * (self.blocks > 0) + self.needs_teacher
 
 
-#: What is trained where a recipe does not say: the objective that Mochi was trained with.
+#: The default, and the objective that Mochi was trained with.
 FLOW_ALONE = (ObjectivePhase(flow=1.0),)
 
 
@@ -64,11 +64,11 @@ def check_phases(phases: Sequence[ObjectivePhase]) -> None:
     faults = []
     steps = [phase.steps for phase in phases]
     if not steps or steps[-1] is not None or any(count is None or count < 1 for count in steps[:-1]):
-        faults.append(f"got phases of {steps} steps, expected 1 or more, and none given for the last phase.")
+        faults.append(f"got phases of {steps} steps, expected 1 or more, and null in the last phase alone.")
     for number, phase in enumerate(phases):
         weights = {"flow": phase.flow, "velocity": phase.velocity, "blocks": phase.blocks}
         if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
-            faults.append(f"got weights {weights} in phase {number}, expected none below 0 and one above.")
+            faults.append(f"got weights {weights} in phase {number}, expected all at least 0 and one above.")
     if faults:
         raise ValueError("\n".join(f"model.objective: {fault}" for fault in faults))
 
@@ -105,7 +105,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def states(self, split_model: SplitModel, state: State) -> dict[int, State]:
-        """Layer -> the activations before it, of each retrained layer and those after it; the last is the model's end.
+        """Layer -> the activations before it, from the first retrained layer on; `num_blocks` -> those after the last.
 
         Args:
             split_model: the model that is retrained: it has the frozen blocks between the retrained ones.
@@ -125,8 +125,9 @@ class Teacher(nn.Module):
 def block_losses(split_model: SplitModel, layers: Sequence[int], states: Mapping[int, State]) -> Tensor:
     """Error of each retrained block alone, as a share of the teacher's change: a block that does nothing has 1.
 
-    A stream's error is its mean squared error over the mean square of the teacher's change, per sample; a block's is
-    the mean over its streams (vision, and text where the block changes it); the loss is the mean over blocks.
+    A stream's error is its mean squared error over the mean square of the teacher's change, per sample. A block's is
+    the mean over its streams: vision, and text where the block changes it and the sample has a caption. The loss is the
+    mean over blocks.
 
     Args:
         split_model: holds the retrained blocks.
@@ -141,11 +142,13 @@ def block_losses(split_model: SplitModel, layers: Sequence[int], states: Mapping
         before, wanted = states[layer], states[layer + 1]
         found = split_model.run(before, layer, layer + 1)
         every = torch.ones(before.vision.shape[:2], dtype=torch.bool, device=before.vision.device)
-        streams = [_relative_error(found.vision, before.vision, wanted.vision, every)]
+        loss = _relative_error(found.vision, before.vision, wanted.vision, every)
         # The last block of Mochi leaves the text as it is.
         if not split_model.transformer.transformer_blocks[layer].context_pre_only:
-            streams.append(_relative_error(found.text, before.text, wanted.text, _valid_text(before)))
-        losses.append(torch.stack(streams).mean(dim=0))
+            valid = _valid_text(before)
+            loss = loss + _relative_error(found.text, before.text, wanted.text, valid)
+            loss = loss / (1 + valid.any(dim=1))
+        losses.append(loss)
     return torch.stack(losses).mean(dim=0)
 
 

@@ -149,7 +149,7 @@ class RetrainBlocks(LightningModule):
         if self.optim.decay_steps and trainer.max_epochs == -1 and trainer.max_steps == -1:
             raise ValueError(
                 f"got model.optim.decay_steps {self.optim.decay_steps} in a run without end, expected "
-                "trainer.max_epochs or trainer.max_steps: the rate is to be zero at the end."
+                "trainer.max_epochs or trainer.max_steps: the rate is to fall until the end."
             )
 
     def retrained_blocks(self, num_blocks: int) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ class OptimConfig:
     Args:
         lr: learning rate after warmup.
         warmup_steps: optimiser steps over which the rate rises linearly.
-        decay_steps: optimiser steps at the end of the run over which the rate falls linearly to zero (the WSD schedule:
-            warmup, stable, decay). A run that is extended afterwards has a new end.
+        decay_steps: optimiser steps at the end of the run over which the rate falls linearly towards zero (the WSD
+            schedule: warmup, stable, decay). A run that is extended afterwards has a new end.
         weight_decay: decoupled decay of matrices; norms, biases and modulation biases have none.
         betas: AdamW's two decay rates.
         eps: AdamW's epsilon.

@@ -50,7 +50,7 @@ class StepFigures:
         bands = [(sigma >= low) & (sigma < high) for low, high in _BANDS]
         inside = torch.stack([torch.ones_like(sigma, dtype=torch.bool), *bands])
         counts = torch.tensor([len(sigma), tokens, faults, *inside.sum(dim=1).tolist()], dtype=torch.float64)
-        # A loss that is not finite times zero would spoil the other bands.
+        # Infinity times zero is NaN, which would spoil the other bands.
         sums = torch.where(inside.to(losses.device, non_blocking=True), losses.double(), 0.0).sum(dim=1)
         self._sums.add(torch.cat([counts.to(losses.device, non_blocking=True), sums]))
         self.micro_batches += 1

@@ -30,7 +30,7 @@ class Visit(NamedTuple):
 
     Args:
         uid: number of the visit.
-        draw: (seed, epoch). None in validation and measurements, whose draws are the same in every epoch and run.
+        draw: (seed, epoch). None in validation and measurements, whose random numbers never change.
     """
 
     uid: int
@@ -65,7 +65,7 @@ class ShardReader(ABC, Generic[T]):
         ValueError: if there are no shards of this format.
     """
 
-    #: Whether samples of different buckets differ in shape and therefore cannot share a batch.
+    #: Whether a batch must come from one bucket, because samples of different buckets differ in shape.
     grouped = True
     #: Extensions of the sample's files that `decode` needs; None needs all of them.
     extensions: tuple[str, ...] | None = None
@@ -193,7 +193,7 @@ def read_members(shard: str, members: Members, store: Store, gap: int = 1 << 14)
         shard: path or URL of the archive.
         members: files to read, by extension.
         store: store that reads the archive.
-        gap: largest total of unneeded bytes between the files that a single request may read.
+        gap: most unneeded bytes that one request may read.
 
     Raises:
         ValueError: if the archive ends before the last file does.

@@ -16,7 +16,7 @@ from trainer.callbacks.probe_callback import ProbeCallback
 
 
 class StopAgreement:
-    """The strongest request that signals have made to any rank; the answer is the same on all ranks.
+    """The largest `SignalRequest` of any rank; the same on all ranks.
 
     All ranks must call its methods in the same order.
     """
@@ -35,13 +35,13 @@ class StopAgreement:
         self._exchange = None
 
     def now(self) -> SignalRequest:
-        """Waits for all ranks and returns the strongest request so far."""
+        """Waits for all ranks and returns the largest request so far."""
         before = self._finish_exchange()
         self._start_exchange()
         return max(before, self._finish_exchange())
 
     def one_call_ago(self) -> SignalRequest:
-        """Returns the strongest request at the previous call, so that the collective overlaps with a training step.
+        """Returns the result of the previous call, so that the collective overlaps with a training step.
 
         With one rank there is no collective; it returns the request so far.
         """
@@ -65,7 +65,7 @@ class StopOnSignal(Checkpoint):
     """Ends a run after a signal by raising `Stopped` on all ranks at the same point.
 
     - In training: at the end of the optimiser step after the one in which the signal came, with a new `last.ckpt`.
-    - At an epoch's last step, and before a validation: at once. `last.ckpt` is one step older.
+    - At an epoch's last step, and before a validation: at once, without saving. `last.ckpt` is one step older.
     - In a validation or a measurement: after the current batch. `last.ckpt` is one step older, and a resumed run
       repeats the validation or measurement. (At the start of a fit, finished measurements of the stage are kept.)
     - Before training, e.g. while the base is loaded: at the next check, once all ranks have reached it.
@@ -77,7 +77,7 @@ class StopOnSignal(Checkpoint):
         last_checkpoint: callback that saves `last.ckpt`.
     """
 
-    # A `Checkpoint`, since Lightning calls these after all other callbacks, in the order of the list. The state that
+    # A `Checkpoint`, since Lightning calls checkpoint callbacks last, in the order of the list. The state that
     # it saves must include what other callbacks log at the end of a step.
 
     def __init__(self, last_checkpoint: LastCheckpoint) -> None:
@@ -104,7 +104,7 @@ class StopOnSignal(Checkpoint):
         if accumulates(trainer) or (request := self.agreement.one_call_ago()) is SignalRequest.NOTHING:
             return
         if _reached(trainer.global_step, trainer.max_steps):
-            return  # a resumed run could not make up for the remaining measurements and the graft
+            return  # a resumed run would not make the remaining measurements and the graft
         if self.last_checkpoint.resumes_exactly(trainer) and self.last_checkpoint.saved_step != trainer.global_step:
             self.last_checkpoint.save(trainer)
         raise Stopped(request, f"after step {trainer.global_step}")
@@ -144,7 +144,7 @@ def _reached(count: int, limit: int) -> bool:
 def end_stopped_run(stopped: Stopped) -> None:
     """Requeues the job of a stopped run if needed, after all ranks have reached this point with everything on disk.
 
-    The order matters because Slurm kills the steps of a job that is requeued.
+    The order matters because Slurm kills the processes of a job that is requeued.
     """
     is_rank_zero = not dist.is_initialized() or dist.get_rank() == 0
     if is_rank_zero:

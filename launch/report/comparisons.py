@@ -1,4 +1,4 @@
-"""What has changed between two stages: a difference is one only where its paired interval excludes zero."""
+"""What has changed between two stages: a difference counts only where its paired interval excludes zero."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from launch.report.charts import number
 from launch.report.stages import Arrays, Ends, Head, MaskingStage, SinkStage
 from trainer.callbacks.intervals import excludes_zero, few_prompts, paired_bootstrap, share_difference
 
-#: What is said where the interval holds zero, and where there is none.
+#: What is said where an interval contains zero, or is missing.
 NOISE = "no difference that can be told from noise"
 
 #: Settings that both stages of a comparison must share.
@@ -32,7 +32,7 @@ class Change:
         before: the figure.
         after: the figure.
         interval: of after minus before; None if there is none.
-        reason: why there is none.
+        reason: why `interval` is None.
     """
 
     before: float
@@ -48,12 +48,14 @@ class Change:
         return 1 if self.interval[0] > 0 else -1
 
     def verdict(self, better: int) -> Literal["good", "bad", ""]:
-        """Good or bad, where a change in the direction `better` is good; empty where there is none to be told."""
+        """Good or bad, where a change in the direction `better` is good; empty without a change."""
         return ("good" if self.direction == better else "bad") if self.direction else ""
 
     @property
     def words(self) -> str:
-        """The change and its interval, or that there is none."""
+        """The change and its interval, or `NOISE`, or why there is nothing to compare."""
+        if not math.isfinite(self.after - self.before):
+            return f"not compared: {self.reason}"
         if not self.direction:
             return NOISE + (ends_text(self.interval) or f" ({self.reason})")
         by = number(abs(self.after - self.before))
@@ -96,7 +98,7 @@ class MaskingComparison:
         return paired_bootstrap(self.before.statistic, self.before.tables, self.after.tables, prompts) or {}
 
     def change(self, name: str, scope: str = "retrained") -> Change:
-        """A scope's figure (K,) of `MaskingStage.figures`."""
+        """A scope's entry in an array (K,) of `MaskingStage.figures`."""
         before, after = (stage.value(name, scope) if stage else math.nan for stage in (self.before, self.after))
         blanks = [stage.blank(name, scope) for stage in (self.before, self.after) if stage]
         blank = next(filter(None, blanks), "")
@@ -107,7 +109,7 @@ class MaskingComparison:
 
     @property
     def dense_loss(self) -> Change:
-        """L(0)."""
+        """The loss without masking."""
         before, after = (stage.dense_loss if stage else math.nan for stage in (self.before, self.after))
         ends = self._intervals.get("dense_loss")
         return Change(before, after, (float(ends[0]), float(ends[1])) if ends else None, self.no_interval)

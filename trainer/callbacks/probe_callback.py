@@ -44,7 +44,7 @@ def measurement_mode(module: torch.nn.Module, device: torch.device) -> Iterator[
 
 
 class _Group(NamedTuple):
-    """Which probes are measured together, and what the names of their files, scalars and figure titles have added."""
+    """Probes that are measured together, and what that adds to the names of files and scalars and to titles."""
 
     files: str
     scalars: str
@@ -65,7 +65,7 @@ class ProbeCallback(Callback, ABC):
     Args:
         prompts: number of held-out samples.
         sigmas: noise levels, each in 0 .. 1.
-        seed: seed of the probes' noise. It does not follow `seed_everything`, so that all runs have the same probes.
+        seed: seed of the probes' noise. It is independent of `seed_everything`: all runs have the same probes.
         batch_size: number of probes measured together; None chooses it by the size of a latent.
         base_stage: whether to measure the base's own weights too.
         every_n_epochs: interval between measurements in epochs; the last epoch is always measured.
@@ -213,7 +213,7 @@ class ProbeCallback(Callback, ABC):
             if arrays is not None:
                 self._save(trainer, module, stage, group, arrays)
             if log:
-                # Also if the stage was measured before: the loggers of a resumed run may have lost this step.
+                # Old stages are logged too: the loggers of a resumed run may have lost this step.
                 scalars = self.scalars(measurement_files.load_arrays(path) if arrays is None else arrays)
                 prefix = ("base/" if stage == "base" else "") + group.scalars + self.kind
                 measurement_files.log_scalars(trainer, {f"{prefix}/{name}": v for name, v in scalars.items()})
@@ -275,12 +275,12 @@ class ProbeCallback(Callback, ABC):
         measurement_files.save_arrays(path, arrays)  # last, since this file marks the stage as complete
 
     def _report_cost(self, stage: str, group: _Group, started: float, before: tuple[int, int]) -> None:
-        """Prints one line with the stage's duration on rank zero, and how often the trunk was run or cached."""
+        """Prints one line with the stage's duration on rank zero, and the trunk's runs and cache hits."""
         spent = time.monotonic() - started
         run, cached = (count - earlier for count, earlier in zip(self.trunk_cache.counts, before, strict=True))
-        # The epoch as the first probe callback timed it; the other callbacks' times include earlier measurements.
+        # The first probe callback's time of the epoch; the other callbacks' times include earlier measurements.
         share, epoch = "", self._first_probe_callback._epoch_seconds
         if stage not in ("base", "epoch-000", "validate") and epoch is not None:
-            share = f", {spent / epoch:.0%} of the epoch's {epoch:.1f} s before it"
+            share = f", {spent / epoch:.0%} of the previous epoch's {epoch:.1f} s"
         line = f"{group.files}{self.kind} at {stage}: {len(self._read_probes(group))} probes, {spent:.1f} s{share}"
         rank_zero_info(f"{line} (passes of the trunk: {run} run, {cached} cached)")

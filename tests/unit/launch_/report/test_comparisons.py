@@ -78,7 +78,7 @@ def test_a_change_within_noise_is_none(run: Path):
 )  # fmt: skip
 def test_without_an_interval_no_change_is_told(run: Path, changes: dict, reason: str):
     rewrite(run, "masking-epoch-002", **changes)
-    assert results(run).masking_comparison.change("critical_ratio").words == f"{NOISE} ({reason})"
+    assert results(run).masking_comparison.change("critical_ratio").words == f"not compared: {reason}"
     assert verdict(run, "critical ratio") == "" and f"0.654 after, {NOISE} ({reason})" in " ".join(
         sentences(results(run))
     )
@@ -87,7 +87,7 @@ def test_without_an_interval_no_change_is_told(run: Path, changes: dict, reason:
 def test_a_blank_ratio_is_not_compared(run: Path):
     write_masking(run, "epoch-002", 0.9, 0.45, uniform=0.001)
     reason = "not measured: the uniform control costs nothing"
-    assert results(run).masking_comparison.change("critical_ratio_of_base").words == f"{NOISE} ({reason})"
+    assert results(run).masking_comparison.change("critical_ratio_of_base").words == f"not compared: {reason}"
     assert verdict(run, "critical ratio") == ""
     assert f"0.123 before, blank after ({reason})" in " ".join(sentences(results(run)))
     assert "0.12 → blank" in [figure.value for figure in key_figures(results(run))]

@@ -148,10 +148,10 @@ def test_each_says_its_share_of_the_epoch_without_the_other_measurements(tmp_pat
     with caplog.at_level("INFO"):
         fit(tmp_path, base_folder, measurements(), max_epochs=1)
     said = [record.message for record in caplog.records if "passes of the trunk" in record.message]
-    assert [line.split(":")[0] for line in said if "of the epoch's" in line] == [
+    assert [line.split(":")[0] for line in said if "of the previous epoch's" in line] == [
         "sinks at epoch-001", "masking at epoch-001",
     ]  # fmt: skip
-    number = re.compile(r"probes, ([\d.]+) s, (\d+)% of the epoch's ([\d.]+) s")
+    number = re.compile(r"probes, ([\d.]+) s, (\d+)% of the previous epoch's ([\d.]+) s")
     seconds, shares, epochs = zip(*(map(float, m.groups()) for m in map(number.search, said) if m), strict=True)
     assert epochs[0] == epochs[1] and seconds[0] > 0.5
     for spent, share, epoch in zip(seconds, shares, epochs, strict=True):
