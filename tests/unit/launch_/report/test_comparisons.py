@@ -78,7 +78,7 @@ def test_a_change_within_noise_is_none(run: Path):
 )  # fmt: skip
 def test_without_an_interval_no_change_is_told(run: Path, changes: dict, reason: str):
     rewrite(run, "masking-epoch-002", **changes)
-    assert results(run).masking_comparison.change("critical_ratio").words == f"not compared: {reason}"
+    assert results(run).masking_comparison.change("critical_ratio").words == f"{NOISE} ({reason})"
     assert verdict(run, "critical ratio") == "" and f"0.654 after, {NOISE} ({reason})" in " ".join(
         sentences(results(run))
     )
