@@ -24,7 +24,7 @@ demo: $(STAMP) ## the whole road on two cores in minutes: clips -> shards -> bas
 
 test: $(STAMP) ## every test; as root on Debian it installs the Slurm that some of them need first
 	bash tests/cluster/slurm-lab.sh install
-	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: $(STAMP) ## format, lint, types, import direction, the tests of pure functions
 	$(BIN)/ruff format --check .

@@ -181,6 +181,15 @@ class Lab:
                     found.append(int(path.name))
         return sorted(found)
 
+    def pending(self, number: signal.Signals, *words: str) -> bool:
+        """Whether on each node a process whose command line holds all the words has got the signal and blocks it."""
+
+        def has(pid: int) -> bool:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in lines if line.startswith("ShdPnd"))
+
+        return all(any(map(has, self.processes(node, *words))) for node in self.nodes)
+
     def kill_slurmd(self, node: str) -> None:
         """SIGKILL to the node's slurmd alone; its job steps live on. `start_slurmd` or `heal` start it again."""
         for pid in self.processes(node, "slurmd", "-N", node):

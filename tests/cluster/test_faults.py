@@ -76,15 +76,9 @@ class HeldRun:
 
     def hears(self, number: signal.Signals) -> None:
         """Returns once the signal has come to a process of each node, which holds it back."""
-
-        def has(pid: int) -> bool:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-            return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in lines if line.startswith("ShdPnd"))
-
-        def heard() -> bool:
-            return all(any(map(has, self.ranks(node))) for node in self.lab.nodes)
-
-        self.lab.until(heard, f"{number.name} on both nodes", says=self.says)
+        self.lab.until(
+            lambda: self.lab.pending(number, "reblock", "fit"), f"{number.name} on both nodes", says=self.says
+        )
 
     def start_log(self, start: int, rank: int = 0) -> str:
         return (self.folder / "logs" / f"{self.folder.name}-{self.job}-r{start}-{rank}.log").read_text()

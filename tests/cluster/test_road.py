@@ -3,6 +3,7 @@ stop and goes on in a new allocation, then the export; beside it the same fit un
 
 import csv
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 REBLOCK = Path(sys.executable).with_name("reblock")
 #: 28 clips, 4 held out, 6 global batches of 4, each seen 3 times.
 CLIPS, STEPS, EPOCHS = 28, 18, 2
+#: Before this step the ranks wait for the test.
+HELD = 5
 
 
 def _measurement(path: str, **more) -> dict:
@@ -35,16 +38,19 @@ def folder(tmp_path_factory) -> Path:
         "trainer": {
             "strategy": "ddp", "max_epochs": EPOCHS,
             "callbacks": [_measurement("sinks.SinkFrequency"),
-                          _measurement("masking.MaskingRobustness", ratios=[0.5], scopes=["retrained"])],
+                          _measurement("masking.MaskingRobustness", ratios=[0.5], scopes=["retrained"]),
+                          {"class_path": "tests.support.rank_faults.Gate",
+                           "init_args": {"folder": str(home / "gates"), "steps": [HELD]}}],
         },
         "model": {"init_args": {"base": str(ROOT / "recipes" / "demo_base")}},
         "data": {
             "init_args": {"shards": "latents", "val_samples": 4, "batch_size": None, "global_batch_size": 4,
                           "passes": 3, "num_workers": 0},
         },
-        "nodes": 2, "time": "0:30:00", "signal_seconds": 60,
+        "nodes": 2, "time": "0:30:00", "signal_seconds": 60, "env": {"PYTHONPATH": str(ROOT)},
         "encode": {"shards": "video", "tasks": 2, "options": ["--batch_size=4", "--claim_timeout=20"]},
     }  # fmt: skip
+    (home / "gates").mkdir()
     (home / "lab.yaml").write_text(yaml.safe_dump(overlay))
     return home
 
@@ -84,13 +90,15 @@ def test_encoded_trained_signalled_requeued_resumed_and_exported(lab, folder):
     encoders = {path.name for path in (run / "logs").glob(f"road-encode-{jobs['encode']}_?-r0-0.log")}
     assert len(encoders) == 2
 
-    lab.until(lambda: len(losses(run)) >= 3, "some steps", timeout=240, says=lambda: logs(run))
+    lab.until(lambda: (folder / f"gates/waits-{HELD}-1").exists(), "some steps", timeout=240, says=lambda: logs(run))
     during = lab.run(REBLOCK, "status", run, timeout=120).stdout
     assert f"fit {fit}, RUNNING, since" in during and "on node[1-2]" in during and "its time ends" in during
     lab.run("scancel", "--signal=USR1", fit)
+    lab.until(lambda: lab.pending(signal.SIGUSR1, "reblock", "fit"), "the signal", says=lambda: logs(run))
+    (folder / f"gates/open-{HELD}").touch()
     lab.until(lambda: lab.job(fit)["Restarts"] == "1", "a requeue", timeout=240, says=lambda: logs(run))
     before = losses(run)
-    assert 3 <= len(before) < STEPS * EPOCHS
+    assert HELD <= len(before) <= HELD + 2
 
     other = submit(lab, folder, "--run.name", "twin")["fit"]
     for job in (fit, jobs["export"], other):
@@ -116,23 +124,21 @@ def test_cancelled_and_submitted_again_by_hand_it_goes_on(lab, folder):
         lab.run(
             REBLOCK, "encode", "video", "latents", "--base", ROOT / "recipes" / "demo_base", cwd=folder, timeout=240
         )
-    gates = folder / "gates"
+    gates = folder / "gates-hand"
     gates.mkdir()
     held = yaml.safe_load((folder / "lab.yaml").read_text())
-    gate = {"class_path": "tests.support.rank_faults.Gate", "init_args": {"folder": str(gates), "steps": [5]}}
-    held["trainer"]["callbacks"].append(gate)
-    held["env"] = {"PYTHONPATH": str(ROOT)}
+    held["trainer"]["callbacks"][-1]["init_args"]["folder"] = str(gates)
     (folder / "hand.yaml").write_text(yaml.safe_dump(held))
     again = ("--config", "hand.yaml", "--run.name", "hand")
     fit = submit(lab, folder, *again)["fit"]
-    lab.until(lambda: (gates / "waits-5-1").exists(), "some steps", timeout=240, says=lambda: logs(run))
+    lab.until(lambda: (gates / f"waits-{HELD}-1").exists(), "some steps", timeout=240, says=lambda: logs(run))
     again = ("--config", ROOT / "recipes" / "demo.yaml", *again)
     refused = lab.run(REBLOCK, "submit", *again, "--run.resume", "true", cwd=folder, check=False, timeout=240,
                       PYTHONPATH=str(ROOT))  # fmt: skip
     assert f"job {fit} (fit) of this run is RUNNING" in refused.stderr
     lab.run("scancel", fit)
     lab.wait(fit, "CANCELLED", timeout=240)
-    (gates / "open-5").touch()
+    (gates / f"open-{HELD}").touch()
     again = lab.submit(run / "job.sbatch", "--nodes=1", cwd=Path("/"))
     lab.wait(again, "COMPLETED", timeout=400)
     assert list(losses(run)) == list(range(STEPS * EPOCHS))
