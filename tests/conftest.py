@@ -5,6 +5,7 @@ Legend: B batch, C channels, F latent frames, H W latent grid, L text tokens, D 
 
 import copy
 import json
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,23 @@ def _batch(
     batch.text = torch.nn.functional.pad(batch.text, (0, 0, 0, pad))
     batch.text_mask = torch.nn.functional.pad(batch.text_mask, (0, pad))
     return batch
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Restores the environment after each test.
+
+    Commands and libraries set variables in it. Programs that later tests start would inherit them, and could not be
+    forked then (`tests.support.fork_server`).
+    """
+    before = dict(os.environ)
+    yield
+    own = "PYTEST_CURRENT_TEST"  # pytest's
+    for name in (os.environ.keys() | before.keys()) - {own}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
 
 
 @pytest.hookimpl(wrapper=True)

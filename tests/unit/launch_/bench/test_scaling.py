@@ -4,16 +4,18 @@ import pytest
 
 from launch.bench import scaling as bench_scaling
 from launch.bench import step as bench_step
+from trainer.step_figures import COUNTS, LOSSES
 
 TINY = {**bench_step.CONFIG, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "text_embed_dim": 16}
 
 
 @pytest.mark.slow
-def test_bytes_under_ddp_are_those_of_the_gradients():
+def test_bytes_under_ddp_are_those_of_the_gradients_and_the_steps_figures():
     one, two = bench_scaling.measure("one process", 1, 1, TINY), bench_scaling.measure("ddp", 2, 1, TINY)
     assert one["bytes"] == {} and one["gradients"] == two["gradients"] > 10_000
     assert len(one["seconds"]) == len(two["seconds"]) == 1 and min(one["seconds"] + two["seconds"]) > 0
-    assert two["bytes"] == {"all_reduce": two["gradients"]}
+    figures = 8 * (len(COUNTS) + 2 * len(LOSSES))  # float64: counts, sums of losses, and samples of each
+    assert two["bytes"] == {"all_reduce": two["gradients"] + figures}
 
 
 @pytest.mark.slow

