@@ -1,0 +1,115 @@
+"""What a step computes: trunk, head, and the losses of the objective.
+
+Legend: B batch, C channels, F latent frames, H W latent grid.
+"""
+
+import contextlib
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from data.batch import Batch
+from trainer.distillation import ObjectivePhase, Teacher, block_losses
+from trainer.models.mochi import SplitModel, State
+from trainer.objective import Flow
+from trainer.surgery import SurgeryConfig
+
+
+class TrunkHeadLosses(LightningModule):
+    """Trunk without autograd, head with it, and the losses; `RetrainBlocks` builds it and trains it."""
+
+    surgery: SurgeryConfig
+    flow: Flow
+    trunk_dtype: torch.dtype
+    split_trunk: bool
+    blocks: tuple[int, ...]
+    split_model: SplitModel | None
+    teacher: Teacher | None
+
+    @property
+    def first(self) -> int:
+        """Index of the first retrained block: the trunk ends before it, the head begins with it."""
+        return 0 if self.surgery.train_outside else self.blocks[0]
+
+    def trunk(self, x: Tensor, sigma: Tensor, batch: Batch) -> State:
+        """Runs everything before the first retrained block, without autograd.
+
+        Args:
+            x: (B, C, F, H, W) noisy latents.
+            sigma: (B,) float32 noise levels.
+            batch: whose captions.
+        """
+        trains = self.surgery.train_outside or not self.split_trunk
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            with self._trunk_autocast(x.device):
+                state = self.split_model.embed(
+                    x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
+                )
+                state = self.split_model.run(state, 0, self.first)
+        # The head goes on in its own dtype, whatever the trunk computed in.
+        return state if trains else state.map(lambda t: t.to(x.dtype) if t.is_floating_point() else t)
+
+    def _trunk_autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """The context in which modules of the trunk's dtype compute."""
+        narrow = self.trunk_dtype != torch.float32
+        return torch.autocast(device.type, self.trunk_dtype) if narrow else contextlib.nullcontext()
+
+    def head(self, state: State) -> Tensor:
+        """Runs the first retrained block and all that follows; gives the velocity (B, C, F, H, W)."""
+        return self.split_model.finish(self.split_model.run(state, self.first, self.split_model.num_blocks))
+
+    def velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        """Predicted velocity at x_sigma, (B, C, F, H, W)."""
+        return self.head(self.trunk(x, sigma, batch))
+
+    def losses(self, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The flow loss: mean squared error per sample, (B,) float32."""
+        x = self.flow.mix(batch.latents, noise, sigma)
+        return _squared_error(self.velocity(x, sigma, batch), self.flow.target(batch.latents, noise))
+
+    def objective_losses(self, batch: Batch, noise: Tensor, sigma: Tensor, phase: ObjectivePhase) -> Tensor:
+        """The weighted sum of a phase's losses per sample, (B,) float32.
+
+        Args:
+            batch: latents (B, C, F, H, W) and captions.
+            noise: (B, C, F, H, W).
+            sigma: (B,) float32 noise levels.
+            phase: which losses.
+        """
+        state = self.trunk(self.flow.mix(batch.latents, noise, sigma), sigma, batch)
+        losses = torch.zeros(len(batch), device=sigma.device)
+        if phase.needs_teacher:
+            states = self.taught(state)
+        if phase.blocks:
+            losses = losses + phase.blocks * self.block_losses(states)
+        if phase.needs_head:
+            velocity = self.head(state)
+            if phase.flow:
+                losses = losses + phase.flow * _squared_error(velocity, self.flow.target(batch.latents, noise))
+            if phase.velocity:
+                losses = losses + phase.velocity * _squared_error(velocity, self.taught_velocity(states))
+        return losses
+
+    def taught(self, state: State) -> dict[int, State]:
+        """What the base's own blocks make of the trunk's output: `Teacher.states`."""
+        assert self.teacher is not None and self.split_model is not None
+        with self._trunk_autocast(state.vision.device):
+            return self.teacher.states(self.split_model, state)
+
+    @torch.no_grad()
+    def taught_velocity(self, states: dict[int, State]) -> Tensor:
+        """The velocity of the base, (B, C, F, H, W) float32."""
+        assert self.split_model is not None
+        with self._trunk_autocast(states[self.first].vision.device):
+            return self.split_model.finish(states[self.split_model.num_blocks]).float()
+
+    def block_losses(self, states: dict[int, State]) -> Tensor:
+        """Error of each retrained block alone, (B,) float32: `trainer.distillation.block_losses`."""
+        assert self.split_model is not None
+        return block_losses(self.split_model, self.blocks, states)
+
+
+def _squared_error(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per sample, (B,) float32."""
+    return (velocity.float() - target).square().flatten(1).mean(dim=1)
