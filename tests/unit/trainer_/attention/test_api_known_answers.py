@@ -32,6 +32,8 @@ RATIOS = (0.0, 0.1, 0.3, 0.5, 0.9, 0.99, 1.0)
 EPS = (0.3, 0.01, 0.05, 0.5, 0.1)
 #: Share of a threshold, and least weight, that float32 cannot tell from it.
 _SAME, _NOTHING = 1e-5, 1e-36
+#: By which the Triton back end lowers the thresholds of rows, as a share of themselves (`Triton.row_quantiles`).
+LOWERED = 2.0**-17
 KINDS = ("own", "normal", "heavy", "constant", "peaked", "ties", "bfloat16", "float16")
 
 backends = pytest.mark.parametrize("backend", known_answers.BACKENDS)
@@ -145,15 +147,16 @@ def test_statistics(make_transformer, make_batch, backend, shape, kind, seed, la
     observed(make_transformer, make_batch, shape, kind, seed, layer, measure)
 
 
-def check_rank(pool, threshold, ratio, error, counted=False):
+def check_rank(pool, threshold, ratio, error, counted=False, lowered=0.0):
     """At most a share r of the pool (h, n) lies below the threshold (h,), and above r - error, but for ties.
 
-    Counted thresholds (Triton's) lie anywhere between two weights, and err by as much on the other side too.
+    Counted thresholds (Triton's) lie anywhere between two weights, and err by as much on the other side too. A
+    threshold that is lowered by a share of itself on purpose has its weight at or below where it stood before.
     """
     total, threshold = pool.shape[-1], threshold.double()[:, None]
     rank = min(math.floor(Fraction(str(ratio)) * total), total - 1)
     below = (pool < threshold * (1 - _SAME) - _NOTHING).sum(dim=-1)
-    not_above = (pool <= threshold * (1 + _SAME) + _NOTHING).sum(dim=-1)
+    not_above = (pool <= threshold / (1 - lowered) * (1 + _SAME) + _NOTHING).sum(dim=-1)
     assert (below <= rank + counted * error * total).all(), (ratio, below, rank)
     assert (not_above >= min(rank + 1, total) - counted - error * total).all(), (ratio, not_above, rank)
 
@@ -177,7 +180,8 @@ def test_thresholds(make_transformer, make_batch, backend, shape, kind, seed, la
                 else:
                     check_rank(pool.flatten(1), found[sample, :, index], ratio, error, backend == "triton")
                 if rows is not None:
-                    check_rank(pool.flatten(0, 1), rows[sample, ..., index].flatten(), ratio, 0.0)
+                    lowered = LOWERED if backend == "triton" else 0.0
+                    check_rank(pool.flatten(0, 1), rows[sample, ..., index].flatten(), ratio, 0.0, lowered=lowered)
         middle = found[..., RATIOS.index(0.5)]
         return masked_attention(q, k, v, middle, lengths=lengths, **how)[0]
 
