@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("launch.export:export", "graft -> a pipeline folder that diffusers loads"),
     "sample": ("launch.sample.command:sample", "videos: base, retrained, retrained and masked, same seeds"),
     "report": ("launch.report.command:report", "one self-contained page about a run"),
+    "compare": ("launch.compare.command:compare", "one page about several runs: controls, seeds, objectives"),
     "bench": ("launch.bench.command:run", "the benchmarks"),
     "demo": ("launch.demo.command:demo", "the whole road on a tiny model, in minutes"),
 }
@@ -81,6 +82,8 @@ def _is_no_advertisement(start: str, record: logging.LogRecord) -> bool:
 def call(command: str, function: Callable, argv: list[str]) -> Any:
     """Calls `function` with arguments from `argv`; its keyword-only arguments are options, the others positional.
 
+    Arguments of a function with `*names` are one or more words; their type is that of one of them.
+
     `--config FILE` reads options from YAML; later options on the command line override it. A switch needs no value,
     `--verify` means `--verify true`, and any option may be spelled with hyphens.
     """
@@ -89,15 +92,18 @@ def call(command: str, function: Callable, argv: list[str]) -> Any:
     parameters = inspect.signature(function).parameters.values()
     # str | int is the type of jsonargparse's `skip`
     names: set[str | int] = {p.name for p in parameters}
+    several = next((p for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     positional: set[str | int] = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is p.empty}
     parser = CommandParser(prog=f"reblock {command}", description=(inspect.getdoc(function) or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=names - positional)
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positional)
+    if several is not None:
+        parser.add_argument(several.name, nargs="+", type=several.annotation)
     switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
     given = parser.instantiate_classes(parser.parse_args(spelled_out(argv, switches)))
     given.pop("config")
-    return function(**given)
+    return function(*(given.pop(several.name) if several else ()), **given)
 
 
 def spelled_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:

@@ -20,12 +20,13 @@ from launch.fit.last_checkpoint import BestCheckpoints, LastCheckpoint
 from launch.fit.lightning_private import set_collective_timeout, use_checkpoint_connector
 from launch.fit.metrics_csv import MetricsPosition, loggers, rewind
 from launch.fit.parser import RecipeParser, refuse_moved_names
-from launch.fit.rank_consistency import RankConsistency, flatten
+from launch.fit.rank_consistency import RankConsistency
 from launch.fit.resume import SharedCheckpoint, clear_leftovers, find_checkpoint
 from launch.fit.run_record import EpochLines, VersionsFile
 from launch.fit.seeds import seed_arguments
 from launch.fit.stop_callback import StopOnSignal, end_stopped_run
 from launch.fit.watchdog import Watchdog
+from launch.flat_recipe import flatten
 from launch.run_config import RunConfig, prepare_folder
 from launch.signals import Stopped
 from trainer.callbacks.data_faults import DataFaults

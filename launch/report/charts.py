@@ -29,7 +29,7 @@ class Series:
         x: horizontal values.
         y: vertical values; the curve has a gap at each value that is not finite.
         colour: n of the page's CSS variable --cn, from 1 to 4.
-        style: a line, a faint line, a dashed line, or dots joined by a line.
+        style: a line, a faint line, a dashed line, dots joined by a line, or marks, dots that are not joined.
         ends: lower and upper ends of each vertical value's interval, drawn as a bar where both are finite.
     """
 
@@ -37,7 +37,7 @@ class Series:
     x: ArrayLike
     y: ArrayLike
     colour: int
-    style: Literal["line", "faint", "dashed", "dots"] = "line"
+    style: Literal["line", "faint", "dashed", "dots", "marks"] = "line"
     ends: tuple[ArrayLike, ArrayLike] | None = None
 
 
@@ -253,9 +253,9 @@ def _curve(series: Series, x: NDArray, y: NDArray) -> list[str]:
     drawn = []
     for xs, ys in runs:
         points = [f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True) if math.isfinite(b)]
-        if len(points) > 1:
+        if len(points) > 1 and series.style != "marks":
             drawn.append(f'<polyline {attributes} points="{" ".join(points)}"/>')
-        if points and (series.style == "dots" or len(points) == 1):
+        if points and (series.style in ("dots", "marks") or len(points) == 1):
             drawn += [
                 f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3.2" style="fill:var(--c{series.colour})"/>'
                 for p in points

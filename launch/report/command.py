@@ -3,7 +3,6 @@
 Legend: Ly measured layers, h heads.
 """
 
-import base64
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -26,11 +25,10 @@ from launch.report.masking_page import (
     scope_table,
 )
 from launch.report.results import RunResults, last_epoch, read_results
+from launch.report.samples import data_uri, sample_groups
 from launch.report.stages import Ends, Head, SinkStage, stage_title
 from launch.report.summary import key_figures, sentences
 from launch.run_folder import RunFolder
-
-_VARIANTS = {"base": "base", "retrained": "retrained", "retrained-masked": "retrained, masked"}
 
 
 def report(run: Path, *, out: Path | None = None) -> Path:
@@ -71,18 +69,13 @@ def _page(results: RunResults) -> dict[str, Any]:
         "blanks": blanks(results),
         "scopes": scope_table(results),
         "probes": probes_note(masking),
-        "samples": _samples(results),
+        "samples": sample_groups(results),
         "fingerprint": results.fingerprint,
         "versions": _versions(results.versions),
         "commands": _commands(results),
         "config": results.config,
         "figures": _figures(results),
     }
-
-
-def data_uri(path: Path, kind: str) -> str:
-    """Encodes a file as a data URI of media type `kind`."""
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 # -- charts ----------------------------------------------------------------------------------------------------------
@@ -208,32 +201,6 @@ def _head_row(results: RunResults, head: Head, entry: Mapping[str, Any]) -> tupl
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------
-
-
-def _samples(results: RunResults) -> list[dict[str, Any]]:
-    """Videos grouped by caption and seed; variants are in the order in which they were sampled."""
-    groups: dict[tuple[str, int], list[dict[str, str]]] = {}
-    for entry in results.samples:
-        clip = {
-            "uri": data_uri(results.run.samples / entry["file"], "video/mp4"),
-            "title": _VARIANTS.get(entry["variant"], entry["variant"]),
-            "note": _sample_note(entry),
-        }
-        groups.setdefault((entry["caption"], entry["seed"]), []).append(clip)
-    return [{"caption": caption, "seed": seed, "clips": clips} for (caption, seed), clips in groups.items()]
-
-
-def _sample_note(entry: Mapping[str, Any]) -> str:
-    """Masked share and similarity to the dense video as text, if they apply."""
-    parts = []
-    ratio = (entry.get("settings") or {}).get("mask_ratio")
-    if ratio:
-        parts.append(f"{100 * ratio:g} % of the weights removed")
-    if entry.get("psnr_to_dense") is not None:
-        parts.append(f"PSNR {entry['psnr_to_dense']:.1f} dB")
-    if entry.get("ssim_to_dense") is not None:
-        parts.append(f"SSIM {entry['ssim_to_dense']:.3f} to the dense video")
-    return ", ".join(parts)
 
 
 def _versions(versions: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -70,6 +70,16 @@ class RunResults:
         return self.sinks.get(last_epoch(self.sinks) or "")
 
     @property
+    def untrained(self) -> SinkStage | None:
+        """Sinks of the retrained blocks as they start, before the first step."""
+        return self.sinks.get("epoch-000")
+
+    @property
+    def masking_untrained(self) -> MaskingStage | None:
+        """Masking of the retrained blocks as they start, before the first step."""
+        return self.masking.get("epoch-000")
+
+    @property
     def masking_before(self) -> MaskingStage | None:
         """Masking of the base's own weights."""
         return self.masking.get("base")

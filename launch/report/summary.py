@@ -93,7 +93,7 @@ def _after(results: RunResults) -> str:
         return "Sinks after training were not measured."
     if not results.planted:
         return f"After {stage_title(after.stage)}: flagged: {list_heads(after.flagged) or 'no head'}."
-    frequencies = [after.select(after.frequency, head) for head in results.planted_heads]
+    frequencies = _frequencies(after, results.planted_heads)
     if np.isnan(frequencies).any():
         return f"After {stage_title(after.stage)}: planted heads lie in layers that were not measured."
     verdict = (
@@ -118,6 +118,26 @@ def _sink_changes(results: RunResults) -> str:
         groups.setdefault(words, []).append(head)
     parts = [f"{words}: {list_heads(named)}" for words, named in groups.items()]
     return f"Sink frequency over all noise levels, after against before: {'; '.join(parts)}." if parts else ""
+
+
+def _start_and_training(results: RunResults) -> str:
+    """What is so before the first step already, by re-initialisation alone, and what training adds."""
+    start, after, heads = results.untrained, results.after, results.planted_heads
+    parts, meaning = [], ""
+    if start is not None and after is not None and heads and not np.isnan(_frequencies(start, heads)).any():
+        at_start, at_end = (len([head for head in stage.flagged if head in heads]) for stage in (start, after))
+        parts.append(f"{at_start} of {len(heads)} planted heads are sinks then, {at_end} after training")
+        if at_start < results.found_before:
+            meaning = " Sinks that are gone before the first step were removed by re-initialisation, not by training"
+            meaning += ", and training brought none back." if at_end == at_start == 0 else "."
+    losses = [stage.dense_loss if stage else math.nan for stage in (results.masking_untrained, results.masking_after)]
+    if np.isfinite(losses).all():
+        parts.append(f"the dense loss is {number(losses[0], 4)} then, {number(losses[1], 4)} after training")
+    return f"The retrained blocks before the first step: {'; '.join(parts)}.{meaning}" if parts else ""
+
+
+def _frequencies(stage: SinkStage, heads: Sequence[Head]) -> np.ndarray:
+    return np.array([stage.select(stage.frequency, head) for head in heads])
 
 
 def _flagged(results: RunResults) -> str:
@@ -188,7 +208,7 @@ def _frozen(results: RunResults) -> str:
 
 def sentences(results: RunResults) -> list[str]:
     """Explains the results, with one or two sentences for each subject."""
-    parts = (_planted, _before, _after, _sink_changes, _masking, _loss, _frozen)
+    parts = (_planted, _before, _after, _sink_changes, _start_and_training, _masking, _loss, _frozen)
     lines = [line for line in (part(results) for part in parts) if line]
     bare = results.without_captions
     if bare is not None:

@@ -1,6 +1,7 @@
 """Every recipe in the repository builds its model, alone and under every overlay."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from launch import main as command
 from launch.demo.train_vae import TrainVae
 from launch.fit.cli import recipe_cli
+from launch.flat_recipe import flatten
 from trainer.module import RetrainBlocks
 from trainer.parallel.strategies import ShardedStrategy
 
@@ -23,6 +25,7 @@ RECIPES += sorted(f"experiments/{path.name}" for path in (ROOT / "recipes" / "ex
 PACK_OPTIONS = sorted(path.stem for path in (ROOT / "recipes" / "data").glob("*.yaml"))
 OVERLAYS = sorted(path.stem for path in (ROOT / "recipes" / "cluster").glob("*.yaml"))
 OBJECTIVES = sorted(path.stem for path in (ROOT / "recipes" / "objectives").glob("*.yaml"))
+CONTROLS = sorted(path.stem for path in (ROOT / "recipes" / "controls").glob("*.yaml"))
 ZERO = [name for name in OVERLAYS if name.startswith("zero")]
 
 
@@ -54,6 +57,7 @@ def recipe(name: str, tmp_path: Path, *more: str, overlay: str | None = None):
 def test_every_yaml_file_is_read_by_a_test_here():
     known = {*RECIPES, *(f"cluster/{name}.yaml" for name in OVERLAYS), *(f"data/{name}.yaml" for name in PACK_OPTIONS)}
     known |= {f"objectives/{name}.yaml" for name in OBJECTIVES}
+    known |= {f"controls/{name}.yaml" for name in CONTROLS}
     found = {
         path.relative_to(ROOT / "recipes").as_posix()
         for pattern in ("*.yaml", "*.yml")
@@ -75,6 +79,30 @@ def test_every_objective_builds_its_teacher(name, tmp_path):
     assert [getattr(phase, name) for phase in module.phases] == [1.0]
     module.build("meta")
     assert len(module.teacher.blocks) == 4
+
+
+#: Control -> the values of the recipe that it changes, by the end of their names.
+CHANGED = {
+    "keep": {"surgery.init"},
+    "untrained": {"optim.lr", "limit_train_batches", "max_epochs"},
+    # As many blocks elsewhere; measurements follow the last ones too.
+    "sham": {"surgery.last", "surgery.blocks", "layers", "scopes"},
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_differs_from_its_run_in_what_it_is_for(name, tmp_path):
+    whole = "demo.yaml" if name.startswith("demo_") else "mochi_last4.yaml"
+    plain, control = (recipe(whole, tmp_path, *more) for more in ((), ("--config", f"recipes/controls/{name}.yaml")))
+    values, others = (flatten(cli.recipe) for cli in (plain, control))
+    names = {re.sub(r"(\.\d+)$", "", key) for key in {*values, *others} if values.get(key) != others.get(key)}
+    ends = CHANGED[name.removeprefix("demo_")]
+    assert all(any(key.endswith(f".{end}") for end in ends) for key in names), names
+    assert {end for end in ends if any(key.endswith(f".{end}") for key in names)} == ends
+    for cli in (plain, control):
+        cli.model.build("meta")
+    assert len(control.model.blocks) == len(plain.model.blocks) == 4
+    assert (control.model.blocks == plain.model.blocks) is ("sham" not in name)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -134,6 +134,8 @@ def _scope_label(scope: str) -> str:
     name, _, rest = scope.partition("-")
     if name == "layer":
         return f"layer {int(rest)}"
+    if name == "last":
+        return f"last {rest} layers"
     return f"all but {', '.join(rest.split('-'))}" if name == "but" else f"{scope} layers"
 
 

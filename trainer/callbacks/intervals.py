@@ -6,7 +6,7 @@ Legend: P samples, S sigmas, C prompts (clusters of samples), B resamples.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -17,6 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 FEWEST = 6
 #: The two-sided 95 % quantile of the standard normal.
 Z95 = NormalDist().inv_cdf(0.975)
+
+#: Degrees of freedom -> the two-sided 95 % quantile of Student's t.
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 _RESAMPLES = 4000
 _SEED = 20_261_127
@@ -36,18 +39,31 @@ def tail(prompts: int) -> float:
     variance that n prompts tell. So it is Phi(-sqrt(n / (n - 1)) t) in place of 2.5 %, with Student's quantile t of
     n - 1 degrees of freedom.
 
-    Source: T. Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69 (2015). The
-    expansion of t is 26.7.5 of Abramowitz and Stegun, exact to 0.0004 from six prompts on.
+    Source: T. Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69 (2015).
     """
-    n, z = prompts - 1, Z95
-    student = (
+    n = prompts - 1
+    return NormalDist().cdf(-math.sqrt(prompts / n) * student_quantile(n))
+
+
+def student_quantile(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t, to 0.001.
+
+    Source: M. Abramowitz and I. A. Stegun, Handbook of Mathematical Functions: 26.7.5, an expansion for many degrees of
+    freedom, and table 26.10 below five of them.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+    """
+    if freedom in _STUDENT:
+        return _STUDENT[freedom]
+    n, z = freedom, Z95
+    return (
         z
         + (z**3 + z) / (4 * n)
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
         + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
     )
-    return NormalDist().cdf(-math.sqrt(prompts / n) * student)
 
 
 def bootstrap(statistic: Statistic, tables: Mapping[str, NDArray], prompts: ArrayLike) -> dict[str, Interval] | None:
@@ -128,6 +144,29 @@ def wilson_interval(successes: np.ndarray, trials: int) -> tuple[np.ndarray, np.
     centre = (share + Z95**2 / (2 * trials)) / scale
     half = Z95 / scale * np.sqrt(share * (1 - share) / trials + Z95**2 / (4 * trials**2))
     return np.clip(centre - half, 0.0, share), np.clip(centre + half, share, 1.0)
+
+
+def run_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
+    """The interval of a difference of means over runs, `after` minus `before`: Student's, with one variance for both.
+
+    It holds for other seeds, under the assumption that a figure is normal over them; an interval over prompts holds for
+    these runs and other prompts.
+
+    Args:
+        before: a figure of each run.
+        after: likewise.
+
+    Returns:
+        The ends; None with fewer than two runs on a side, and where a figure is not finite.
+    """
+    sides = [np.asarray(values, np.float64) for values in (before, after)]
+    if min(map(len, sides)) < 2 or not all(np.isfinite(side).all() for side in sides):
+        return None
+    freedom = sum(len(side) - 1 for side in sides)
+    variance = sum(((side - side.mean()) ** 2).sum() for side in sides) / freedom
+    half = student_quantile(freedom) * math.sqrt(variance * sum(1 / len(side) for side in sides))
+    difference = float(sides[1].mean() - sides[0].mean())
+    return difference - half, difference + half
 
 
 def share_difference(before: ArrayLike, after: ArrayLike, prompts: ArrayLike) -> Interval | None:

@@ -55,8 +55,8 @@ class MaskingRobustness(ProbeCallback):
 
     Args:
         ratios: shares of the weights that are removed, ascending, each between 0 and 1.
-        scopes: layers masked together: `retrained`, `each` (every retrained layer alone), `all`, `layer-45`, or
-            `but-44-45` (all but these).
+        scopes: layers masked together: `retrained`, `each` (every retrained layer alone), `all`, `last-4`, `layer-45`,
+            or `but-44-45` (all but these).
         keys: keys whose weights are pooled and removed: `all`, or `vision` for vision keys only.
         quantile: `head` for one threshold over all weights of a head, or `row` for one per query.
         removed: `renormalise` (logits of -inf), `zero` (the other weights stay as they are), or `mean` (each removed
@@ -82,7 +82,9 @@ class MaskingRobustness(ProbeCallback):
         if not ratios or list(ratios) != sorted(set(ratios)) or not 0.0 < min(ratios) <= max(ratios) < 1.0:
             raise ValueError(f"got ratios={tuple(ratios)}, expected ascending shares between 0 and 1, e.g. {RATIOS}.")
         if not scopes:
-            raise ValueError("got no scopes, expected some of 'retrained', 'each', 'all', 'layer-45', 'but-44-45'.")
+            raise ValueError(
+                "got no scopes, expected some of 'retrained', 'each', 'all', 'last-4', 'layer-45', 'but-44-45'."
+            )
         for name, value, known in (
             ("keys", keys, Keys),
             ("quantile", quantile, Quantile),
@@ -110,14 +112,23 @@ class MaskingRobustness(ProbeCallback):
                 found[scope] = retrained if scope == "retrained" else every
             elif name == "layer" and len(numbers) == len(named) == 1:
                 found[f"layer-{named[0]:02d}"] = named
+            elif name == "last" and len(numbers) == 1 and numbers[0].isdecimal() and 0 < int(numbers[0]) <= len(every):
+                found[scope] = every[-int(numbers[0]) :]
             elif name == "but" and 0 < len(numbers) == len(named) and set(named) != set(every):
                 found[scope] = [layer for layer in every if layer not in named]
             else:
                 raise ValueError(
-                    f"got scope {scope!r}, expected 'retrained', 'each', 'all', 'layer-N' or 'but-N-M' with layers in "
-                    f"0 .. {every[-1]}."
+                    f"got scope {scope!r}, expected 'retrained', 'each', 'all', 'last-N', 'layer-N' or 'but-N-M' with "
+                    f"layers in 0 .. {every[-1]}."
                 )
         return found
+
+    def _scope_layers(self, module: "RetrainBlocks") -> np.ndarray:
+        """Whether a scope masks a layer, (K, layers)."""
+        masked = np.zeros((len(self._layers_of(module)), module.split_model.num_blocks), dtype=np.bool_)
+        for row, layers in zip(masked, self._layers_of(module).values(), strict=True):
+            row[layers] = True
+        return masked
 
     # -- one batch of probes -------------------------------------------------------------------------------------
 
@@ -213,6 +224,7 @@ class MaskingRobustness(ProbeCallback):
             "ratios": np.array(self.ratios),
             "sigmas": np.array(probes.sigmas),
             "scopes": np.array(list(self._layers_of(module)), dtype=np.str_),
+            "scope_layers": self._scope_layers(module),
             "masked_keys": np.array(self.keys),
             "quantile": np.array(self.quantile),
             "removed": np.array(self.removed),

@@ -29,6 +29,7 @@ FAULTY: dict[str, list[str]] = {
     "export": ["nowhere", "out"],
     "sample": ["out", "--base=nowhere"],
     "report": ["nowhere"],
+    "compare": ["nowhere", "somewhere"],
     "bench": ["nothing"],
     "demo": ["--root=1", "--fresh=perhaps"],
 }

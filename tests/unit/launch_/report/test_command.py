@@ -2,49 +2,21 @@
 
 import base64
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from launch.report.command import report, running_mean
+from tests.support.pages import PageText
 from tests.support.reported_run import PROMPTS, SIGMAS, write_masking
-
-
-class _Text(HTMLParser):
-    """Visible text, addresses, and whether every element is closed."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.addresses: list[str] = []
-        self.open: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.addresses += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "br", "img", "line", "rect", "circle", "polyline"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in ("meta", "br", "img", "line", "rect", "circle", "polyline"):
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 def test_the_page_says_so(run: Path, capsys: pytest.CaptureFixture):
     path = report(run)
     assert path == run / "report.html"
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {path.resolve()}"
-    page = _Text(path.read_text())
+    page = PageText(path.read_text())
     assert page.open == []
     for part in (
         "2 / 2 planted sinks found before", "0 / 2 of them still sinks", "0.12 → 0.72", "+2.5 %",
@@ -128,7 +100,7 @@ def test_the_critical_ratio_is_drawn_with_what_it_depends_on(run: Path, drawn: d
 def test_positions_of_sinks_are_told(run: Path, arrays: dict, said: str):
     path = run / "measurements" / "sinks-epoch-002.npz"
     np.savez(path, **{**np.load(path), **arrays})
-    assert said in _Text(report(run).read_text()).text
+    assert said in PageText(report(run).read_text()).text
 
 
 def test_only_changes_that_can_be_told_are_coloured(run: Path):
@@ -151,7 +123,7 @@ def test_it_is_one_picture(run: Path):
 @pytest.mark.parametrize(("uniform", "blank"), [(0.0042, "own base"), (0.0047, "own"), (0.0099, "")])
 def test_a_critical_ratio_is_blank_where_attention_costs_nothing(run: Path, drawn: dict, uniform: float, blank: str):
     write_masking(run, "epoch-002", 0.654, 0.48, uniform=uniform)  # 1 %: of the own loss 0.0048, of the base's 0.0045
-    text = _Text(report(run).read_text()).text
+    text = PageText(report(run).read_text()).text
     reason = "not measured: the uniform control costs nothing"
     for kind, words, curve in zip(
         ("own", "base"), ("own loss", "base's loss"), drawn["critical ratio r*"], strict=True
@@ -167,13 +139,13 @@ def test_a_run_without_figures_of_every_probe_is_shown_without_intervals(run: Pa
         path = run / "measurements" / f"masking-{stage}.npz"
         np.savez(path, **{name: value for name, value in np.load(path).items() if name != "dropped_mass"})
     page = report(run).read_text()
-    assert "Not measured: the run kept no dropped mass." in page and "0.3 → 0.3" in _Text(page).text
+    assert "Not measured: the run kept no dropped mass." in page and "0.3 → 0.3" in PageText(page).text
     assert 'class="bar"' not in page
 
 
 def test_the_largest_ratio_measured_is_a_lower_bound(run: Path):
     write_masking(run, "epoch-002", 0.9, 0.45)
-    text = _Text(report(run).read_text()).text
+    text = PageText(report(run).read_text()).text
     assert "retrained r* at 1 % of the own loss 0.123 [0.11, 0.137] ≥ 0.9 [0." in text
 
 
@@ -188,12 +160,12 @@ def test_a_robustness_auc_is_told_without_a_colour(run: Path):
 
 def test_without_the_base_there_is_no_tolerance_of_its_own(run: Path):
     (run / "measurements" / "masking-base.npz").unlink()
-    text = _Text(report(run).read_text()).text
+    text = PageText(report(run).read_text()).text
     assert "r* at 1 % of the base's loss, epoch 0, epoch 2: not measured: the stage base was not." in text
 
 
 def test_the_page_holds_everything_itself(run: Path):
-    page = _Text(report(run).read_text())
+    page = PageText(report(run).read_text())
     videos = [address for address in page.addresses if address.startswith("data:video/mp4;base64,")]
     assert len(videos) == 3
     assert [base64.b64decode(v.split(",")[1]) for v in videos] == [
@@ -225,13 +197,13 @@ def test_what_is_missing_is_said(run: Path, remove: str, said: str):
             file.unlink()
     else:
         path.unlink()
-    assert said in _Text(report(run).read_text()).text
+    assert said in PageText(report(run).read_text()).text
 
 
 def test_figures_without_a_number_do_not_break_the_page(run: Path):
     write_masking(run, "epoch-002", float("nan"), float("nan"))
     (run / "metrics.csv").write_text("step,train/loss,val/loss\n1,nan,inf\n2,,nan\n")
-    text = _Text(report(run).read_text()).text
+    text = PageText(report(run).read_text()).text
     assert "0.12 → n/a" in text
     assert "The last validation loss is not a finite number." in text
     assert not re.search(r"\bnan\b", text)

@@ -44,6 +44,24 @@ def test_bad_news_is_told(run: Path):
     assert [figure.verdict for figure in key_figures(found)[:2]] == ["bad", "bad"]
 
 
+def test_what_reinitialisation_does_is_not_said_of_training(run: Path):
+    said = " ".join(sentences(read_results(RunFolder(run))))
+    assert (
+        "before the first step: 0 of 2 planted heads are sinks then, 0 after training; the dense loss is 0.99 then, "
+        "0.41 after training. Sinks that are gone before the first step were removed by re-initialisation, not by "
+        "training, and training brought none back." in said
+    )
+    write_sinks(run, "epoch-002", {(4, 1): 1.0})
+    said = " ".join(sentences(read_results(RunFolder(run))))
+    assert "0 of 2 planted heads are sinks then, 1 after training" in said and "brought none back" not in said
+
+
+def test_blocks_that_were_not_reinitialised_start_with_their_sinks(run: Path):
+    write_sinks(run, "epoch-000", dict.fromkeys(PLANTED, 1.0))
+    said = " ".join(sentences(read_results(RunFolder(run))))
+    assert "2 of 2 planted heads are sinks then, 0 after training" in said and "re-initialisation" not in said
+
+
 def test_many_passing_sinks_are_summed_up(run: Path):
     write_sinks(run, "epoch-002", dict.fromkeys([(layer, head) for layer in LAYERS for head in range(HEADS)], 0.25))
     wide = {

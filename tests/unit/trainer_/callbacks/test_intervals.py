@@ -12,6 +12,7 @@ from trainer.callbacks.intervals import (
     bootstrap,
     excludes_zero,
     paired_bootstrap,
+    run_difference,
     share_difference,
     tail,
     wilson_interval,
@@ -40,6 +41,24 @@ def interval(x, prompts=None):
 def test_the_share_beyond_the_ends_is_that_of_students_t(prompts, student):
     expanded = student * np.sqrt(prompts / (prompts - 1))
     assert -NormalDist().inv_cdf(tail(prompts)) == pytest.approx(expanded, abs=6e-4)
+
+
+def test_a_difference_over_runs_is_students():
+    # Difference 3; variances 1 and 1 (two runs less one each), so t of two degrees of freedom, 4.303, times 1.
+    low, high = run_difference([0.0, 2**0.5], [3.0, 3.0 + 2**0.5])
+    assert (low, high) == pytest.approx((3 - 4.303, 3 + 4.303), abs=1e-3)
+    # Three against one run: no interval, for the one says nothing of its spread.
+    assert run_difference([1.0, 2.0, 3.0], [4.0]) is None
+    assert run_difference([1.0, np.nan], [4.0, 5.0]) is None
+
+
+@pytest.mark.parametrize("runs", [(2, 2), (3, 2), (4, 4)])
+def test_a_difference_over_runs_holds_the_truth_as_often_as_it_says(runs):
+    rng = np.random.default_rng(3)
+    sides = [rng.normal(size=(3000, count)) + mean for count, mean in zip(runs, (0.0, 0.7), strict=True)]
+    intervals = [run_difference(*pair) for pair in zip(*sides, strict=True)]
+    held = np.mean([low <= 0.7 <= high for low, high in intervals])
+    assert abs(held - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 3000)
 
 
 @given(SEEDS, COUNTS)

@@ -76,9 +76,17 @@ def brute_force(module, probes, layers, ratio):
 
 def test_agrees_with_a_brute_force_over_stored_float64_weights(base_folder):
     module = build(base_folder)
-    _, got = measure(module, ratios=(0.3, 0.8), scopes=("retrained", "each", "all", "but-1"))
-    scopes = {"retrained": [1, 2], "layer-01": [1], "layer-02": [2], "all": [0, 1, 2], "but-1": [0, 2]}
+    _, got = measure(module, ratios=(0.3, 0.8), scopes=("retrained", "each", "all", "but-1", "last-2"))
+    scopes = {
+        "retrained": [1, 2],
+        "layer-01": [1],
+        "layer-02": [2],
+        "all": [0, 1, 2],
+        "but-1": [0, 2],
+        "last-2": [1, 2],
+    }
     assert got["scopes"].tolist() == list(scopes)
+    assert [np.flatnonzero(row).tolist() for row in got["scope_layers"]] == list(scopes.values())
     probes = ProbeSet(draw_samples(), SIGMAS, seed=1)
     for k, layers in enumerate(scopes.values()):
         for r, ratio in enumerate((0.3, 0.8)):
@@ -180,7 +188,20 @@ def test_attention_functions_come_off_also_when_something_raises(base_folder, mo
 
 
 @pytest.mark.parametrize(
-    "scope", ["layer-3", "layer-", "layer-1-2", "but-7", "but-0-1-2", "but", "everything", "layer--1"]
+    "scope",
+    [
+        "layer-3",
+        "layer-",
+        "layer-1-2",
+        "but-7",
+        "but-0-1-2",
+        "but",
+        "everything",
+        "layer--1",
+        "last-0",
+        "last-4",
+        "last",
+    ],
 )
 def test_unknown_scopes_are_named(base_folder, scope):
     with pytest.raises(ValueError, match=f"got scope '{scope}'"):

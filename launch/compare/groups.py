@@ -1,0 +1,104 @@
+"""Runs of one recipe as a group, and how the recipes of groups differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from launch.flat_recipe import flatten
+from launch.report.results import RunResults
+
+#: Parts of a recipe that tell runs of one recipe apart, by the beginning of their dotted names: names and folders, and
+#: the seeds that follow `seed_everything`.
+_OF_ONE_RUN = (
+    "run.",
+    "seed_everything",
+    "model.init_args.seed",
+    "model.init_args.surgery.seed",
+    "data.init_args.seed",
+)
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs whose recipes differ in names and seeds alone.
+
+    Args:
+        runs: one or more runs.
+    """
+
+    runs: tuple[RunResults, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the run folders."""
+        return [results.run.path.resolve().name for results in self.runs]
+
+    @property
+    def name(self) -> str:
+        """Name of the only run; of several, their common beginning and their number."""
+        if len(self.runs) == 1:
+            return self.names[0]
+        first, last = min(self.names), max(self.names)
+        common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        return f"{first[:common].rstrip('-_. ') or first} ({len(self.runs)} runs)"
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's values by dotted name, without those that belong to one run."""
+        return recipe_values(self.runs[0])
+
+    @property
+    def steps(self) -> str:
+        """Optimiser steps of each run's last row of metrics.csv; one number if all are equal."""
+        counts = [int(float(row["step"])) for r in self.runs for row in list(r.metrics)[-1:] if row.get("step")]
+        return ", ".join(str(count) for count in sorted(set(counts))) or "n/a"
+
+    def differs_from(self, other: "RunGroup") -> list[str]:
+        """Values of the recipe that differ from those of `other`, one per line of text."""
+        names = sorted({*self.recipe, *other.recipe})
+        return [
+            f"{_short(name)}: {_value(self.recipe, name)} instead of {_value(other.recipe, name)}"
+            for name in names
+            if _value(self.recipe, name) != _value(other.recipe, name)
+        ]
+
+
+def recipe_values(results: RunResults) -> dict[str, Any]:
+    """A run's recipe by dotted name, without what belongs to one run."""
+    values = flatten(results.run.read_config())
+    return {name: value for name, value in values.items() if name and not name.startswith(_OF_ONE_RUN)}
+
+
+def group_runs(runs: Sequence[RunResults]) -> list[RunGroup]:
+    """Groups runs of equal recipes, in the order of their first runs.
+
+    Raises:
+        ValueError: if a run is given twice.
+    """
+    seen: dict[str, RunResults] = {}
+    groups: dict[str, list[RunResults]] = {}
+    for results in runs:
+        folder = str(results.run.path.resolve())
+        if folder in seen:
+            raise ValueError(f"got {folder} twice, expected each run once: a run repeated is no second seed.")
+        seen[folder] = results
+        groups.setdefault(repr(sorted(recipe_values(results).items())), []).append(results)
+    found = [RunGroup(tuple(members)) for members in groups.values()]
+    for group in found:
+        seeds = [str(results.run.read_config().get("seed_everything")) for results in group.runs]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"got runs {', '.join(group.names)} of one recipe with seeds {', '.join(seeds)}, expected another "
+                "seed_everything for each: runs of one seed are no independent draws. Leave one out."
+            )
+    return found
+
+
+def _value(recipe: dict[str, Any], name: str) -> Any:
+    return recipe.get(name, "nothing")
+
+
+def _short(name: str) -> str:
+    """A dotted name without the parts that all names of its section have."""
+    return name.replace(".init_args.", ".").removeprefix("model.").removeprefix("data.")
