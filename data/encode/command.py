@@ -33,6 +33,7 @@ def encode(
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "float32",
+    text_dtype: str = "float32",
     max_text_tokens: int = 256,
     tiling: bool = False,
     processes: int | None = None,
@@ -57,7 +58,9 @@ def encode(
         base: diffusers pipeline folder with `vae`, `text_encoder` and `tokenizer`, or the id of a downloaded one.
         batch_size: clips encoded at once.
         device: where the encoders run: cpu, cuda (this task's device on a node with several), cuda:1, or auto.
-        dtype: of the encoders: float32, bfloat16 or float16. Embeddings are stored in float16 unless it is float32.
+        dtype: of the VAE: float32, bfloat16 or float16.
+        text_dtype: of T5, likewise; Mochi was trained with float32. Embeddings are stored in float16 unless both are
+            float32.
         max_text_tokens: longer captions are truncated.
         tiling: for large or long clips: encode clip by clip, and frames above 256 x 256 in overlapping tiles. It
             needs less memory and gives slightly different latents.
@@ -77,7 +80,7 @@ def encode(
     """
     shards, out, device = str(shards), Path(out), choose_device(device)
     processes = default_processes(device) if processes is None else processes
-    _check_options(dtype, batch_size, max_text_tokens, processes, deadline, max_fault_share)
+    _check_options((dtype, text_dtype), batch_size, max_text_tokens, processes, deadline, max_fault_share)
     base_folder = resolve_base(base)
     facts = read_base(base_folder)
     store = Store(cache, cache_bytes)
@@ -86,6 +89,8 @@ def encode(
         "source": settings_hash({"shards": [entry["sha256"] for s in sources for entry in s.index["shards"]]}),
         "base": facts.fingerprint, "dtype": dtype, "max_text_tokens": max_text_tokens, "tiling": tiling,
     }  # fmt: skip
+    if text_dtype != dtype:
+        settings["text_dtype"] = text_dtype
     leases = Leases(out / "claims", claim_timeout)
     folder = ShardFolder(out, settings)
     queue = ShardQueue(folder, sources, store, leases, max_fault_share)
@@ -97,7 +102,7 @@ def encode(
     def load() -> Encoders:
         # Again, now that this process has a lease: before, another process could remove the folder as unused.
         register_settings(folder, leases)
-        return Encoders(base_folder, device, getattr(torch, dtype), max_text_tokens, tiling)
+        return Encoders(base_folder, device, getattr(torch, dtype), max_text_tokens, tiling, getattr(torch, text_dtype))
 
     try:
         with leases:
@@ -123,12 +128,18 @@ def encode(
 
 
 def _check_options(
-    dtype: str, batch_size: int, max_text_tokens: int, processes: int, deadline: float, max_fault_share: float
+    dtypes: tuple[str, str],
+    batch_size: int,
+    max_text_tokens: int,
+    processes: int,
+    deadline: float,
+    max_fault_share: float,
 ) -> None:
-    if dtype not in _DTYPES or min(batch_size, max_text_tokens, processes) < 1 or not deadline > 0:
+    if not set(dtypes) <= set(_DTYPES) or min(batch_size, max_text_tokens, processes) < 1 or not deadline > 0:
         raise ValueError(
-            f"got dtype {dtype!r}, batch_size {batch_size}, max_text_tokens {max_text_tokens}, processes {processes}, "
-            f"deadline {deadline}; expected a dtype of {_DTYPES}, and more than 0 of the others."
+            f"got dtype {dtypes[0]!r}, text_dtype {dtypes[1]!r}, batch_size {batch_size}, max_text_tokens "
+            f"{max_text_tokens}, processes {processes}, deadline {deadline}; expected dtypes of {_DTYPES}, and more "
+            "than 0 of the others."
         )
     if not 0 <= max_fault_share <= 1:
         raise ValueError(f"got max_fault_share {max_fault_share}, expected a share from 0 to 1, for example 0.01.")

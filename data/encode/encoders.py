@@ -24,21 +24,23 @@ class Encoders:
     Args:
         base: diffusers pipeline folder, or the id of a downloaded hub repository; weights in one file or many.
         device: where they run.
-        dtype: of their weights.
+        dtype: of the VAE's weights.
         max_text_tokens: longer captions are truncated.
         tiling: encode clip by clip, and frames above 256 x 256 in overlapping tiles. Memory then does not grow with the
             batch and the frame, and latents differ slightly. Encoding a few frames at a time is not possible: the
             attention of Mochi's encoder runs over all frames of a clip, and diffusers refuses to split it.
+        text_dtype: of T5's weights: float32, as Mochi was trained with.
 
     Raises:
         ValueError: if the base is absent, or its weights do not fit its configs.
     """
 
     def __init__(
-        self, base: Path | str, device: str, dtype: torch.dtype, max_text_tokens: int, tiling: bool = False
-    ) -> None:
+        self, base: Path | str, device: str, dtype: torch.dtype, max_text_tokens: int, tiling: bool = False,
+        text_dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         folder = resolve_base(base)
-        self.device, self.dtype, self.max_text_tokens = device, dtype, max_text_tokens
+        self.device, self.dtype, self.text_dtype, self.max_text_tokens = device, dtype, text_dtype, max_text_tokens
         self.vae = _load(AutoencoderKLMochi, folder / "vae", torch_dtype=dtype, low_cpu_mem_usage=False)
         self.vae.to(device).eval()
         # Only the encoder is needed; the decoder would double the memory on the host and on the device.
@@ -47,7 +49,7 @@ class Encoders:
             self.vae.enable_tiling()
             self.vae.enable_slicing()
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self.text_encoder = _load(T5EncoderModel, folder / "text_encoder", dtype=dtype).to(device).eval()
+        self.text_encoder = _load(T5EncoderModel, folder / "text_encoder", dtype=text_dtype).to(device).eval()
         self.timer = StageTimer(device)
 
     @torch.inference_mode()
@@ -69,10 +71,10 @@ class Encoders:
     def text(self, captions: Sequence[str]) -> list[Tensor]:
         """Embeddings of the valid tokens of each caption, (L, D) on the CPU; L is 0 for an empty caption.
 
-        float32 if the encoder is, else float16. Each caption is encoded alone, at its own length. So its embedding does
-        not depend on the other captions, to the bit, and no padding is computed.
+        float32 if both encoders are, else float16. Each caption is encoded alone, at its own length. So its embedding
+        does not depend on the other captions, to the bit, and no padding is computed.
         """
-        dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
+        dtype = torch.float32 if self.dtype == self.text_dtype == torch.float32 else torch.float16
         embeddings = []
         for caption in captions:
             if not caption:

@@ -25,7 +25,8 @@ class EncodingDataModule(BatchDataModule):
     Args:
         base: diffusers pipeline folder with `vae`, `text_encoder` and `tokenizer`, or its downloaded hub id.
         sample_latents: draw latents from the VAE's posterior, as `LatentDataModule` does, instead of taking its mean.
-        dtype: of the encoders: float32, bfloat16 or float16.
+        dtype: of the VAE: float32, bfloat16 or float16.
+        text_dtype: of T5, likewise; Mochi was trained with float32.
         max_text_tokens: longer captions are cut.
         tiling: encode clip by clip and large frames in tiles: less memory, slightly other latents.
         deadline: seconds that decoding a clip may take.
@@ -43,20 +44,21 @@ class EncodingDataModule(BatchDataModule):
         base: str,
         sample_latents: bool = False,
         dtype: str = "float32",
+        text_dtype: str = "float32",
         max_text_tokens: int = 256,
         tiling: bool = False,
         deadline: float = 60.0,
         **stream: Any,
     ) -> None:
         super().__init__(**stream)
-        if dtype not in ("float32", "bfloat16", "float16") or max_text_tokens < 1:
+        if not {dtype, text_dtype} <= {"float32", "bfloat16", "float16"} or max_text_tokens < 1:
             raise ValueError(
-                f"got dtype {dtype!r}, max_text_tokens {max_text_tokens}; expected float32, bfloat16 or float16, and 1 "
-                "token or more."
+                f"got dtype {dtype!r}, text_dtype {text_dtype!r}, max_text_tokens {max_text_tokens}; expected float32, "
+                "bfloat16 or float16, and 1 token or more."
             )
         self.base = base
         self.sample_latents = sample_latents
-        self.dtype, self.max_text_tokens, self.tiling = dtype, max_text_tokens, tiling
+        self.dtype, self.text_dtype, self.max_text_tokens, self.tiling = dtype, text_dtype, max_text_tokens, tiling
         self.deadline = deadline
         self._encoders: Any = None
 
@@ -94,8 +96,9 @@ class EncodingDataModule(BatchDataModule):
         device = str(batch.videos.device)
         if self._encoders is None or self._encoders.device != device:
             self._encoders = Encoders(
-                Path(self.base), device, getattr(torch, self.dtype), self.max_text_tokens, self.tiling
-            )
+                Path(self.base), device, getattr(torch, self.dtype), self.max_text_tokens, self.tiling,
+                getattr(torch, self.text_dtype),
+            )  # fmt: skip
         means, logvars = self._encoders.latents(batch.videos)
         texts = self._encoders.text([clip.caption for clip in batch.clips])
         return [

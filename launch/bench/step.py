@@ -1,6 +1,6 @@
-"""`reblock bench step`: compares a training step of trunk and head with one of diffusers' own forward.
+"""`reblock bench step`: a training step of trunk and head, against diffusers' own forward and under each objective.
 
-All variants have the same weights, retrained blocks and batch; their losses are compared before anything is timed.
+All variants have the same weights, retrained blocks and batch; flow losses are compared before anything is timed.
 Steps of the variants are interleaved, so that a busy machine slows all of them alike. The memory that a step adds to
 the built model is measured in a new process for each variant.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from data.batch import Batch, Sample
 from launch.bench.host_memory import host_peak
 from launch.bench.result import BenchResult, choose_device
+from trainer.distillation import ObjectivePhase
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
 #: Config of the timed model, large enough that matrix products dominate the time on a CPU, and not Python.
@@ -47,7 +48,17 @@ RETRAINED = 4
 TRUNK_HEAD = "trunk / head"
 STOCK = "diffusers' forward, same freeze"
 TRAP = "the same, `pos_frequencies` left trainable"
-VARIANTS = (TRUNK_HEAD, STOCK, TRAP)
+#: Variant -> its objective. The first three compute the flow loss, each in its own way.
+OBJECTIVES = {
+    TRUNK_HEAD: ObjectivePhase(flow=1.0),
+    STOCK: ObjectivePhase(flow=1.0),
+    TRAP: ObjectivePhase(flow=1.0),
+    "trunk / head, objective `velocity`": ObjectivePhase(velocity=1.0),
+    "trunk / head, objective `blocks`": ObjectivePhase(blocks=1.0),
+    "trunk / head, `blocks` and `velocity`": ObjectivePhase(blocks=1.0, velocity=1.0),
+}
+VARIANTS = tuple(OBJECTIVES)
+FLOW_VARIANTS = (TRUNK_HEAD, STOCK, TRAP)
 
 
 @contextmanager
@@ -88,7 +99,7 @@ class StepVariant:
         # Initialised by `torch`, since with `dit` only the gates of a new block have a nonzero gradient at first.
         self.module = RetrainBlocks(
             base=base, surgery=SurgeryConfig(last=last, init="torch"), optim=OptimConfig(warmup_steps=1),
-            caption_dropout=0.0, stock_attention=name != TRUNK_HEAD,
+            caption_dropout=0.0, stock_attention=name in (STOCK, TRAP), objective=[OBJECTIVES[name]],
         )  # fmt: skip
         self.module.build(device)
         self.module.to(device)
@@ -97,19 +108,19 @@ class StepVariant:
         flow = self.module.flow
         self.sigma = flow.sigma(0, batch.uids).to(device)
         self.noise = flow.noise(0, batch.uids, batch.latents.shape[1:]).to(device)
-        self.velocity: Callable[..., Tensor] = self.module.velocity if name == TRUNK_HEAD else self._stock
+        self.phase = OBJECTIVES[name]
+        self.loss: Callable[[], Tensor] = self._stock_loss if name in (STOCK, TRAP) else self._loss
         if name == TRAP:
             self.module.split_model.transformer.pos_frequencies.requires_grad_(True)
 
-    def _stock(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
-        timestep = self.module.flow.timestep(sigma)
-        return self.module.split_model.transformer(x, batch.text, timestep, batch.text_mask, return_dict=False)[0]
+    def _stock_loss(self) -> Tensor:
+        flow, batch = self.module.flow, self.batch
+        x, timestep = flow.mix(batch.latents, self.noise, self.sigma), flow.timestep(self.sigma)
+        velocity = self.module.split_model.transformer(x, batch.text, timestep, batch.text_mask, return_dict=False)[0]
+        return (velocity - flow.target(batch.latents, self.noise)).square().mean()
 
-    def loss(self) -> Tensor:
-        """Computes the loss with autograd."""
-        x = self.module.flow.mix(self.batch.latents, self.noise, self.sigma)
-        target = self.module.flow.target(self.batch.latents, self.noise)
-        return (self.velocity(x, self.sigma, self.batch) - target).square().mean()
+    def _loss(self) -> Tensor:
+        return self.module.objective_losses(self.batch, self.noise, self.sigma, self.phase).mean()
 
     def step(self) -> None:
         """Runs one step: forward, backward, clipping, AdamW."""
@@ -186,7 +197,7 @@ def compare(
     with config_file(config) as base:
         batch = make_batch(config, latent, captions)
         variants = {name: StepVariant(name, base, batch, last=last, device=device) for name in VARIANTS}
-    losses = {name: float(variant.loss().detach()) for name, variant in variants.items()}
+    losses = {name: float(variants[name].loss().detach()) for name in FLOW_VARIANTS}
     if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
         raise RuntimeError(f"the variants give different losses: {losses}")
     kept = {name: saved_bytes(variant) for name, variant in variants.items()}
@@ -207,7 +218,7 @@ def added_memory(name: str, config: dict, latent: tuple, captions: tuple, *, las
 
 
 def run(*, device: str = "auto", repeats: int = 7) -> BenchResult:
-    """Times a training step of trunk and head against diffusers' own forward.
+    """Times a training step of trunk and head, against diffusers' own forward and under each objective.
 
     Args:
         device: `cpu`, `cuda`, or `auto` for cuda if there is a GPU.
@@ -242,6 +253,7 @@ def run(*, device: str = "auto", repeats: int = 7) -> BenchResult:
             "'Step adds' is peak memory above the built model in a process of its own: activations, gradients, "
             "optimiser state. A frozen trunk makes no graph in diffusers' forward either, as long as no leaf outside "
             "the blocks is trainable; the third line has one.",
+            "Objectives `velocity` and `blocks` also run copies of the base's own blocks, which the built model has.",
         ),
         device=device,
     )  # fmt: skip

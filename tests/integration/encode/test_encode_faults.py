@@ -79,6 +79,7 @@ def test_faults_are_found_before_anything_is_loaded(shards, base, tmp_path, monk
     monkeypatch.setattr(AutoencoderKLMochi, "from_pretrained", loaded)
     for options, message in [
         ({"dtype": "int8"}, "got dtype 'int8'"),
+        ({"text_dtype": "int8"}, "text_dtype 'int8'"),
         ({"processes": 0}, "processes 0"),
         ({"claim_timeout": 0}, "got claim_timeout 0"),
         ({"device": "blah"}, "got device 'blah', expected cpu, cuda"),

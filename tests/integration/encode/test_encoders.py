@@ -107,6 +107,18 @@ def test_an_embedding_does_not_depend_on_the_captions_beside_it(base):
         torch.testing.assert_close(encoders.text([caption])[0], text, rtol=0, atol=0)
 
 
+def test_text_is_encoded_in_float32_beside_a_narrow_vae(base):
+    narrow, whole, rough = (
+        Encoders(base, "cpu", *options)
+        for options in ((torch.bfloat16, 64), (torch.float32, 64), (torch.bfloat16, 64, False, torch.bfloat16))
+    )
+    assert narrow.vae.dtype == torch.bfloat16 and narrow.text_encoder.dtype == torch.float32
+    stored, exact, other = (encoders.text(["a large blue square"])[0] for encoders in (narrow, whole, rough))
+    assert (exact.dtype, stored.dtype, other.dtype) == (torch.float32, torch.float16, torch.float16)
+    torch.testing.assert_close(stored, exact.half(), rtol=0, atol=0)  # rounded once, when it is stored
+    assert (other.float() - exact).norm() > 5 * (stored.float() - exact).norm()
+
+
 @pytest.mark.slow
 def test_tiles_of_large_frames_give_nearly_the_same_latents(base):
     video = render(choose_scene(0, 0), size=272, frames=7)

@@ -17,7 +17,7 @@ MODULES = {
     LatentDataModule: ({"sample_latents"}, []),
     VideoDataModule: ({"frames", "height", "width", "deadline"}, []),
     EncodingDataModule: (
-        {"base", "sample_latents", "dtype", "max_text_tokens", "tiling", "deadline"},
+        {"base", "sample_latents", "dtype", "text_dtype", "max_text_tokens", "tiling", "deadline"},
         ["--data.base", "b"],
     ),
 }
