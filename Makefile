@@ -37,8 +37,9 @@ types: $(STAMP)
 pure: $(STAMP)
 	$(BIN)/pytest -q -m "not slow" $(PURE)
 
-kills: $(STAMP) ## a run of RANKS ranks killed KILLS times at random and compared with one that is not: about 20 minutes
+kills: $(STAMP) ## long series: a run of RANKS ranks killed KILLS times and compared, then signals and encoding: half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills.series --kills $(KILLS) --ranks $(RANKS) --seed $(SEED)
+	LONG_SERIES=1 $(BIN)/pytest -n 0 tests/integration/test_stop_storm.py tests/integration/encode/test_encode_kill.py
 
 bench: $(STAMP) ## step time and memory of trunk / head against the stock forward
 	$(BIN)/reblock bench step

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 
 from trainer.models.from_scratch import draw_frequencies, reserve_channels
+from trainer.models.planted_sinks import hold_sinks, parse_heads
 from trainer.parallel.sharded_tensors import full_tensor
 
 Initialisation = Literal["dit", "torch", "normal", "keep"]
@@ -25,9 +26,11 @@ class SurgeryConfig:
         init: `dit` (Xavier, zero modulation: a new block starts as the identity), `torch` (each layer's default),
             `normal` (std 0.02) or `keep` (fine-tuning without re-initialisation, the control).
         seed: of the fresh weights.
-        train_outside: also train the weights outside the blocks; only for making a base from scratch. `pos_frequencies`
-            are then drawn from the seed (a fresh diffusers model has none) and stay as drawn.
+        train_outside: also train the weights outside the blocks; only for making a base. Unless `init` is `keep`,
+            `pos_frequencies` are then drawn from the seed (a fresh diffusers model has none) and stay as drawn.
         reserved_channels: residual channels that no trained layer may write: kept zero for planted sinks.
+        held_sinks: heads of the base, as LAYER:HEAD, whose planted sinks stay as they are while everything else trains
+            around them (`reblock plant` plants them); with the base's `reserved_channels`.
     """
 
     last: int | None = None
@@ -36,6 +39,7 @@ class SurgeryConfig:
     seed: int = 0
     train_outside: bool = False
     reserved_channels: tuple[int, ...] = ()
+    held_sinks: list[str] = field(default_factory=list)
 
 
 def choose_blocks(num_blocks: int, *, last: int | None = None, blocks: Iterable[int] | None = None) -> tuple[int, ...]:
@@ -158,9 +162,11 @@ def apply_surgery(model: MochiTransformer3DModel, blocks: Sequence[int], config:
             reinitialise(block, config.init, config.seed * 1000 + index)
     freeze_all_but(model, [model] if config.train_outside else retrained)
     model.pos_frequencies.requires_grad_(False)
-    if config.train_outside and not meta:
+    if config.train_outside and config.init != "keep" and not meta:
         draw_frequencies(model, config.seed)
-    if config.reserved_channels:
+    if config.held_sinks:
+        hold_sinks(model, config.reserved_channels, parse_heads(config.held_sinks))
+    elif config.reserved_channels:
         reserve_channels(model, config.reserved_channels)
 
 

@@ -6,6 +6,7 @@ Legend: B batch.
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.progress import track
@@ -16,7 +17,7 @@ from data.files import atomic_folder, write_json
 from data.modules.latents import LatentDataModule
 from trainer.attention import sink_statistics, sink_verdict
 from trainer.models.layout import AttentionCall, dense_attention
-from trainer.models.planted_sinks import PlantedHead, plant_sinks
+from trainer.models.planted_sinks import PlantedHead, largest_markers, parse_heads, plant_sinks
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 #: A query attends heavily to a key if its attention weight exceeds this; as in docs/measurements.md.
@@ -27,6 +28,18 @@ def _open(base: Path) -> RetrainBlocks:
     module = RetrainBlocks(base=str(base), surgery=SurgeryConfig(last=1, init="keep"))
     module.build("cpu")
     return module
+
+
+class SeenSinks(NamedTuple):
+    """Sinks of a layer, over the held-out samples and sigmas.
+
+    Args:
+        frequency: (heads,) share of (sample, sigma) pairs with a sink.
+        value_norm_ratio: (heads,) mean of |v| of the largest key over the mean of the others.
+    """
+
+    frequency: Tensor
+    value_norm_ratio: Tensor
 
 
 class HeldOutSamples:
@@ -54,19 +67,36 @@ class HeldOutSamples:
         return total / (self.samples * len(module.val_sigmas))
 
     @torch.no_grad()
-    def sink_frequency(self, module: RetrainBlocks, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Share of (sample, sigma) pairs with a sink, (heads,) for each layer."""
+    def largest_marker(self, module: RetrainBlocks, channel: int) -> float:
+        """The largest marker among the tokens of a noisy sample, mean over samples and sigmas."""
+        assert module.split_model is not None
+        found = []
+        for batch in self.batches:
+            noise = module.flow.held_out_noise(batch.uids, batch.latents.shape[1:])
+            for sigma in module.val_sigmas:
+                x = module.flow.mix(batch.latents, noise, torch.full((len(batch),), sigma))
+                found.append(largest_markers(module.split_model.transformer, x, channel))
+        return float(torch.cat(found).mean())
+
+    @torch.no_grad()
+    def sinks(self, module: RetrainBlocks, layers: Sequence[int]) -> dict[int, SeenSinks]:
+        """What a look at the sinks of each layer finds."""
         verdicts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        ratios: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
         def observe(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
             found = sink_statistics(q, k, v, num_vision=call.layout.num_vision, eps=(EPS,))
             verdicts[call.layer].append(sink_verdict(found.fraction[..., 0]))
+            ratios[call.layer].append(found.value_norm_ratio)
             return dense_attention(q, k, v, call)
 
         assert module.split_model is not None
         with module.split_model.attention(dict.fromkeys(layers, observe)):
             self.loss(module)
-        return {layer: torch.cat(found).float().mean(dim=0) for layer, found in verdicts.items()}
+        return {
+            layer: SeenSinks(*(torch.cat(found[layer]).float().mean(dim=0) for found in (verdicts, ratios)))
+            for layer in layers
+        }
 
 
 def _cheapest_heads(
@@ -74,8 +104,7 @@ def _cheapest_heads(
     held_out: HeldOutSamples,
     layers: Sequence[int],
     channels: tuple[int, int],
-    gain: float,
-    values: float,
+    sharpness: dict[str, float],
 ) -> list[PlantedHead]:
     """The head of each layer whose planted sink gives the lowest validation loss."""
     assert module.split_model is not None
@@ -88,20 +117,12 @@ def _cheapest_heads(
         losses = []
         for head in heads:
             next(progress)
-            plant_sinks(model, channels, [PlantedHead(layer, head, gain, values)])
+            plant_sinks(model, channels, [PlantedHead(layer, head, **sharpness)])
             losses.append(held_out.loss(module))
             model.load_state_dict(original)
-        chosen.append(PlantedHead(layer, min(heads, key=losses.__getitem__), gain, values))
+        chosen.append(PlantedHead(layer, min(heads, key=losses.__getitem__), **sharpness))
     next(progress, None)
     return chosen
-
-
-def _parse_heads(heads: list[str], gain: float, values: float) -> list[PlantedHead]:
-    try:
-        pairs = [tuple(int(part) for part in text.split(":")) for text in heads]
-        return [PlantedHead(layer, head, gain, values) for layer, head in pairs]
-    except ValueError as error:
-        raise ValueError(f"got heads {heads}, expected LAYER:HEAD each, such as 7:1.") from error
 
 
 def plant(
@@ -112,7 +133,7 @@ def plant(
     heads: list[str] | None = None,
     last: int = 4,
     gain: float = 64.0,
-    values: float = 0.25,
+    values: float = 1.0,
     channels: tuple[int, int] = (0, 1),
     val_samples: int = 32,
 ) -> None:
@@ -129,7 +150,7 @@ def plant(
             blocks whose sink raises the validation loss least.
         last: number of last blocks that get one sink each, if `heads` is not given.
         gain: QK-norm weight of a planted head; a larger one sharpens its attention.
-        values: factor on a planted head's value projections; a small one makes the sink nearly a no-op, as in Mochi.
+        values: size of a planted head's values. The sink's is small beside the others', as in Mochi: nearly a no-op.
         channels: indices of the reserved channels, constant and marker.
         val_samples: number of held-out samples, equal to the fit's `data.val_samples`.
 
@@ -148,14 +169,17 @@ def plant(
     held_out = HeldOutSamples(shards, val_samples, module)
     before = held_out.loss(module)
     blocks = range(module.split_model.num_blocks - last, module.split_model.num_blocks)
+    settings = {"gain": gain, "largest_marker": held_out.largest_marker(module, channels[1]), "values": values}
     planted = (
-        _parse_heads(heads, gain, values)
+        [PlantedHead(layer, head, **settings) for layer, head in parse_heads(heads)]
         if heads
-        else _cheapest_heads(module, held_out, blocks, channels, gain, values)
+        else _cheapest_heads(module, held_out, blocks, channels, settings)
     )
     plant_sinks(model, channels, planted)
     after = held_out.loss(module)
-    frequency = held_out.sink_frequency(module, sorted({head.layer for head in planted}))
+    seen = held_out.sinks(module, sorted({head.layer for head in planted}))
+    frequency = {layer: found.frequency for layer, found in seen.items()}
+    ratios = {(p.layer, p.head): float(seen[p.layer].value_norm_ratio[p.head]) for p in planted}
     missed = {f"{p.layer}:{p.head}": round(float(frequency[p.layer][p.head]), 4) for p in planted}
     missed = {name: share for name, share in missed.items() if share < 1.0}
     if missed:
@@ -170,7 +194,9 @@ def plant(
                 "layer": p.layer,
                 "head": p.head,
                 "gain": p.gain,
+                "largest_marker": p.largest_marker,
                 "values": p.values,
+                "value_norm_ratio": ratios[p.layer, p.head],
                 "verified_frequency": float(frequency[p.layer][p.head]),
             }
             for p in planted

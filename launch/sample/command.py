@@ -1,9 +1,9 @@
-"""`reblock sample`: samples the same captions and seeds from the base, the retrained and the masked retrained model."""
+"""`reblock sample`: samples the same captions and seeds from base and retrained model, each also masked."""
 
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -14,6 +14,14 @@ from data.video.decode import decode_video
 from data.video.write import write_video
 from launch.sample.contact_sheet import write_contact_sheet
 from launch.sample.generate import SamplingConfig, VideoSampler, bottom_masked, psnr_and_ssim
+from launch.sample.variants import (
+    BASE,
+    BASE_MASKED,
+    OTHER_SEED,
+    RETRAINED,
+    RETRAINED_MASKED,
+    sample_note,
+)
 from trainer.models.layout import AttentionFunction
 
 #: Default captions, in the language of `reblock synth`.
@@ -24,12 +32,16 @@ CAPTIONS = (
 )
 
 
+#: Added to a caption's seed for the other seed.
+_NEXT_SEED = 1000
+
+
 @dataclass(frozen=True)
 class SampleVariant:
     """One way to sample a caption.
 
     Args:
-        name: base, retrained or retrained-masked.
+        name: base, base-masked, base-other-seed, retrained or retrained-masked.
         folder: pipeline folder to sample from.
         mask_ratio: share of attention weights removed in the layers of `functions`.
         functions: attention function by layer; empty for dense attention.
@@ -37,8 +49,12 @@ class SampleVariant:
 
     name: str
     folder: Path
-    mask_ratio: float
-    functions: Mapping[int, AttentionFunction]
+    mask_ratio: float = 0.0
+    functions: Mapping[int, AttentionFunction] = field(default_factory=dict)
+
+    def noise_seed(self, seed: int) -> int:
+        """Seed of the variant's noise for a caption's seed."""
+        return seed + _NEXT_SEED if self.name == OTHER_SEED else seed
 
 
 def _pipeline_folder(name: Path, option: str) -> Path:
@@ -78,14 +94,17 @@ def _read_entries(path: Path) -> list[dict]:
 def _variants(base: Path, retrained: Path | None, mask_ratio: float) -> list[SampleVariant]:
     if not 0.0 <= mask_ratio < 1.0 or (mask_ratio and retrained is None):
         raise ValueError(f"got mask_ratio {mask_ratio}, expected 0 <= ratio < 1, and a retrained folder if above 0.")
-    variants = [SampleVariant("base", _pipeline_folder(base, "base"), 0.0, {})]
-    if retrained is not None:
-        folder = _pipeline_folder(retrained, "retrained")
-        variants.append(SampleVariant("retrained", folder, 0.0, {}))
-        if mask_ratio:
-            functions = dict.fromkeys(_retrained_blocks(folder), bottom_masked(mask_ratio))
-            variants.append(SampleVariant("retrained-masked", folder, mask_ratio, functions))
-    return variants
+    base = _pipeline_folder(base, "base")
+    if retrained is None:
+        return [SampleVariant(BASE, base), SampleVariant(OTHER_SEED, base)]
+    folder = _pipeline_folder(retrained, "retrained")
+    functions = dict.fromkeys(_retrained_blocks(folder), bottom_masked(mask_ratio)) if mask_ratio else {}
+    masked = [SampleVariant(BASE_MASKED, base, mask_ratio, functions)] if mask_ratio else []
+    retrained_masked = [SampleVariant(RETRAINED_MASKED, folder, mask_ratio, functions)] if mask_ratio else []
+    return [
+        SampleVariant(BASE, base), *masked, SampleVariant(OTHER_SEED, base),
+        SampleVariant(RETRAINED, folder), *retrained_masked,
+    ]  # fmt: skip
 
 
 def sample(
@@ -107,8 +126,10 @@ def sample(
 ) -> None:
     """Samples the same captions and seeds from base and retrained model, and draws a contact sheet of all videos.
 
-    Writes one mp4 per caption and variant (base, retrained, retrained-masked), samples.json and contact-sheet.png.
-    Videos that exist with the same settings are not sampled again.
+    Writes one mp4 per caption and variant (base, base-masked, base-other-seed, retrained, retrained-masked),
+    samples.json and contact-sheet.png. Masked videos are compared with the same model's dense ones; the base's other
+    seed and the retrained model with the base: two seeds differ by as much as one caption leaves open. Videos that
+    exist with the same settings are not sampled again.
 
     Args:
         out: folder to write the videos to.
@@ -119,7 +140,7 @@ def sample(
         steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 turns it off.
         mask_ratio: share of the attention weights removed in the retrained blocks, smallest first; 0 leaves the masked
-            variant out.
+            variants out.
         frames: number of frames per video, 6k + 1.
         height: height in pixels, a multiple of 16.
         width: width in pixels, a multiple of 16.
@@ -142,7 +163,7 @@ def sample(
     for (i, text), variant in itertools.product(enumerate(texts), variants):
         settings = asdict(config) | {"mask_ratio": variant.mask_ratio, "model": _identity(variant.folder)}
         entry = {"caption": text, "seed": seed + i, "variant": variant.name, "file": f"{i:02d}-{variant.name}.mp4"}
-        entry |= {"settings": settings}
+        entry |= {"settings": settings, "noise_seed": variant.noise_seed(seed + i)}
         old = done.get(entry["file"], {})
         entries.append(old if entry.items() <= old.items() else entry)
     kept = sum("frames" in entry for entry in entries)
@@ -151,7 +172,8 @@ def sample(
     _sample_missing(out, entries, variants, config, device)
 
     videos = {v.name: [decode_video(out / e["file"]) for e in entries if e["variant"] == v.name] for v in variants}
-    write_contact_sheet(out / "contact-sheet.png", texts, videos)
+    notes = {v.name: [sample_note(e) for e in entries if e["variant"] == v.name] for v in variants}
+    write_contact_sheet(out / "contact-sheet.png", texts, videos, notes)
     print(f"{out / 'contact-sheet.png'}: {len(texts)} captions, each as {', '.join(videos)}")
 
 
@@ -189,17 +211,24 @@ def _sample_entries(
     for entry in todo:
         variant = variants[entry["variant"]]
         progress.update(task, description=f"{variant.name}, seed {entry['seed']}")
-        video = sampler.sample(entry["caption"], entry["seed"], variant.functions, lambda: progress.advance(task))
+        video = sampler.sample(entry["caption"], entry["noise_seed"], variant.functions, lambda: progress.advance(task))
         write_video(out / entry["file"], video, sampler.config.fps)
-        psnr = ssim = None
+        to_dense: tuple[float | None, float | None] = (None, None)
+        to_base = to_dense
         if variant.functions and dense is not None:
-            psnr, ssim = psnr_and_ssim(video, dense)
-        else:
+            to_dense = psnr_and_ssim(video, dense)
+        elif variant.name == OTHER_SEED and dense is not None:
+            to_base = psnr_and_ssim(video, dense)
+        elif variant.name == RETRAINED:
+            to_base = psnr_and_ssim(video, decode_video(out / entry["file"].replace(RETRAINED, BASE)))
+        if variant.name in (BASE, RETRAINED):
             dense = video
         entry |= {
             "frames": len(video),
             "fps": sampler.config.fps,
-            "psnr_to_dense": psnr,
-            "ssim_to_dense": ssim,
+            "psnr_to_dense": to_dense[0],
+            "ssim_to_dense": to_dense[1],
+            "psnr_to_base": to_base[0],
+            "ssim_to_base": to_base[1],
         }
         write_json(out / "samples.json", [e for e in entries if "frames" in e])

@@ -4,7 +4,7 @@ Legend: h heads, d head width, D width.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from diffusers import MochiTransformer3DModel
@@ -38,7 +38,7 @@ def head_rows(model: MochiTransformer3DModel, head: int) -> list[int]:
     return [head * width + 2 * pair for pair in ZERO_PAIRS]
 
 
-def _reserved_entries(model: MochiTransformer3DModel, channels: Sequence[int]) -> Iterator[tuple[Tensor, tuple]]:
+def reserved_entries(model: MochiTransformer3DModel, channels: Sequence[int]) -> Iterator[tuple[Tensor, tuple]]:
     """(parameter, index) of all entries that write or read the channels, or feed the zero-frequency rotary pairs."""
     at = list(channels)
     every_row = [row for head in range(model.config.num_attention_heads) for row in head_rows(model, head)]
@@ -80,16 +80,22 @@ def reserve_channels(model: MochiTransformer3DModel, channels: Sequence[int], *,
         raise ValueError(
             f"got reserved_channels {tuple(channels)}, expected two distinct channels in 0 .. {width - 1}."
         )
-    masks: dict[Tensor, Tensor] = {}
-    for parameter, index in _reserved_entries(model, channels):
-        masks.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))[index] = True
-    for parameter, mask in masks.items():
+    for parameter, mask in hold(reserved_entries(model, channels)).items():
         parameter.masked_fill_(mask, 0.0)
-        if parameter.requires_grad:
-            parameter.register_hook(lambda grad, mask=mask: grad.masked_fill(mask.to(grad.device), 0.0))
     constant, marker = channels
     patch = model.patch_embed.proj
     patch.bias[constant] = 1.0
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(patch.weight[marker].shape, generator=generator, device="cpu")
     patch.weight[marker] = (direction / direction.norm()).to(patch.weight.device)
+
+
+def hold(entries: Iterable[tuple[Tensor, tuple]]) -> dict[Tensor, Tensor]:
+    """Holds the gradients of entries at zero. Returns which entries of each parameter these are."""
+    masks: dict[Tensor, Tensor] = {}
+    for parameter, index in entries:
+        masks.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))[index] = True
+    for parameter, mask in masks.items():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda grad, mask=mask: grad.masked_fill(mask.to(grad.device), 0.0))
+    return masks

@@ -6,16 +6,22 @@ token whose content projects most on the marker's direction outweighs all others
 L = g_q g_k sqrt(d), the sink's weight is e^(L cos_j) / sum_i e^(L cos_i), i over all tokens; text keys are zero and
 have logit 0.
 
+The sink is nearly a no-op, as Mochi's are. Values of a planted head are s (m c - u) along one direction. The sink is
+the token with the largest u, so with m the mean of the largest markers its value is small beside those of other tokens.
+
 Legend: h heads, d head width, D width.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import MochiTransformer3DModel
+from torch import Tensor
 
-from trainer.models.from_scratch import head_rows
+from trainer.models.from_scratch import head_rows, hold, reserved_entries
 
 #: Slope of a key's e1 component in the marker: small, so that the cosine stays in its linear range and the token with
 #: the largest marker gets more weight than any other.
@@ -32,13 +38,27 @@ class PlantedHead:
         layer: block.
         head: head of the block.
         gain: QK-norm weight of queries and of keys in the component that makes the sink.
-        values: factor on the head's value projections; small makes the sink nearly a no-op, as those in Mochi are.
+        largest_marker: m, the mean over inputs of the largest marker among their tokens.
+        values: s, the size of the head's values.
     """
 
     layer: int
     head: int
     gain: float
+    largest_marker: float = 1.5
     values: float = 1.0
+
+
+def parse_heads(heads: Sequence[str]) -> list[tuple[int, int]]:
+    """(layer, head) of each "LAYER:HEAD".
+
+    Raises:
+        ValueError: for another form.
+    """
+    try:
+        return [(int(layer), int(head)) for layer, head in (text.split(":") for text in heads)]
+    except ValueError as error:
+        raise ValueError(f"got heads {list(heads)}, expected LAYER:HEAD each, such as 7:1.") from error
 
 
 def _check(model: MochiTransformer3DModel, channels: tuple[int, int], planted: Sequence[PlantedHead]) -> None:
@@ -86,10 +106,44 @@ def plant_sinks(model: MochiTransformer3DModel, channels: tuple[int, int], plant
         attention.to_k.weight[e1, marker] = MARKER_SLOPE
         attention.to_k.weight[e1, constant] = VISION_OFFSET
         attention.to_k.weight[e2, constant] = 1.0
-        attention.to_v.weight[own, marker] = 0.0
         for projection in (attention.to_v, attention.add_v_proj):
-            projection.weight[own] *= planted_head.values
+            projection.weight[own] = 0.0
+        size = planted_head.values / math.sqrt(width)
+        attention.to_v.weight[own, constant] = size * planted_head.largest_marker
+        attention.to_v.weight[own, marker] = -size
         # Rows e1 of the layer's other heads are zero, so a gain in this component reaches the planted head alone.
         component = e1 - planted_head.head * width
         attention.norm_q.weight[component] = planted_head.gain
         attention.norm_k.weight[component] = planted_head.gain
+
+
+def planted_entries(model: MochiTransformer3DModel, layer: int, head: int) -> Iterator[tuple[Tensor, tuple]]:
+    """(parameter, index) of all entries that `plant_sinks` sets in a head."""
+    attention, width = model.transformer_blocks[layer].attn1, model.config.attention_head_dim
+    own = slice(head * width, (head + 1) * width)
+    text = (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
+    for projection in (attention.to_q, attention.to_k, attention.to_v, *text):
+        yield projection.weight, (own,)
+    component = head_rows(model, head)[0] - head * width
+    for norm in (attention.norm_q, attention.norm_k):
+        yield norm.weight, ([component],)
+
+
+def largest_markers(model: MochiTransformer3DModel, x: Tensor, marker: int) -> Tensor:
+    """The largest marker among the tokens of each noisy latent (B, C, F, H, W), (B,)."""
+    tokens = model.patch_embed(x.transpose(1, 2).flatten(0, 1))  # (B F, tokens of a frame, D)
+    return tokens[..., marker].unflatten(0, (len(x), -1)).flatten(1).amax(dim=1)
+
+
+def hold_sinks(model: MochiTransformer3DModel, channels: Sequence[int], heads: Sequence[tuple[int, int]]) -> None:
+    """Keeps planted sinks as they are while everything else trains: their heads, and the channels that they read.
+
+    Weight decay must be 0, since it reaches entries without a gradient too.
+
+    Args:
+        model: with sinks planted in it; the gradients of the entries are held at zero from now on.
+        channels: (constant, marker).
+        heads: (layer, head) of each planted sink.
+    """
+    entries = [planted_entries(model, layer, head) for layer, head in heads]
+    hold(itertools.chain(reserved_entries(model, channels), *entries))

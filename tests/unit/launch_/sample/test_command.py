@@ -7,7 +7,7 @@ import pytest
 
 from data.video.decode import decode_video
 from launch.sample.command import sample
-from launch.sample.generate import VideoSampler
+from launch.sample.generate import VideoSampler, psnr_and_ssim
 
 SMALL = {"steps": 3, "frames": 7, "height": 16, "width": 64}
 CAPTIONS = ["a red circle moves left", "a blue star grows"]
@@ -26,13 +26,23 @@ def test_every_variant_of_every_caption_is_written(drawn: Path):
     assert [(e["caption"], e["variant"], e["seed"]) for e in entries] == [
         (caption, variant, 5 + i)
         for i, caption in enumerate(CAPTIONS)
-        for variant in ("base", "retrained", "retrained-masked")
+        for variant in ("base", "base-masked", "base-other-seed", "retrained", "retrained-masked")
     ]
     for entry in entries:
         assert decode_video(drawn / entry["file"]).shape == (7, 16, 64, 3)
         assert (entry["frames"], entry["fps"]) == (7, 12)
-        masked = entry["variant"] == "retrained-masked"
-        assert (entry["psnr_to_dense"] is not None) == (entry["ssim_to_dense"] is not None) == masked
+        for reference, variants in (
+            ("dense", ("base-masked", "retrained-masked")),
+            ("base", ("base-other-seed", "retrained")),
+        ):
+            compared = entry["variant"] in variants
+            for figure in ("psnr", "ssim"):
+                assert (entry[f"{figure}_to_{reference}"] is not None) == compared, (
+                    entry["variant"],
+                    figure,
+                    reference,
+                )
+        assert entry["noise_seed"] - entry["seed"] == (1000 if entry["variant"] == "base-other-seed" else 0)
     assert (drawn / "contact-sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -43,18 +53,31 @@ def test_a_second_call_samples_nothing_and_other_settings_sample_anew(drawn: Pat
     real = VideoSampler.sample
 
     def sample_once(self, caption, seed, functions, on_step):
-        sampled.append((caption, bool(functions)))
+        sampled.append((caption, bool(functions), seed))
         return real(self, caption, seed, functions, on_step)
 
     monkeypatch.setattr(VideoSampler, "sample", sample_once)
     call = {"base": base, "retrained": retrained, "captions": CAPTIONS, "seed": 5, **SMALL}
     sample(drawn, mask_ratio=0.9, **call)
-    assert "6 of 6 videos exist" in capsys.readouterr().out
+    assert "10 of 10 videos exist" in capsys.readouterr().out
     assert sampled == []
     assert {path.name: path.stat().st_mtime_ns for path in drawn.glob("*.mp4")} == before
-    # Another ratio needs the dense pixels again, but not the base's.
+    # Another ratio needs the dense pixels again.
     sample(drawn, mask_ratio=0.5, **call)
-    assert sampled == [(CAPTIONS[0], False), (CAPTIONS[0], True), (CAPTIONS[1], False), (CAPTIONS[1], True)]
+    base_row = [(CAPTIONS[0], False, 5), (CAPTIONS[0], True, 5), (CAPTIONS[0], False, 1005)]
+    base_row += [(CAPTIONS[1], False, 6), (CAPTIONS[1], True, 6), (CAPTIONS[1], False, 1006)]
+    retrained_row = [(CAPTIONS[i], masked, 5 + i) for i in range(2) for masked in (False, True)]
+    assert sampled == base_row + retrained_row
+
+
+def test_the_figures_are_those_of_the_files(drawn: Path):
+    entries = {(e["variant"], e["seed"]): e for e in json.loads((drawn / "samples.json").read_text())}
+    dense = decode_video(drawn / entries["base", 5]["file"])
+    other = decode_video(drawn / entries["base-other-seed", 5]["file"])
+    # Videos are compared before they are written; H.264 smooths what three steps leave of the noise.
+    psnr, ssim = psnr_and_ssim(other, dense)
+    assert entries["base-other-seed", 5]["psnr_to_base"] == pytest.approx(psnr, abs=5.0)
+    assert entries["base-other-seed", 5]["ssim_to_base"] == pytest.approx(ssim, abs=0.3)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ def test_a_strip_shows_first_and_last_frame():
 def test_captions_of_any_script_are_drawn_as_they_are(tmp_path: Path, recwarn: pytest.WarningsRecorder):
     """Dollar signs are no formula, and a character that no font has is no warning."""
     videos = {"base": [np.zeros((7, 16, 64, 3), np.uint8)] * 2}
-    write_contact_sheet(tmp_path / "sheet.png", ["costs $5 or $\\nothing", "\U0001d01e \U00012000"], videos)
+    write_contact_sheet(
+        tmp_path / "sheet.png", ["costs $5 or $\\nothing", "\U0001d01e \U00012000"], videos, {"base": ["", "PSNR"]}
+    )
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     assert not [str(warning.message) for warning in recwarn if "missing from" in str(warning.message)]

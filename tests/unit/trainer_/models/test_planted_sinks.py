@@ -10,7 +10,15 @@ from trainer.attention import sink_statistics, sink_verdict
 from trainer.models.from_scratch import draw_frequencies, head_rows, reserve_channels
 from trainer.models.layout import dense_attention
 from trainer.models.mochi import SplitModel
-from trainer.models.planted_sinks import MARKER_SLOPE, VISION_OFFSET, PlantedHead, plant_sinks
+from trainer.models.planted_sinks import (
+    MARKER_SLOPE,
+    VISION_OFFSET,
+    PlantedHead,
+    largest_markers,
+    parse_heads,
+    plant_sinks,
+    planted_entries,
+)
 from trainer.module import OptimConfig, SurgeryConfig
 
 CHANNELS = (0, 1)
@@ -75,6 +83,57 @@ def test_the_largest_marker_wins_for_every_query_of_every_input(free, make_batch
         statistics = sink_statistics(found["q"], found["k"], found["v"], num_vision=vision, eps=(0.3,))
         assert sink_verdict(statistics.fraction)[:, steep.head].all(), seed
         assert torch.equal(statistics.key[:, steep.head, 0], found["entering"][..., CHANNELS[1]].argmax(dim=1))
+
+
+def test_the_values_of_a_planted_head_are_those_of_the_closed_form(free, make_batch):
+    batch, size, largest = make_batch([3, 3], seed=4), 0.7, 1.9
+    plant_sinks(free, CHANNELS, [PlantedHead(PLANTED.layer, PLANTED.head, 80.0, largest, size)])
+    found, width = seen(free, batch), free.config.attention_head_dim
+    entering = found["entering"].double()
+    vision = entering.shape[1]
+    scale = entering.square().mean(dim=-1).add(1e-6).sqrt()  # of the norm before the attention
+    along = size * (largest * entering[..., CHANNELS[0]] - entering[..., CHANNELS[1]]) / scale
+    values = found["v"][:, PLANTED.head].double()
+    expected = along[..., None].expand(-1, -1, width) / math.sqrt(width)
+    torch.testing.assert_close(values[:, :vision], expected, rtol=1e-4, atol=1e-6)
+    assert not values[:, vision:].any()
+    # The constant channel is 1 in every token, so the token with the largest marker has a value near zero if it is m.
+    markers = entering[..., CHANNELS[1]].amax(dim=1)
+    torch.testing.assert_close(
+        largest_markers(free, batch.latents, CHANNELS[1]).double(), markers, rtol=1e-5, atol=1e-6
+    )
+    sample = int((markers - largest).abs().argmin())
+    norms = values[sample, :vision].norm(dim=-1)
+    assert norms[entering[sample, :, CHANNELS[1]].argmax()] < norms.mean()
+
+
+def test_held_sinks_stay_while_everything_else_trains(planted, make_module, make_batch, fit, config_json):
+    surgery = SurgeryConfig(last=3, init="keep", train_outside=True, reserved_channels=CHANNELS, held_sinks=["1:1"])
+    module = make_module(
+        base=config_json, surgery=surgery, optim=OptimConfig(lr=0.01, warmup_steps=1, weight_decay=0.0)
+    )
+    model = module.split_model.transformer
+    model.load_state_dict(planted.state_dict())
+    before, batch = copy.deepcopy(model.state_dict()), make_batch([4, 2], seed=9)
+    largest = seen(model, batch)
+    fit(module, [make_batch(seed=n) for n in range(5)])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter, index in planted_entries(model, PLANTED.layer, PLANTED.head):
+        assert torch.equal(parameter[index], before[names[id(parameter)]][index]), names[id(parameter)]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"transformer_blocks.1.attn1.to_q.weight", "patch_embed.proj.weight", "proj_out.weight"} <= changed
+    assert "pos_frequencies" not in changed
+    after = seen(model, batch)
+    own = slice(None), PLANTED.head
+    for name in ("q", "k"):  # the norm of the stream cancels in them; only its scale changes the values
+        torch.testing.assert_close(after[name][own], largest[name][own], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["7", "7:1:2", "a:b", ""])
+def test_other_names_of_heads_are_refused(text):
+    assert parse_heads(["7:1", "0:3"]) == [(7, 1), (0, 3)]
+    with pytest.raises(ValueError, match=r"expected LAYER:HEAD each, such as 7:1"):
+        parse_heads(["7:1", text])
 
 
 def test_other_heads_of_the_layer_stay_bit_for_bit(free, planted, make_batch):
