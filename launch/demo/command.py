@@ -1,6 +1,10 @@
 """`reblock demo`: runs every stage from video files to a report on a tiny model."""
 
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +12,7 @@ from pathlib import Path
 
 _RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
-CLIPS = 256
-#: In each of the last four blocks, the head in which a sink raises the shipped base's loss least. `reblock plant`
-#: chooses the same heads without --heads, in about a minute.
-HEADS = ["4:3", "5:0", "6:3", "7:1"]
+CLIPS = 384
 CAPTIONS = [
     "a red circle moves right over a dark gray background",
     "a yellow star moves down over a dark blue background",
@@ -39,27 +40,36 @@ class DemoStage:
     output: Path | None = None
 
 
-def _fit(recipe: Path, run: Path, base: Path, latents: Path) -> None:
-    from launch.fit.cli import run as launch
+def _fit_arguments(recipe: Path, run: Path, base: Path, latents: Path) -> list[str]:
+    """Arguments of `reblock`: one rank for each of two cores, since one rank of so small a model cannot use both."""
+    ranks = min(2, len(os.sched_getaffinity(0)))
+    return [
+        "fit", "--config", str(recipe), "--run.name", run.name, "--run.root", str(run.parent), "--run.resume", "true",
+        "--model.base", str(base), "--data.shards", str(latents),
+        "--trainer.devices", str(ranks), "--trainer.strategy", "ddp" if ranks > 1 else "auto",
+    ]  # fmt: skip
 
-    launch(
-        ["fit", "--config", str(recipe), "--run.name", run.name, "--run.root", str(run.parent), "--run.resume", "true",
-         "--model.base", str(base), "--data.shards", str(latents)]
-    )  # fmt: skip
+
+def _fit(arguments: list[str]) -> None:
+    """Runs `reblock fit` in a process of its own, which starts the other rank."""
+    command = [sys.executable, "-m", "launch.main", *arguments]
+    status = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if status:
+        raise SystemExit(status)
 
 
 def _stages(root: Path) -> list[DemoStage]:
     from data.encode.command import encode
     from data.pack.command import pack
     from data.synth.command import synth
-    from launch.demo.plant_sinks import plant
     from launch.export import export
     from launch.report.command import report
     from launch.sample.command import sample
 
     data, run = root / "demo-data", root / "demo"
-    clips, shards, latents, base = data / "clips", data / "shards", data / "latents", data / "base"
-    shipped, recipe, retrained = _RECIPES / "demo_base", _RECIPES / "demo.yaml", run / "pipeline"
+    clips, shards, latents = data / "clips", data / "shards", data / "latents"
+    base, recipe, retrained = _RECIPES / "demo_base", _RECIPES / "demo.yaml", run / "pipeline"
+    fit = _fit_arguments(recipe, run, base, latents)
 
     def draw() -> None:
         sample(
@@ -75,21 +85,10 @@ def _stages(root: Path) -> list[DemoStage]:
         ),
         DemoStage(
             "latent shards",
-            f"reblock encode {shards} {latents} --base {shipped}",
-            lambda: encode(str(shards), latents, base=shipped),
+            f"reblock encode {shards} {latents} --base {base}",
+            lambda: encode(str(shards), latents, base=base),
         ),
-        DemoStage(
-            "base with planted sinks",
-            f"reblock plant {shipped} {base} --shards {latents} --heads ...",
-            lambda: plant(shipped, base, shards=latents, heads=HEADS),
-            base,
-        ),
-        DemoStage(
-            "retraining",
-            f"reblock fit --config {recipe}",
-            lambda: _fit(recipe, run, base, latents),
-            run / "graft.safetensors",
-        ),
+        DemoStage("retraining", shlex.join(["reblock", *fit]), lambda: _fit(fit), run / "graft.safetensors"),
         DemoStage("pipeline folder", f"reblock export {run} {retrained}", lambda: export(run, retrained), retrained),
         DemoStage("samples", f"reblock sample {run / 'samples'} --base {base} --retrained {retrained} ...", draw),
         DemoStage("report", f"reblock report {run}", lambda: report(run)),
@@ -100,7 +99,7 @@ def demo(*, root: Path = Path("runs"), fresh: bool = False) -> None:
     """Runs all stages on the tiny model that Reblock ships; a second call skips what is complete.
 
     Args:
-        root: folder for `demo-data` (clips, shards, base) and `demo` (the run).
+        root: folder for `demo-data` (clips, shards) and `demo` (the run).
         fresh: whether to remove the files of an earlier demo first.
     """
     if fresh:

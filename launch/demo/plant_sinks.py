@@ -3,10 +3,12 @@
 Legend: B batch.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -15,13 +17,20 @@ from torch import Tensor
 from data.batch import Batch, Sample
 from data.files import atomic_folder, write_json
 from data.modules.latents import LatentDataModule
+from trainer import run_files
 from trainer.attention import sink_statistics, sink_verdict
+from trainer.graft import apply_graft, load_graft
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.planted_sinks import PlantedHead, largest_markers, parse_heads, plant_sinks
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 #: A query attends heavily to a key if its attention weight exceeds this; as in docs/measurements.md.
 EPS = 0.3
+_NOTE = "These sinks were planted on purpose by `reblock plant`; the base did not grow them."
+_HELD_NOTE = (
+    "These sinks were planted on purpose by `reblock plant`, and held in place while the base was trained around them; "
+    "it did not grow them."
+)
 
 
 def _open(base: Path) -> RetrainBlocks:
@@ -125,6 +134,41 @@ def _cheapest_heads(
     return chosen
 
 
+def _verified(
+    module: RetrainBlocks, held_out: HeldOutSamples, planted: Sequence[PlantedHead]
+) -> list[dict[str, float | int]]:
+    """The entries of planted.json.
+
+    Raises:
+        ValueError: if a head is no sink on some sample.
+    """
+    seen = held_out.sinks(module, sorted({head.layer for head in planted}))
+    entries = [
+        {
+            **asdict(head),
+            "value_norm_ratio": float(seen[head.layer].value_norm_ratio[head.head]),
+            "verified_frequency": float(seen[head.layer].frequency[head.head]),
+        }
+        for head in planted
+    ]
+    missed = {f"{e['layer']}:{e['head']}": e["verified_frequency"] for e in entries if e["verified_frequency"] < 1.0}
+    if missed:
+        raise ValueError(
+            f"planted heads are sinks on a share {missed} of the held-out samples and sigmas, expected 1.0: raise "
+            f"--gain above {planted[0].gain}, so that near-equal tokens are told apart."
+        )
+    return entries
+
+
+def _planted_heads(base: Path) -> list[PlantedHead]:
+    """The heads that planted.json of a base names."""
+    path = base / "planted.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected the base that `reblock plant` wrote, which was trained on.")
+    names = [field.name for field in fields(PlantedHead)]
+    return [PlantedHead(**{name: entry[name] for name in names}) for entry in json.loads(path.read_text())["heads"]]
+
+
 def plant(
     base: Path,
     out: Path,
@@ -136,11 +180,16 @@ def plant(
     values: float = 1.0,
     channels: tuple[int, int] = (0, 1),
     val_samples: int = 32,
+    trained: Path | None = None,
+    half: bool = False,
 ) -> None:
     """Writes a copy of a base with attention sinks planted in chosen heads, and `planted.json` that names them.
 
     The base must have been trained with reserved channels (recipes/demo_base.yaml). Nothing is written unless each
     planted head is a sink on every held-out sample at every sigma.
+
+    A base with planted sinks can be trained on, with the sinks held (recipes/demo_base_sinks.yaml): then `trained`
+    writes what came of it, and plants nothing.
 
     Args:
         base: diffusers pipeline folder of the base.
@@ -153,6 +202,8 @@ def plant(
         values: size of a planted head's values. The sink's is small beside the others', as in Mochi: nearly a no-op.
         channels: indices of the reserved channels, constant and marker.
         val_samples: number of held-out samples, equal to the fit's `data.val_samples`.
+        trained: run folder of a fit on `base` with the planted sinks held; its EMA weights are written.
+        half: whether to store the transformer in 16 bits.
 
     Raises:
         ValueError: if `out` exists, the base's channels are in use, or a head is no sink on some sample.
@@ -167,51 +218,37 @@ def plant(
     if not 1 <= last <= module.split_model.num_blocks:
         raise ValueError(f"got last {last}, expected 1 .. {module.split_model.num_blocks}, the blocks of {base}.")
     held_out = HeldOutSamples(shards, val_samples, module)
-    before = held_out.loss(module)
-    blocks = range(module.split_model.num_blocks - last, module.split_model.num_blocks)
-    settings = {"gain": gain, "largest_marker": held_out.largest_marker(module, channels[1]), "values": values}
-    planted = (
-        [PlantedHead(layer, head, **settings) for layer, head in parse_heads(heads)]
-        if heads
-        else _cheapest_heads(module, held_out, blocks, channels, settings)
-    )
-    plant_sinks(model, channels, planted)
-    after = held_out.loss(module)
-    seen = held_out.sinks(module, sorted({head.layer for head in planted}))
-    frequency = {layer: found.frequency for layer, found in seen.items()}
-    ratios = {(p.layer, p.head): float(seen[p.layer].value_norm_ratio[p.head]) for p in planted}
-    missed = {f"{p.layer}:{p.head}": round(float(frequency[p.layer][p.head]), 4) for p in planted}
-    missed = {name: share for name, share in missed.items() if share < 1.0}
-    if missed:
-        raise ValueError(
-            f"planted heads are sinks on a share {missed} of the held-out samples and sigmas, expected 1.0: "
-            f"raise --gain above {gain}, so that near-equal tokens are told apart."
-        )
-
-    record = {
-        "heads": [
-            {
-                "layer": p.layer,
-                "head": p.head,
-                "gain": p.gain,
-                "largest_marker": p.largest_marker,
-                "values": p.values,
-                "value_norm_ratio": ratios[p.layer, p.head],
-                "verified_frequency": float(frequency[p.layer][p.head]),
-            }
-            for p in planted
-        ],
+    record: dict[str, Any] = {
         "channels": {"constant": channels[0], "marker": channels[1]},
         "eps": EPS,
         "samples": val_samples,
         "sigmas": list(module.val_sigmas),
-        "val_loss_before": before,
-        "val_loss_after": after,
-        "note": "These sinks were planted on purpose by `reblock plant`; the base did not grow them.",
     }
+    if trained is not None:
+        planted = _planted_heads(base)
+        apply_graft(model, load_graft(trained / run_files.GRAFT).ema)
+        loss = held_out.loss(module)
+        record |= {"heads": _verified(module, held_out, planted), "val_loss": loss, "note": _HELD_NOTE}
+        result = f"validation loss {loss:.4f}"
+    else:
+        before = held_out.loss(module)
+        blocks = range(module.split_model.num_blocks - last, module.split_model.num_blocks)
+        settings = {"gain": gain, "largest_marker": held_out.largest_marker(module, channels[1]), "values": values}
+        planted = (
+            [PlantedHead(layer, head, **settings) for layer, head in parse_heads(heads)]
+            if heads
+            else _cheapest_heads(module, held_out, blocks, channels, settings)
+        )
+        plant_sinks(model, channels, planted)
+        after = held_out.loss(module)
+        record |= {"heads": _verified(module, held_out, planted), "note": _NOTE}
+        record |= {"val_loss_before": before, "val_loss_after": after}
+        result = f"validation loss {before:.4f} before, {after:.4f} after"
     with atomic_folder(out) as temporary:
-        shutil.copytree(base, temporary, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
-        model.float().save_pretrained(temporary / "transformer", safe_serialization=True)
+        without = shutil.ignore_patterns("transformer", "planted.json")
+        shutil.copytree(base, temporary, ignore=without, dirs_exist_ok=True)
+        model.to(torch.float16 if half else torch.float32)
+        model.save_pretrained(temporary / "transformer", safe_serialization=True)
         write_json(temporary / "planted.json", record)
     named = ", ".join(f"layer {p.layer} head {p.head}" for p in planted)
-    print(f"{out}: sinks planted in {named}; validation loss {before:.4f} before, {after:.4f} after")
+    print(f"{out}: sinks planted in {named}; {result}")

@@ -108,6 +108,21 @@ class MaskingComparison:
         return Change(before, after, (low, high))
 
     @property
+    def relative_loss(self) -> Change:
+        """The loss without masking as a share of that before: 0 before, after / before - 1 after."""
+        before, after = (stage.dense_loss if stage else math.nan for stage in (self.before, self.after))
+        change = after / before - 1
+        if self.no_interval or self.before is None or self.after is None or not math.isfinite(change):
+            return Change(0.0, change, None, self.no_interval or "not measured")
+        old, new = ({"loss": stage.tables["dense_loss"]} for stage in (self.before, self.after))
+        prompts = self.before.arrays["caption_ids"]
+        found = paired_bootstrap(lambda means: {"log": np.log(means["loss"])}, old, new, prompts)
+        if found is None:
+            return Change(0.0, change, None, self.no_interval)
+        low, high = (float(np.expm1(end)) for end in found["log"])
+        return Change(0.0, change, (low, high))
+
+    @property
     def dense_loss(self) -> Change:
         """The loss without masking."""
         before, after = (stage.dense_loss if stage else math.nan for stage in (self.before, self.after))

@@ -152,13 +152,24 @@ def _masking(results: RunResults) -> str:
     if before is None or after is None:
         return "Robustness to masking was not measured both before and after training."
     change, retrained = results.masking_comparison.change, "the retrained blocks together"
+    relative = _signed(results.masking_comparison.relative_loss)
     return (
         f"Critical ratio of {retrained}, the share of their smallest attention weights that can go before and after "
         f"{stage_title(after.stage)}, at 1 % more of the own loss: {_told(results, 'critical_ratio')}; at 1 % of the "
         f"base's loss: {_told(results, 'critical_ratio_of_base')}. Dense loss on the same probes: "
-        f"{_before_after(results.masking_comparison.dense_loss, 4)}. Uniform control, of the own loss: "
+        f"{_before_after(results.masking_comparison.dense_loss, 4)} ({relative}). Uniform control, of the own loss: "
         f"{_before_after(change('uniform_cost'))}."
     )
+
+
+def _signed(relative: Change) -> str:
+    """A relative change with its interval, as percentages."""
+    return signed_percent(relative.after) + _within(relative)
+
+
+def _within(relative: Change) -> str:
+    ends = relative.interval
+    return f" [{signed_percent(ends[0])}, {signed_percent(ends[1])}]" if ends else ""
 
 
 def _before_after(change: Change, digits: int = 3) -> str:
@@ -233,6 +244,10 @@ def key_figures(results: RunResults) -> list[KeyFigure]:
         gone = all(results.sink_comparison.change(head).direction < 0 for head in results.planted_heads)
         shown.append(KeyFigure(f"{left} / {planted}", label, "bad" if left else "good" if gone else ""))
     if results.masking_before and results.masking_after:
+        relative = results.masking_comparison.relative_loss
+        within = _within(relative) or "; no interval"
+        label = f"loss on the probes against the base{within}"
+        shown.append(KeyFigure(signed_percent(relative.after), label, relative.verdict(-1)))
         shown.append(_critical_figure(results))
     if results.loss_difference is not None:
         label = "validation loss against the base before planting; no interval"

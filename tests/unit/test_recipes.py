@@ -78,7 +78,7 @@ def test_every_objective_builds_its_teacher(name, tmp_path):
     module = recipe("demo.yaml", tmp_path, "--config", f"recipes/objectives/{name}.yaml").model
     assert [getattr(phase, name) for phase in module.phases] == [1.0]
     module.build("meta")
-    assert len(module.teacher.blocks) == 4
+    assert (module.teacher is None) if name == "flow" else (len(module.teacher.blocks) == 4)
 
 
 #: Control -> the values of the recipe that it changes, by the end of their names.

@@ -57,3 +57,17 @@ def test_fresh_removes_what_an_earlier_demo_left_and_nothing_else(stages, tmp_pa
     (tmp_path / "other").mkdir()
     demo(root=tmp_path, fresh=True)
     assert stages == ["clips", "make", "report"] * 2 and (tmp_path / "other").is_dir()
+
+
+def test_the_fit_has_a_rank_for_each_of_two_cores(monkeypatch, tmp_path):
+    for cores, expected in (({0}, ["1", "auto"]), ({0, 1, 2, 3}, ["2", "ddp"])):
+        monkeypatch.setattr(command.os, "sched_getaffinity", lambda pid, cores=cores: cores)
+        arguments = command._fit_arguments(tmp_path / "r.yaml", tmp_path / "demo", tmp_path / "base", tmp_path / "l")
+        options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+        assert [options["--trainer.devices"], options["--trainer.strategy"]] == expected
+
+
+def test_a_fit_that_fails_ends_the_demo_with_its_status():
+    with pytest.raises(SystemExit) as stop:
+        command._fit(["fit", "--config=nowhere.yaml"])
+    assert stop.value.code == 2

@@ -50,6 +50,23 @@ def test_a_change_is_told_with_its_interval(run: Path):
     assert results(run).masking_before.dense_loss_interval[0] < results(run).masking_after.dense_loss_interval[1]
 
 
+def test_the_relative_loss_is_a_quotient_of_means_with_its_interval(run: Path):
+    """The made-up losses of all probes are in the same proportion, so every resample says 0.41 / 0.45 - 1."""
+    relative = results(run).masking_comparison.relative_loss
+    assert relative.after == pytest.approx(0.41 / 0.45 - 1)
+    assert relative.interval == pytest.approx((0.41 / 0.45 - 1,) * 2, abs=1e-6) and relative.direction == -1
+    said = " ".join(sentences(results(run)))
+    assert "(−8.9 % [−8.9 %, −8.9 %])" in said
+    after = np.load(run / "measurements" / "masking-epoch-002.npz")["dense_loss_by_probe"]
+    spread = after * np.where(np.arange(PROMPTS) % 2, 0.8, 1.2)[:, None]
+    rewrite(run, "masking-epoch-002", dense_loss_by_probe=spread)
+    relative = results(run).masking_comparison.relative_loss
+    assert relative.direction == 0 and relative.interval[0] < -0.089 < relative.interval[1]
+    rewrite(run, "masking-epoch-002", dense_loss_by_probe=None)
+    relative = results(run).masking_comparison.relative_loss
+    assert relative.interval is None and relative.reason == "the run kept no figures of every probe"
+
+
 def test_a_worse_ratio_is_bad_news(run: Path):
     write_masking(run, "epoch-002", 0.05, 0.45)
     assert verdict(run, "critical ratio") == "bad"
