@@ -37,7 +37,7 @@ types: $(STAMP)
 pure: $(STAMP)
 	$(BIN)/pytest -q -m "not slow" $(PURE)
 
-kills: $(STAMP) ## long series: a run of RANKS ranks killed KILLS times and compared, then signals and encoding: half an hour
+kills: $(STAMP) ## long series: a run of RANKS ranks killed KILLS times and compared, then signals and kills of encoding
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills.series --kills $(KILLS) --ranks $(RANKS) --seed $(SEED)
 	LONG_SERIES=1 $(BIN)/pytest -n 0 tests/integration/test_stop_storm.py tests/integration/encode/test_encode_kill.py
 

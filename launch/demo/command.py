@@ -53,7 +53,9 @@ def _fit_arguments(recipe: Path, run: Path, base: Path, latents: Path) -> list[s
 def _fit(arguments: list[str]) -> None:
     """Runs `reblock fit` in a process of its own, which starts the other rank."""
     command = [sys.executable, "-m", "launch.main", *arguments]
-    status = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    # A folder of the caller's with the name of a package of ours must not be imported: not by the other rank either.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    status = subprocess.run(command, env=environment).returncode
     if status:
         raise SystemExit(status)
 

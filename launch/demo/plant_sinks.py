@@ -1,11 +1,11 @@
 """`reblock plant`: plants attention sinks in a base, as a known defect that retraining must remove.
 
-Legend: B batch.
+Legend: B batch, C latent channels, F latent frames, H W latent grid.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,28 +68,27 @@ class HeldOutSamples:
     @torch.no_grad()
     def loss(self, module: RetrainBlocks) -> float:
         """Mean validation loss, equal to `val/loss` of a fit with the same held-out samples."""
-        total = 0.0
+        total = sum(float(module.losses(*probe).sum()) for probe in self._probes(module))
+        return total / (self.samples * len(module.val_sigmas))
+
+    def _probes(self, module: RetrainBlocks) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Every batch with its noise (B, C, F, H, W) at every sigma (B,) of validation."""
         for batch in self.batches:
             noise = module.flow.held_out_noise(batch.uids, batch.latents.shape[1:])
             for sigma in module.val_sigmas:
-                total += float(module.losses(batch, noise, torch.full((len(batch),), sigma)).sum())
-        return total / (self.samples * len(module.val_sigmas))
+                yield batch, noise, torch.full((len(batch),), sigma)
 
     @torch.no_grad()
     def largest_marker(self, module: RetrainBlocks, channel: int) -> float:
         """The largest marker among the tokens of a noisy sample, mean over samples and sigmas."""
         assert module.split_model is not None
-        found = []
-        for batch in self.batches:
-            noise = module.flow.held_out_noise(batch.uids, batch.latents.shape[1:])
-            for sigma in module.val_sigmas:
-                x = module.flow.mix(batch.latents, noise, torch.full((len(batch),), sigma))
-                found.append(largest_markers(module.split_model.transformer, x, channel))
-        return float(torch.cat(found).mean())
+        model = module.split_model.transformer
+        noisy = (module.flow.mix(batch.latents, noise, sigma) for batch, noise, sigma in self._probes(module))
+        return float(torch.cat([largest_markers(model, x, channel) for x in noisy]).mean())
 
     @torch.no_grad()
     def sinks(self, module: RetrainBlocks, layers: Sequence[int]) -> dict[int, SeenSinks]:
-        """What a look at the sinks of each layer finds."""
+        """Sink frequency and value norms of the heads of each layer."""
         verdicts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         ratios: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
@@ -113,7 +112,7 @@ def _cheapest_heads(
     held_out: HeldOutSamples,
     layers: Sequence[int],
     channels: tuple[int, int],
-    sharpness: dict[str, float],
+    settings: dict[str, float],
 ) -> list[PlantedHead]:
     """The head of each layer whose planted sink gives the lowest validation loss."""
     assert module.split_model is not None
@@ -126,10 +125,10 @@ def _cheapest_heads(
         losses = []
         for head in heads:
             next(progress)
-            plant_sinks(model, channels, [PlantedHead(layer, head, **sharpness)])
+            plant_sinks(model, channels, [PlantedHead(layer, head, **settings)])
             losses.append(held_out.loss(module))
             model.load_state_dict(original)
-        chosen.append(PlantedHead(layer, min(heads, key=losses.__getitem__), **sharpness))
+        chosen.append(PlantedHead(layer, min(heads, key=losses.__getitem__), **settings))
     next(progress, None)
     return chosen
 

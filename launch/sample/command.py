@@ -217,10 +217,9 @@ def _sample_entries(
         to_base = to_dense
         if variant.functions and dense is not None:
             to_dense = psnr_and_ssim(video, dense)
-        elif variant.name == OTHER_SEED and dense is not None:
-            to_base = psnr_and_ssim(video, dense)
-        elif variant.name == RETRAINED:
-            to_base = psnr_and_ssim(video, decode_video(out / entry["file"].replace(RETRAINED, BASE)))
+        elif variant.name in (OTHER_SEED, RETRAINED):  # both against the file: the base may have been sampled before
+            of_base = next(e["file"] for e in entries if (e["variant"], e["seed"]) == (BASE, entry["seed"]))
+            to_base = psnr_and_ssim(video, decode_video(out / of_base))
         if variant.name in (BASE, RETRAINED):
             dense = video
         entry |= {

@@ -38,7 +38,8 @@ class PlantedHead:
         layer: block.
         head: head of the block.
         gain: QK-norm weight of queries and of keys in the component that makes the sink.
-        largest_marker: m, the mean over inputs of the largest marker among their tokens.
+        largest_marker: m, the mean over inputs of the largest marker among their tokens (`largest_markers`); the
+            default is about that of normalised latents with 64 tokens.
         values: s, the size of the head's values.
     """
 
@@ -61,11 +62,15 @@ def parse_heads(heads: Sequence[str]) -> list[tuple[int, int]]:
         raise ValueError(f"got heads {list(heads)}, expected LAYER:HEAD each, such as 7:1.") from error
 
 
-def _check(model: MochiTransformer3DModel, channels: tuple[int, int], planted: Sequence[PlantedHead]) -> None:
+def _check_places(model: MochiTransformer3DModel, places: Sequence[tuple[int, int]]) -> None:
     layers, heads = model.config.num_layers, model.config.num_attention_heads
-    outside = [p for p in planted if not (0 <= p.layer < layers and 0 <= p.head < heads)]
+    outside = [f"{layer}:{head}" for layer, head in places if not (0 <= layer < layers and 0 <= head < heads)]
     if outside:
         raise ValueError(f"got heads {outside}, expected layers in 0 .. {layers - 1} and heads in 0 .. {heads - 1}.")
+
+
+def _check(model: MochiTransformer3DModel, channels: tuple[int, int], planted: Sequence[PlantedHead]) -> None:
+    _check_places(model, [(p.layer, p.head) for p in planted])
     patch = model.patch_embed.proj
     constant, marker = channels
     free = all(
@@ -144,6 +149,15 @@ def hold_sinks(model: MochiTransformer3DModel, channels: Sequence[int], heads: S
         model: with sinks planted in it; the gradients of the entries are held at zero from now on.
         channels: (constant, marker).
         heads: (layer, head) of each planted sink.
+
+    Raises:
+        ValueError: if a head does not exist, or there are not two channels.
     """
+    _check_places(model, heads)
+    if len(channels) != 2:
+        raise ValueError(
+            f"got held_sinks with reserved_channels {tuple(channels)}, expected the two channels that the base's "
+            "planted heads read; planted.json names them."
+        )
     entries = [planted_entries(model, layer, head) for layer, head in heads]
     hold(itertools.chain(reserved_entries(model, channels), *entries))

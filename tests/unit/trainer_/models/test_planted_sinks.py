@@ -14,6 +14,7 @@ from trainer.models.planted_sinks import (
     MARKER_SLOPE,
     VISION_OFFSET,
     PlantedHead,
+    hold_sinks,
     largest_markers,
     parse_heads,
     plant_sinks,
@@ -127,6 +128,18 @@ def test_held_sinks_stay_while_everything_else_trains(planted, make_module, make
     own = slice(None), PLANTED.head
     for name in ("q", "k"):  # the norm of the stream cancels in them; only its scale changes the values
         torch.testing.assert_close(after[name][own], largest[name][own], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "head", "message"),
+    [
+        (CHANNELS, (3, 0), r"got heads \['3:0'\], expected layers in 0 \.\. 2"),
+        ((), (1, 1), r"reserved_channels \(\), expected"),
+    ],
+)
+def test_sinks_that_cannot_be_held_are_named(planted, channels, head, message):
+    with pytest.raises(ValueError, match=message):
+        hold_sinks(planted, channels, [head])
 
 
 @pytest.mark.parametrize("text", ["7", "7:1:2", "a:b", ""])
