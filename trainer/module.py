@@ -29,7 +29,7 @@ from trainer.parallel.strategies import build_device, distribute
 from trainer.rank_sums import RankSums
 from trainer.step_figures import StepFigures, tokens_of
 from trainer.surgery import SurgeryConfig as SurgeryConfig
-from trainer.surgery import apply_surgery, choose_blocks, frozen_fingerprint
+from trainer.surgery import apply_surgery, check_held, choose_blocks, frozen_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class RetrainBlocks(TrunkHeadLosses):
         self.base = base
         self.surgery = surgery
         self.optim = optim or OptimConfig()
+        check_held(surgery, self.optim.weight_decay)
         self.flow = Flow(sigma=sigma, caption_dropout=caption_dropout, seed=seed)
         self.ema_decay = ema_decay
         self.trunk_dtype = getattr(torch, trunk_dtype)

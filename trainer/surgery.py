@@ -42,6 +42,28 @@ class SurgeryConfig:
     held_sinks: list[str] = field(default_factory=list)
 
 
+def check_held(surgery: SurgeryConfig, weight_decay: float) -> None:
+    """Checks that nothing changes the heads that `held_sinks` names.
+
+    A held entry has no gradient, but weight decay reaches every entry of a trained matrix.
+
+    Raises:
+        ValueError: if weight decay would change them, or re-initialisation.
+    """
+    if not surgery.held_sinks:
+        return
+    if weight_decay:
+        raise ValueError(
+            f"got optim.weight_decay {weight_decay:g} with surgery.held_sinks {surgery.held_sinks}, expected 0: decay "
+            "would change the held heads too."
+        )
+    if surgery.init != "keep":
+        raise ValueError(
+            f"got surgery.init {surgery.init!r} with held_sinks {surgery.held_sinks}, expected 'keep': a new "
+            "block holds no planted sink."
+        )
+
+
 def choose_blocks(num_blocks: int, *, last: int | None = None, blocks: Iterable[int] | None = None) -> tuple[int, ...]:
     """Block indices to retrain, sorted.
 

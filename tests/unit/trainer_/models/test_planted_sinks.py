@@ -20,7 +20,7 @@ from trainer.models.planted_sinks import (
     plant_sinks,
     planted_entries,
 )
-from trainer.module import OptimConfig, SurgeryConfig
+from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
 CHANNELS = (0, 1)
 #: The gain of both QK-norm weights, so that logits span sqrt(8) * 400 times the spread of the cosines.
@@ -140,6 +140,22 @@ def test_held_sinks_stay_while_everything_else_trains(planted, make_module, make
 def test_sinks_that_cannot_be_held_are_named(planted, channels, head, message):
     with pytest.raises(ValueError, match=message):
         hold_sinks(planted, channels, [head])
+
+
+@pytest.mark.parametrize(
+    ("surgery", "decay", "message"),
+    [
+        ({"init": "keep"}, 0.01, r"weight_decay 0\.01 .* expected 0"),
+        ({"init": "dit"}, 0.0, r"init 'dit' .* expected 'keep'"),
+    ],
+)
+def test_a_module_that_would_change_what_it_holds_is_refused(surgery, decay, message):
+    with pytest.raises(ValueError, match=message):
+        RetrainBlocks(
+            base="base",
+            surgery=SurgeryConfig(last=1, held_sinks=["1:1"], **surgery),
+            optim=OptimConfig(weight_decay=decay),
+        )
 
 
 @pytest.mark.parametrize("text", ["7", "7:1:2", "a:b", ""])
