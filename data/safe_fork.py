@@ -6,9 +6,12 @@ its first line of Python. Python before 3.11.10 then leaves it waiting for ever
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from multiprocessing import popen_fork, process, util
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkContext
@@ -16,6 +19,9 @@ from multiprocessing.context import BaseContext, ForkContext
 #: Seconds after which a child that has not reported counts as stuck, and children that are forked for one process. A
 #: slow child that is replaced has done nothing: it waits until its parent has heard of it.
 _START_TIMEOUT, _ATTEMPTS = 5.0, 20
+#: Linux's prctl, and its request for a signal at the end of the thread that forked the process. Looked up here, since a
+#: forked process should not wait for the loader's lock.
+_PRCTL, _SIGNAL_AT_PARENTS_END = (ctypes.CDLL(None).prctl if sys.platform == "linux" else None), 1
 
 
 def fork() -> int:
@@ -53,8 +59,22 @@ def fork() -> int:
     raise RuntimeError(f"{_ATTEMPTS} forked processes in a row did not start within {_START_TIMEOUT:.0f} s each")
 
 
+def _end_with(parent: int) -> None:
+    """Lets the kernel kill this process when `parent` ends.
+
+    A loader process looks for its parent every five seconds only. It holds a copy of the rank's connections, so that
+    the other ranks would learn of a killed one no sooner.
+    """
+    if _PRCTL is not None:
+        _PRCTL(_SIGNAL_AT_PARENTS_END, int(signal.SIGKILL))
+        if os.getppid() != parent:  # it has ended before
+            os._exit(1)
+
+
 class _Popen(popen_fork.Popen):
     def _launch(self, process_obj: process.BaseProcess) -> None:  # the parent class's method with another fork
+        parent = os.getpid()
+        lasting = threading.current_thread() is threading.main_thread()  # another thread may end before the process
         parent_reads, child_holds = os.pipe()
         child_reads, parent_holds = os.pipe()
         self.pid = fork()
@@ -63,6 +83,8 @@ class _Popen(popen_fork.Popen):
             try:
                 os.close(parent_reads)
                 os.close(parent_holds)
+                if lasting:
+                    _end_with(parent)
                 code = process_obj._bootstrap(parent_sentinel=child_reads)  # type: ignore[attr-defined]
             finally:
                 os._exit(code)

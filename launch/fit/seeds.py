@@ -11,7 +11,7 @@ SEEDS = ("model.init_args.seed", "model.init_args.surgery.seed", "data.init_args
 
 
 def seed_arguments(parser: ArgumentParser, args: Sequence[str]) -> list[str]:
-    """Options for the seeds that neither the command line nor its recipes give; none if `seed_everything` is false.
+    """Options for the seeds that neither the command line nor its recipes give and that have another value by default.
 
     Since they are options of the command line, `--print_config` and config.yaml show them too.
 
@@ -21,15 +21,18 @@ def seed_arguments(parser: ArgumentParser, args: Sequence[str]) -> list[str]:
     """
     asked = [argument for argument in args if argument.partition("=")[0] != "--print_config"]
     try:
-        whole, given = (_recipe(parser.parse_args(asked, defaults=defaults)) for defaults in (True, False))
+        whole = _recipe(parser.parse_args(asked))
+        seed = whole.seed_everything
+        if seed is False:
+            return []
+        if seed is True:  # Lightning's word for the seed of its environment
+            seed = os.environ.get("PL_GLOBAL_SEED", 0)
+        others = [name for name in SEEDS if name in whole and whole[name] != seed]
+        # Parsing takes longer than all else before the first step of a small fit: not again unless a seed differs.
+        given = _recipe(parser.parse_args(asked, defaults=False)) if others else ()
     except ValueError:
         return []  # the parser says what is wrong with them
-    seed = whole.seed_everything
-    if seed is False:
-        return []
-    if seed is True:  # Lightning's word for the seed of its environment
-        seed = os.environ.get("PL_GLOBAL_SEED", 0)
-    return [f"--{name}={seed}" for name in SEEDS if name in whole and name not in given]
+    return [f"--{name}={seed}" for name in others if name not in given]
 
 
 def _recipe(config: Namespace) -> Namespace:

@@ -5,7 +5,7 @@ import signal
 
 from lightning.pytorch import Callback
 
-from trainer.callbacks.sinks import SinkFrequency
+from tests.support.undrawn import SinkFrequency
 
 
 def send(name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from data.files import write_bytes
@@ -46,8 +47,9 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Writes a figure as PNG, atomically."""
+    figure.set(dpi=130, facecolor="white")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
+    FigureCanvasAgg(figure).print_png(buffer)  # `savefig` writes the same bytes, but draws twice
     write_bytes(path, buffer.getvalue())
 
 

@@ -49,6 +49,22 @@ def test_the_processes_of_a_loader_start(tmp_path):
     assert len(list(tmp_path.glob("fork-*"))) == 4 and gone(tmp_path)
 
 
+def test_the_processes_of_a_loader_end_with_their_parent(tmp_path):
+    """At once: not when they next look for it themselves."""
+    done = run(tmp_path, 0, """
+        from torch.utils.data._utils import worker
+        from data.modules.epoch_position import ResumableLoader
+        assert worker.MP_STATUS_CHECK_INTERVAL == 5
+        worker.MP_STATUS_CHECK_INTERVAL = 900  # seconds; `run` waits until nobody holds the output, but not so long
+        os.register_at_fork(after_in_child=stop)
+        batches = iter(ResumableLoader(range(6), num_workers=2, multiprocessing_context=safe_fork.fork_context()))
+        next(batches)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)  # fmt: skip
+    assert done.returncode == -9, done.stderr
+    assert len(list(tmp_path.glob("fork-*"))) == 2
+
+
 def test_children_that_never_start_are_an_error_and_none_is_left(tmp_path):
     done = run(tmp_path, 10**6, """
         safe_fork._ATTEMPTS = 3

@@ -52,6 +52,21 @@ def test_planted_heads_are_read_from_the_base(tmp_path):
     assert planted_heads(str(tmp_path)) == {(5, 1), (7, 3)}
 
 
+def test_a_figure_is_what_savefig_writes(tmp_path):
+    def figure() -> Figure:
+        made = Figure(figsize=(4, 3), layout="constrained")
+        for axes in made.subplots(1, 2):
+            axes.plot([1, 1000], label="long enough to need room")
+            axes.set(ylabel="a label", title="two\nlines")
+            axes.set_yscale("log")
+        made.legend(loc="outside right center")
+        return made
+
+    save_figure(tmp_path / "a.png", figure())
+    figure().savefig(tmp_path / "b.png", dpi=130, facecolor="white")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_figures_reach_weights_and_biases(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     path = figure_path(tmp_path, "sinks", "epoch-001")
