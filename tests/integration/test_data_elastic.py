@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from hypothesis import strategies as st
 
 from data.modules.latents import LatentDataModule
 from tests.support.latent_shards import write_latents
+from tests.support.ranks import Ranks
 
 SMALL, WIDE, LONG = "1x16x16", "1x16x32", "7x16x16"
 #: Shards of each folder: (bucket, samples).
@@ -250,17 +248,11 @@ def test_two_processes_train_on_what_one_trains_on(folders, tmp_path):
     """Real ranks over gloo: together they see each global batch of the run on one rank, and learn the same."""
     script = tmp_path / "fit.py"
     script.write_text(FIT)
-    root = Path(__file__).resolve().parents[2]
     found = {}
     for ranks in (1, 2):
         out = tmp_path / f"ranks{ranks}"
-        out.mkdir()
-        environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, str(script), folders[2], str(out), str(ranks)],
-            env=environment, capture_output=True, text=True, timeout=150,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        with Ranks(out, *[[script, folders[2], out, str(ranks)]] * ranks) as job:
+            assert job.statuses() == [0] * ranks, job.output()
         found[ranks] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     together = [[*one[:2], one[2] + other[2]] for one, other in zip(*(part["rows"] for part in found[2]), strict=True)]
     assert together == found[1][0]["rows"] and len(together) == 38

@@ -9,7 +9,7 @@ import yaml
 from data.bucket import Bucket
 from launch.bench.stream import write_shards
 from tests.kills.tiny_fit import SAMPLES, fit_arguments, write_recipe
-from tests.support.ranks import ROOT, reblock
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture
@@ -33,13 +33,11 @@ def test_other_packages_recipes_and_data_on_a_rank_are_refused(home):
     (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     shutil.rmtree(other / "latents")
     write_shards(other / "latents", SAMPLES + 4, Bucket(7, 32, 32), 18, None)
-    package = other / "packages" / "webdataset-9.9.9.dist-info"
-    package.mkdir(parents=True)
+    package = other / "webdataset-9.9.9.dist-info"  # Python looks for packages in a program's folder
+    package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 9.9.9\n")
-    job = reblock(
-        home.parent / "logs", *fit_arguments(Path("recipe.yaml"), "tiny"), ranks=2, homes={0: home, 1: other},
-        environment={"PYTHONPATH": f"packages:{ROOT}"},
-    )  # fmt: skip
+    command = ["-c", "from launch.main import main; main()", *fit_arguments(Path("recipe.yaml"), "tiny")]
+    job = Ranks(home.parent / "logs", command, command, homes={0: home, 1: other})
     with job:
         assert job.statuses(240) == [2, 2], job.output()
     for log in job.logs:

@@ -1,8 +1,8 @@
 """One rank of a fit with steps of a few milliseconds, under what steers a run: signals, watchdog, checkpoints.
 
 Run as a script: `stepping_fits.py SHARDS FOLDER STEPS WATCHDOG TIMEOUT FAULT`.
-FAULT is what rank 1 does in its sixth batch:
-`nothing`, `sleep`, `lock` (sleeps, and keeps the interpreter's lock).
+FAULT is what rank 1 does: `nothing`, `sleep` (in its sixth batch), `lock` (sleeps, and keeps the interpreter's lock:
+after 1.5 s of steps, since the watchdog's timer is four times as long until it has seen the first step).
 """
 
 import ctypes
@@ -78,16 +78,16 @@ def losses(folder: Path) -> list[tuple[str, str]]:
 
 
 class Fault(Callback):
-    """What happens to rank 1 in its sixth batch."""
+    """What happens to rank 1 in one of its batches."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_rank == 1 and batch_idx == 5:
-            if self.kind == "sleep":
+        if trainer.global_rank == 1:
+            if self.kind == "sleep" and batch_idx == 5:
                 time.sleep(3600)
-            if self.kind == "lock":
+            if self.kind == "lock" and batch_idx == 15:
                 ctypes.PyDLL(None).sleep(3600)
 
 
@@ -102,7 +102,7 @@ class Pace(Callback):
 def main(shards: str, folder: Path, steps: int, watchdog: float, timeout: float, fault: str) -> None:
     signals.block_signals("fit")
     torch.set_num_threads(1)
-    callbacks = [Watchdog(RunFolder(folder), watchdog), Fault(fault), *([Pace()] if fault == "nothing" else [])]
+    callbacks = [Watchdog(RunFolder(folder), watchdog), Fault(fault), *([] if fault == "sleep" else [Pace()])]
     trainer, data, _ = build(shards, folder, steps=steps, callbacks=callbacks, timeout=timeout)
     trainer.fit(Steps(), datamodule=data)
     torch.distributed.destroy_process_group()
