@@ -27,6 +27,7 @@ def recipe(tmp_path_factory, write_recipe) -> Path:
     data = content["data"]["init_args"]
     del data["batch_size"]
     data["global_batch_size"] = SIZE
+    content["run"]["save_every"] = 100
     content["trainer"]["accumulate_grad_batches"] = ACCUMULATE
     content["model"]["init_args"] |= {"caption_dropout": 0.0, "optim": OPTIM}
     path.write_text(yaml.safe_dump(content))

@@ -49,7 +49,7 @@ def recipe(tmp_path_factory, write_recipe) -> Path:
     data = content["data"]["init_args"]
     del data["batch_size"]
     content["data"]["init_args"] = data | {"global_batch_size": 6, "val_samples": 2}
-    content["run"]["keep_best"] = 3
+    content["run"] |= {"keep_best": 3, "save_every": 100}
     path.write_text(yaml.safe_dump(content))
     return path
 
@@ -96,6 +96,7 @@ def steps_recipe(tmp_path_factory, write_recipe) -> Path:
     data = content["data"]["init_args"]
     del data["batch_size"]
     data |= {"shards": str(folder / "latents"), "passes": 3, "max_fault_share": 0.5, "val_batch_size": 3}
+    content["run"]["save_every"] = 100
     content["trainer"]["callbacks"] = [{"class_path": "tests.support.step_rows.StepClock"}]
     path.write_text(yaml.safe_dump(content))
     return path

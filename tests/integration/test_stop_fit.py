@@ -33,8 +33,8 @@ def callback(name: str, **options) -> dict:
     return {"class_path": f"tests.support.signal_files.{name}", "init_args": options}
 
 
-def has_step(run: Path, step: int) -> bool:
-    return any(int(row["step"]) >= step for row in rows_of(run) if "train/loss" in row)
+def last_step(run: Path) -> int:
+    return max((int(row["step"]) for row in rows_of(run) if "train/loss" in row), default=0)
 
 
 def saved_step(run: Path) -> int:
@@ -53,27 +53,26 @@ def undisturbed(tmp_path_factory, write_recipe) -> Path:
     return folder / "runs" / "tiny"
 
 
-@pytest.mark.parametrize("name, status", [("SIGUSR1", 75), ("SIGTERM", 143)])
-def test_a_signal_to_all_processes_of_one_rank(tmp_path, write_recipe, undisturbed, name, status):
-    """Loader workers get it too, as where Slurm runs without cgroups; a second one changes nothing."""
+def test_a_signal_to_all_processes_of_one_rank(tmp_path, write_recipe, undisturbed):
+    """Loader workers get it too, as where Slurm runs without cgroups; a second one changes nothing. One run, twice."""
     run = tmp_path / "runs" / "tiny"
-    with start(tmp_path, write_recipe, workers=1) as ranks:
-        ranks.until(lambda: has_step(run, 2))
-        for _ in range(2):
-            os.killpg(ranks.processes[1].pid, signal.Signals[name])
-        assert ranks.statuses() == [status] * WORLD, ranks.output()
-    said = ranks.logs[0].read_text()
-    assert (
-        f"stopped by {'SIGTERM' if status == 143 else 'the stop signal'} " in said and f"exit status {status}" in said
-    )
-    # What only a finished fit leaves:
-    assert not (run / "graft.safetensors").exists() and not (run / "fingerprint.json").exists()
+    for name, status, what in [("SIGUSR1", 75, "the stop signal"), ("SIGTERM", 143, "SIGTERM")]:
+        before = last_step(run)
+        with start(tmp_path, write_recipe, workers=1) as ranks:
+            ranks.until(lambda before=before: last_step(run) >= before + 2)
+            for _ in range(2):
+                os.killpg(ranks.processes[1].pid, signal.Signals[name])
+            assert ranks.statuses() == [status] * WORLD, ranks.output()
+        said = ranks.logs[0].read_text()
+        assert f"stopped by {what} " in said and f"exit status {status}" in said
+        # What only a finished fit leaves:
+        assert not (run / "graft.safetensors").exists() and not (run / "fingerprint.json").exists()
     finish(tmp_path, write_recipe)
     assert_same_run(run, undisturbed)
 
 
 def test_signals_at_every_inconvenient_place(tmp_path, write_recipe, undisturbed):
-    """One run: stopped within an epoch, at an epoch's last step, in a validation, in a measurement."""
+    """One run: stopped within an epoch, at an epoch's last step, in a validation, in a measurement, in the last one."""
     run = tmp_path / "runs" / "tiny"
     probes = {"prompts": 2, "sigmas": [0.25, 0.75]}
     # A question put at the end of a step is answered at the end of the next.
@@ -82,23 +81,16 @@ def test_signals_at_every_inconvenient_place(tmp_path, write_recipe, undisturbed
         (callback("SignalAtStep", step=STEPS - 2, rank=0), STEPS - 1, f"after step {STEPS}"),
         (callback("SignalInValidation", epoch=0, rank=1), STEPS - 1, "in a validation"),
         (callback("SignalInMeasurement", signal_epoch=1, signal_rank=1, **probes), 2 * STEPS - 1, "in a measurement"),
+        (callback("SignalInMeasurement", signal_epoch=2, signal_rank=0, **probes), 3 * STEPS - 1, "in a measurement"),
     ]
+    assert EPOCHS == 3
     for own, step, where in places:
         with start(tmp_path, write_recipe, callbacks=[own]) as ranks:
             assert ranks.statuses() == [75] * WORLD, ranks.output()
         assert f"stopped by the stop signal {where}, exit status 75" in ranks.logs[0].read_text()
         assert saved_step(run) == step
-    assert not (run / "measurements" / "sinks-epoch-002.npz").exists()
-    finish(tmp_path, write_recipe)
-    assert_same_run(run, undisturbed)
-
-
-def test_a_signal_in_the_last_measurement_leaves_the_fit_to_be_finished(tmp_path, write_recipe, undisturbed):
-    run = tmp_path / "runs" / "tiny"
-    own = callback("SignalInMeasurement", signal_epoch=EPOCHS - 1, signal_rank=0, prompts=2, sigmas=[0.25, 0.75])
-    with start(tmp_path, write_recipe, callbacks=[own]) as ranks:
-        assert ranks.statuses() == [75] * WORLD, ranks.output()
-    assert not (run / "graft.safetensors").exists()
+        assert not (run / "measurements" / f"sinks-epoch-{step // STEPS + 1:03d}.npz").exists()
+        assert not (run / "graft.safetensors").exists()
     finish(tmp_path, write_recipe)
     assert_same_run(run, undisturbed)
     assert (run / "graft.safetensors").is_file()

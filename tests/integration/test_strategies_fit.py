@@ -94,15 +94,20 @@ class Runs:
         return self(strategy, overlays=(strategy,), devices=2)
 
     def handed_over(self, first: str, second: str) -> Path:
-        """Two ranks under one strategy, which go on under another."""
-        name = f"{first}-{second}"
-        if not (self.folder / "runs" / name).exists():
-            self(name, "--trainer.max_steps", STOP, overlays=(first,), devices=2)
-            resumed = self.fit(name, "--run.resume", "true", overlays=(second,), devices=2)
+        """Two ranks under one strategy, which go on under another. Runs that begin alike share their first part."""
+        part, kept, done = (self.folder / place for place in (f"runs/{first}-", f"kept/{first}", f"{first}-{second}"))
+        if not done.exists():
+            if not kept.exists():
+                self(part.name, "--trainer.max_steps", STOP, overlays=(first,), devices=2)
+                shutil.copytree(part, kept)
+            if not part.exists():
+                shutil.copytree(kept, part)  # to where it was made: checkpoints name their own folder
+            resumed = self.fit(part.name, "--run.resume", "true", overlays=(second,), devices=2)
             for status, said in resumed:
                 assert status == 0, said[-4000:]
             assert any(f"after step {STOP}" in said for _, said in resumed)
-        return self.folder / "runs" / name
+            part.rename(done)
+        return done
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,7 @@ def runs(tmp_path_factory, write_recipe) -> Runs:
     del content["data"]["init_args"]["batch_size"]
     content["data"]["init_args"]["global_batch_size"] = 4
     content["model"]["init_args"]["objective"] = [{"steps": 6, "blocks": 1.0, "flow": 1.0}, {"velocity": 1.0}]
+    content["run"]["save_every"] = 6  # under FSDP2 a checkpoint takes as long as three steps
     content["trainer"]["callbacks"].append({"class_path": "tests.support.step_rows.Steps"})
     path.write_text(yaml.safe_dump(content))
     return Runs(path)

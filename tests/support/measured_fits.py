@@ -5,6 +5,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from data.batch import Batch, Sample
+from tests.support import undrawn
 from trainer.callbacks.masking import MaskingRobustness
 from trainer.callbacks.sinks import SinkFrequency
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
@@ -45,9 +46,10 @@ def make_module(base, **kwargs):
     return RetrainBlocks(base=str(base), surgery=surgery, optim=OptimConfig(lr=1e-2, warmup_steps=1), **kwargs)
 
 
-def measurements(**kwargs):
+def measurements(*, drawn=False, **kwargs):
     kwargs = {"prompts": 3, "sigmas": (0.3, 0.7)} | kwargs
-    return [SinkFrequency(**kwargs), MaskingRobustness(ratios=(0.5, 0.9), **kwargs)]
+    sinks, masking = (SinkFrequency, MaskingRobustness) if drawn else (undrawn.SinkFrequency, undrawn.MaskingRobustness)
+    return [sinks(**kwargs), masking(ratios=(0.5, 0.9), **kwargs)]
 
 
 def make_trainer(root, callbacks, logger=False, **kwargs):

@@ -5,6 +5,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.context import BaseContext
 
 import pytest
 import torch
@@ -50,18 +51,26 @@ def added_by_a_step(base, config, latent, checkpoint_head):
     return host_peak() - before
 
 
+@pytest.fixture(scope="module")
+def processes() -> BaseContext:
+    """New processes that share the imports of one: each has the memory of its own step alone."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusers", "trainer.module", "launch.bench.step", "launch.plan"])
+    return context
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "clip", "checkpoint_head"),
     [(8, (121, 160, 224), False), (8, (121, 160, 224), True), (4, (121, 224, 256), False)],
 )
-def test_a_step_adds_what_is_measured_within_a_tenth(tmp_path, heads, clip, checkpoint_head):
+def test_a_step_adds_what_is_measured_within_a_tenth(tmp_path, processes, heads, clip, checkpoint_head):
     """In float32: where bfloat16 is mixed in, a CPU's kernels work on float32 copies, as a GPU's (below) do not."""
     config = SMALL | {"num_attention_heads": heads, "num_layers": 3}
     model = {"surgery": {"last": 2, "init": "torch"}, "checkpoint_head": checkpoint_head}
     sizes = [f"--{name}={value}" for name, value in zip(("frames", "height", "width"), clip, strict=True)]
     plan = estimate([*recipe(tmp_path, config=config, model=model, data={"batch_size": 1}), *sizes])
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=processes) as pool:
         base = str(tmp_path / "config.json")
         measured = pool.submit(added_by_a_step, base, config, plan.latent, checkpoint_head).result(timeout=250)
     # The batch itself, and the gradients of the step before, are there before and after.
