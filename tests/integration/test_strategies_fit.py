@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 240
 #: The run's steps, and where it is stopped to go on under another strategy: within the second epoch.
 STEPS, STOP = 16, 11
+#: No measurements.
+UNMEASURED = "--trainer.callbacks=[{class_path: tests.support.step_rows.Steps}]"
 
 
 def launch(
@@ -98,11 +100,12 @@ class Runs:
         part, kept, done = (self.folder / place for place in (f"runs/{first}-", f"kept/{first}", f"{first}-{second}"))
         if not done.exists():
             if not kept.exists():
-                self(part.name, "--trainer.max_steps", STOP, overlays=(first,), devices=2)
+                self(part.name, UNMEASURED, "--trainer.max_steps", STOP, overlays=(first,), devices=2)
                 shutil.copytree(part, kept)
             if not part.exists():
                 shutil.copytree(kept, part)  # to where it was made: checkpoints name their own folder
-            resumed = self.fit(part.name, "--run.resume", "true", overlays=(second,), devices=2)
+            options = () if first == second else (UNMEASURED,)
+            resumed = self.fit(part.name, "--run.resume", "true", *options, overlays=(second,), devices=2)
             for status, said in resumed:
                 assert status == 0, said[-4000:]
             assert any(f"after step {STOP}" in said for _, said in resumed)
@@ -259,7 +262,7 @@ def test_steps_that_are_not_finite_are_skipped_by_all_ranks_together(runs):
     ],
 )
 def test_other_ways_to_shard_take_the_steps_of_one_process(runs, name, overlay, more, devices, nodes):
-    options = ("--trainer.callbacks=[{class_path: tests.support.step_rows.Steps}]", f"--trainer.max_steps={STOP}")
+    options = (UNMEASURED, f"--trainer.max_steps={STOP}")
     run = runs(name, *options, *more, overlays=(overlay,), devices=devices, nodes=nodes)
     assert same_steps(run, runs("stopped", *options))
     same_content(content(run), content(runs("stopped", *options)))
