@@ -30,8 +30,8 @@ from trainer.callbacks.masking_statistics import PER_PROBE, masking_figures
 FIGURES: dict[str, tuple[str, int]] = {
     "val_loss": ("validation loss", -1),
     "dense_loss": ("loss on the probes", -1),
-    "sink_frequency": ("sink frequency of the marked heads", -1),
-    "sink_heads": ("sink heads", -1),
+    "sink_frequency": ("sink frequency of the followed heads", -1),
+    "sink_heads": ("sink heads in these layers", -1),
     "critical_ratio_of_base": ("r* at 1 % of the base's loss", 1),
     "critical_ratio": ("r* at 1 % of the own loss", 0),
     "uniform_cost": ("uniform control ΔL / L", 0),
@@ -67,12 +67,14 @@ class Measured:
         sinks: of each run; empty if a run lacks it.
         val_losses: of each run; NaN for a run without one.
         heads: the heads whose sinks are followed: those planted, or those flagged in the base.
+        layers: the layers whose sink heads are counted.
     """
 
     masking: tuple[MaskingStage, ...]
     sinks: tuple[SinkStage, ...]
     val_losses: tuple[float, ...]
     heads: tuple[Head, ...]
+    layers: tuple[int, ...]
 
     @cached_property
     def mean_masking(self) -> MaskingStage | None:
@@ -125,8 +127,10 @@ class Measured:
         return Figure(float(shares.mean()), by_run, (float(low), float(high)))
 
     def _sink_heads(self) -> Figure:
-        counts = tuple(float(len(stage.flagged)) for stage in self.sinks)
-        return Figure(float(np.mean(counts)) if counts else math.nan, counts, None, "not measured")
+        if not self.sinks or not all(set(self.layers) <= set(stage.layers) for stage in self.sinks):
+            return Figure(math.nan, (), None, "not measured in these layers")
+        counts = tuple(float(sum(layer in self.layers for layer, _ in stage.flagged)) for stage in self.sinks)
+        return Figure(float(np.mean(counts)), counts)
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def measure_base(results: RunResults, layers: Sequence[int], heads: Sequence[Hea
     masking = one_scope(results.masking_before, layers)
     sinks = (results.before,) if results.before else ()
     loss = float((results.planted_record or {}).get("val_loss_after") or math.nan)
-    return Measured((masking,) if masking else (), sinks, (loss,), tuple(heads))
+    return Measured((masking,) if masking else (), sinks, (loss,), tuple(heads), tuple(layers))
 
 
 def measure_runs(runs: Sequence[RunResults], layers: Sequence[int], heads: Sequence[Head]) -> Measured:
@@ -273,4 +277,5 @@ def measure_runs(runs: Sequence[RunResults], layers: Sequence[int], heads: Seque
         tuple(stage for stage in sinks if stage) if all(sinks) else (),
         tuple(results.val_loss for results in runs),
         tuple(heads),
+        tuple(layers),
     )

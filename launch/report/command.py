@@ -112,11 +112,11 @@ def _loss_chart(results: RunResults) -> str | None:
     if train:
         series += [
             Series("", steps, train, 1, "faint"),
-            Series("training, running mean", steps, running_mean(train), 1),
+            Series("training (the objective), running mean", steps, running_mean(train), 1),
         ]
     if val:
-        series.append(Series("validation, EMA weights", val_steps, val, 2, "dots"))
-    return line_chart(series, x_label="optimiser step", y_label="mean squared error") if series else None
+        series.append(Series("validation (flow loss), EMA weights", val_steps, val, 2, "dots"))
+    return line_chart(series, x_label="optimiser step", y_label="loss") if series else None
 
 
 def _band_chart(results: RunResults) -> str | None:
@@ -127,7 +127,7 @@ def _band_chart(results: RunResults) -> str | None:
         if values:
             label = "σ " + name.removeprefix("train/loss_sigma_").replace("-", " to ")
             series.append(Series(label, steps, running_mean(values), index % 4 + 1))
-    return line_chart(series, x_label="optimiser step", y_label="mean squared error") if series else None
+    return line_chart(series, x_label="optimiser step", y_label="loss") if series else None
 
 
 def _epoch_chart(values: Mapping[str, float], y_label: str) -> str | None:

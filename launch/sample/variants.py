@@ -20,7 +20,7 @@ def sample_note(entry: Mapping[str, Any]) -> str:
     parts = []
     ratio = (entry.get("settings") or {}).get("mask_ratio")
     if ratio:
-        parts.append(f"{100 * ratio:g} % of the weights removed")
+        parts.append(f"{100 * ratio:g} % of the weights removed at most")
     for reference, words in (("dense", "to the dense video"), ("base", "to the base's video")):
         if entry.get(f"psnr_to_{reference}") is not None:
             parts.append(f"PSNR {entry[f'psnr_to_{reference}']:.1f} dB")

@@ -76,7 +76,7 @@ def test_the_page_says_what_was_measured(runs, tmp_path, capsys):
         "0.425; runs 0.41 to 0.44",
         "validation loss keep no difference that can be told from noise (one number per run, so no interval over",
         "loss on the probes keep lower by 0.06 [",
-        "sink frequency of the marked heads keep higher by 1 [",
+        "sink frequency of the followed heads keep higher by 1 [",
         "one run on a side",
         "a red <circle>", "retrained-0: retrained", "keep: retrained, masked",
     ):  # fmt: skip
@@ -133,6 +133,10 @@ def test_differences_over_prompts_and_over_seeds(runs, tmp_path, base):
 def test_sinks_are_followed_where_the_base_has_them(runs):
     keep, pair = measured(runs["keep"]), measured(runs["retrained-0"], runs["retrained-1"])
     assert keep.figures["sink_frequency"].value == 1.0 and keep.figures["sink_heads"].by_run == (2.0,)
+    # Counted in the reference's layers alone: runs measure others as well.
+    results = [read_results(RunFolder(runs["keep"]))]
+    assert measure_runs(results, BLOCKS[:1], PLANTED).figures["sink_heads"].by_run == (1.0,)
+    assert measure_runs(results, (3, 4), PLANTED).figures["sink_heads"].reason == "not measured in these layers"
     change = difference("sink_frequency", keep, pair).over_prompts
     assert change.direction == -1 and change.interval[0] >= -1 and change.verdict(-1) == "good"
     results = read_results(RunFolder(runs["keep"]))
