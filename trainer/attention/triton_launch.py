@@ -22,8 +22,11 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 #: Queries and keys of a tile, warps and pipeline stages: the fastest of those tried on an H200 at d = 128 in bfloat16.
 _TILES = {"row": (128, 128, 8, 2), "key": (128, 64, 4, 3), "masked": (64, 64, 4, 3)}
-#: The same for float32, whose products take no tensor cores, and for the interpreter, which takes no large tiles.
+#: The same for float32, whose products take no tensor cores.
 _SMALL_TILE = (32, 32, 4, 2)
+#: The same for the interpreter, which takes no large tiles, and as long for a tile of 16 x 16. Not square, so that tests
+#: with few tokens have several tiles, and see where queries take the place of keys.
+_INTERPRETED_TILE = (32, 64, 1, 1)
 
 
 def row_pass(x: Inputs, *, entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +143,8 @@ def launch_shape(kind: str, *, float32: bool) -> tuple[int, int, int, int]:
 def _options(q: Tensor, kind: str) -> dict[str, object]:
     """Tile sizes and launch options."""
     native = q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1"
-    rows, keys, warps, stages = launch_shape(kind, float32=not native or q.dtype == torch.float32)
+    shape = launch_shape(kind, float32=q.dtype == torch.float32) if native else _INTERPRETED_TILE
+    rows, keys, warps, stages = shape
     width = max(16, triton.next_power_of_2(q.shape[-1]))
     sizes = {"D": q.shape[-1], "BD": width, "BM": rows, "BN": keys, "NATIVE": native}
     return sizes | ({"num_warps": warps, "num_stages": stages} if native else {})

@@ -3,7 +3,8 @@
 Each pass counts, exactly, how many of all weights lie above some edges. A sample of the weights gives the first edges,
 which miss their shares by about a thousandth. How far an edge must move for that is read off the sample's density,
 known to a few per cent, so one pass over all weights is usual; where three standard errors of it exceed the rank error
-asked for, the moved edges are counted too.
+asked for, the moved edges are counted too. Where many weights tie, no edge meets the share, and the sample names the
+tied weight up to rounding: edges close to it are counted until no other float32 weight is left between two of them.
 
 Legend: B batch, N tokens (queries and keys), h heads, R ratios, E eps values, n weights of a head in the sample.
 """
@@ -21,6 +22,10 @@ from trainer.attention.triton_launch import key_pass, sample_pass, valid_tokens
 _WINDOW = 0.02
 #: Passes after which an interval is halved instead of being read off the sample, and after which it is given up.
 _GUESSES, _PASSES = 4, 48
+#: Least step in t beside an edge: near t = 0 smaller ones give the same float32 weight, and `EDGE_SCALE` blurs them.
+_LEAST_STEP = 2.0**-25
+#: By which each further step from the same side is larger.
+_STEP_GROWTH = 16.0
 
 
 def pooled_quantiles(
@@ -55,11 +60,11 @@ def pooled_quantiles(
     low, high = torch.full_like(wanted, -200.0).float(), largest.expand(wanted.shape).clone()
     above_low, above_high = totals.expand(wanted.shape), torch.zeros_like(wanted)
     is_largest = (wanted >= 1) & (x.num_keys >= x.q.shape[2])  # known from the rows
-    limit, share, done = low.clone(), wanted, (wanted <= 0) | is_largest
+    limit, share, done = low.clone(), wanted, (wanted <= 0) | is_largest | high.isnan()  # with NaN nothing is above
+    steps = torch.ones(2, *low.shape, device=low.device)
     for turn in range(_PASSES):
-        middle = low / 2 + high / 2
-        edge = _sample_quantiles(sample, share) if turn < _GUESSES else middle
-        edge = torch.where((edge > low) & (edge < high), edge, middle)
+        guess = _sample_quantiles(sample, share)
+        edge, steps = _next_edge(guess, low, high, steps, halve=turn >= _GUESSES)
         found = key_pass(x, lse, eps=eps if turn == 0 else None, edges=edge)
         if turn == 0:
             mass, counts = found[:2]
@@ -70,12 +75,13 @@ def pooled_quantiles(
         above_low, above_high = torch.where(is_lower, above, above_low), torch.where(is_lower, above_high, above)
         moved, uncertainty = _moved(sample, share, edge, missing, totals)
         met, sure = missing.abs() <= error, (uncertainty <= error) & (moved >= low) & (moved < high)
-        exact = (torch.nextafter(low, high) >= high) | (above_low - above_high <= 1)  # none, or one weight, is between
+        one_value = torch.exp2(torch.nextafter(low, high)) >= torch.exp2(high)  # of all float32 weights in between
+        exact = one_value | (above_low - above_high <= 1)
         limit = torch.where(done, limit, torch.where(met, edge, torch.where(sure, moved, low)))
         done = done | met | sure | exact
         if bool(done.all()):
             break
-        share = share + missing
+        share = _share_at(sample, share, edge) + missing
     # What is below or at an edge is below its successor.
     limits = torch.exp2(torch.nextafter(limit, torch.full_like(limit, torch.inf)))
     limits = torch.where(is_largest, torch.exp2(largest), limits)
@@ -86,6 +92,32 @@ def _sample_quantiles(sample: Tensor, share: Tensor) -> Tensor:
     """Quantiles (B, h, R) of the ascending sample (B, h, n) at `share` (B, h, R)."""
     index = (share * sample.shape[-1]).long().clamp(0, sample.shape[-1] - 1)
     return sample.gather(-1, index)
+
+
+def _share_at(sample: Tensor, share: Tensor, edge: Tensor) -> Tensor:
+    """The share of the sample at or below each edge; of an edge that one weight of the sample equals, close to `share`.
+
+    All are (B, h, R).
+    """
+    size = sample.shape[-1]
+    before, after = (torch.searchsorted(sample, edge, right=right).double() for right in (False, True))
+    return torch.where(after - before > 1, after, torch.clamp(share * size, before, after)) / size
+
+
+def _next_edge(guess: Tensor, low: Tensor, high: Tensor, steps: Tensor, *, halve: bool) -> tuple[Tensor, Tensor]:
+    """The edge to count next, between `low` and `high`, and the next steps (2, B, h, R) from either, in ulps.
+
+    A guess that is at or beyond a counted edge means ties there, or a sample that rounds otherwise than the tiles: the
+    edge beside that one comes next, then edges further and further from it. A guess in between is taken, or, to
+    `halve`, the middle.
+    """
+    middle, beyond = low / 2 + high / 2, torch.stack([guess <= low, guess >= high])
+    size = torch.where(beyond[0], low, high).abs()
+    step = (torch.nextafter(size, torch.full_like(size, torch.inf)) - size).clamp(min=_LEAST_STEP)
+    edge = torch.where((guess > low) & (guess < high) & (not halve), guess, middle)
+    edge = torch.where(beyond[0], torch.minimum(low + steps[0] * step, middle), edge)
+    edge = torch.where(beyond[1], torch.maximum(high - steps[1] * step, middle), edge)
+    return edge, torch.where(beyond, steps * _STEP_GROWTH, steps)
 
 
 def _moved(sample: Tensor, share: Tensor, edge: Tensor, missing: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[4]
 def test_the_kernels_interpreted(tests):
     # Whether kernels are interpreted is decided when they are imported, so they need a process of their own.
     pytest.importorskip("triton", reason="triton is made for Linux only")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.gpu.interpreter", *tests]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]
