@@ -144,6 +144,43 @@ def test_quantiles_of_ties():
     assert torch.allclose(found, torch.tensor(1 / 64), rtol=1e-5)
 
 
+def equal_logits(q, k):
+    return q * 0, k
+
+
+def few_logits(q, k):
+    """Multiples of one number, in rows whose log-sum-exp differs."""
+    first = torch.arange(q.shape[-1], device=q.device) < 4
+    return torch.where(q > 0, 1.0, -1.0) * first, torch.where(k > 0, 1.0, -1.0)
+
+
+def weights_of_one_and_zero(q, k):
+    q, k = q * 0, k * 0
+    q[..., 0], k[:, :, 3, 0] = 60.0, 60.0
+    return q, k
+
+
+@pytest.mark.parametrize("tied", [equal_logits, few_logits, weights_of_one_and_zero])
+@pytest.mark.parametrize("how", [{}, {"num_keys": 30}, {"lengths": [70, 41]}])
+def test_thresholds_of_ties_take_few_passes(monkeypatch, tied, how):
+    from trainer.attention import triton_quantiles
+
+    count, passes = triton_quantiles.key_pass, []
+    monkeypatch.setattr(triton_quantiles, "key_pass", lambda *a, **options: passes.append(1) or count(*a, **options))
+    q, k = tied(*heads(70, 2, 64)[:2])
+    q[0, 1, 5] = math.nan  # this head's thresholds are not looked at; it may not take more passes either
+    ratios = (0.1, 0.5, 0.9, 1.0)
+    found = pooled_quantiles(q, k, ratios, backend="triton", rank_error=0.0, **how).double()
+    assert len(passes) <= 8  # halving an interval down to a float32 takes about thirty
+    for sample, length in enumerate(how.get("lengths", [70, 70])):
+        valid = reference.attention_weights(q[sample : sample + 1, :, :length], k[sample : sample + 1, :, :length])
+        for head, pool in enumerate(valid[0, :, :, : how.get("num_keys")].flatten(1)):
+            for ratio, threshold in zip(ratios, found[sample, head], strict=True):
+                rank = min(int(ratio * len(pool)), len(pool) - 1)
+                within = (pool < threshold * (1 - 1e-5) - 1e-36).sum(), (pool <= threshold * (1 + 1e-5) + 1e-36).sum()
+                assert (sample, head) == (0, 1) or within[0] <= rank <= within[1]
+
+
 @pytest.mark.parametrize("how", [{"lengths": [41, 9]}, {"num_keys": 30}, {"num_keys": 30, "lengths": [41, 9]}])
 def test_a_ratio_of_one_is_the_largest_weight_that_is_pooled(how):
     q, k, _ = heads(50, 2, 64)

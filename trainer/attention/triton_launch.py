@@ -24,8 +24,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 _TILES = {"row": (128, 128, 8, 2), "key": (128, 64, 4, 3), "masked": (64, 64, 4, 3)}
 #: The same for float32, whose products take no tensor cores.
 _SMALL_TILE = (32, 32, 4, 2)
-#: The same for the interpreter, which takes no large tiles, and as long for a tile of 16 x 16. Not square, so that tests
-#: with few tokens have several tiles, and see where queries take the place of keys.
+#: The same for the interpreter, which takes as long for smaller tiles. With few tokens tests still have several tiles in
+#: both directions, and as a tile is not square they see where queries take the place of keys.
 _INTERPRETED_TILE = (32, 64, 1, 1)
 
 
@@ -143,8 +143,8 @@ def launch_shape(kind: str, *, float32: bool) -> tuple[int, int, int, int]:
 def _options(q: Tensor, kind: str) -> dict[str, object]:
     """Tile sizes and launch options."""
     native = q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1"
-    shape = launch_shape(kind, float32=q.dtype == torch.float32) if native else _INTERPRETED_TILE
-    rows, keys, warps, stages = shape
+    tile = launch_shape(kind, float32=q.dtype == torch.float32) if native else _INTERPRETED_TILE
+    rows, keys, warps, stages = tile
     width = max(16, triton.next_power_of_2(q.shape[-1]))
     sizes = {"D": q.shape[-1], "BD": width, "BM": rows, "BN": keys, "NATIVE": native}
     return sizes | ({"num_warps": warps, "num_stages": stages} if native else {})

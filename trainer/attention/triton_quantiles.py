@@ -81,7 +81,7 @@ def pooled_quantiles(
         done = done | met | sure | exact
         if bool(done.all()):
             break
-        share = _share_at(sample, share, edge) + missing
+        share = _next_share(sample, share, edge, missing, totals)
     # What is below or at an edge is below its successor.
     limits = torch.exp2(torch.nextafter(limit, torch.full_like(limit, torch.inf)))
     limits = torch.where(is_largest, torch.exp2(largest), limits)
@@ -94,14 +94,17 @@ def _sample_quantiles(sample: Tensor, share: Tensor) -> Tensor:
     return sample.gather(-1, index)
 
 
-def _share_at(sample: Tensor, share: Tensor, edge: Tensor) -> Tensor:
-    """The share of the sample at or below each edge; of an edge that one weight of the sample equals, close to `share`.
+def _next_share(sample: Tensor, share: Tensor, edge: Tensor, missing: Tensor, totals: Tensor) -> Tensor:
+    """Where in the sample the threshold is, after all weights were counted at an edge: (B, h, R), as the edges are.
 
-    All are (B, h, R).
+    That is `missing` from the edge's place, which is the upper end of weights that tie with it. Beside a weight of the
+    sample that rounds otherwise than the tiles, the edge's place is one weight off: `missing` is taken as one less.
     """
     size = sample.shape[-1]
     before, after = (torch.searchsorted(sample, edge, right=right).double() for right in (False, True))
-    return torch.where(after - before > 1, after, torch.clamp(share * size, before, after)) / size
+    place = torch.where(after - before > 1, after, torch.clamp(share * size, before, after))
+    one = (1 / totals).clamp(min=1 / size)
+    return place / size + torch.where(after > before, missing, missing - torch.clamp(missing, -one, one))
 
 
 def _next_edge(guess: Tensor, low: Tensor, high: Tensor, steps: Tensor, *, halve: bool) -> tuple[Tensor, Tensor]:
