@@ -24,8 +24,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 _TILES = {"row": (128, 128, 8, 2), "key": (128, 64, 4, 3), "masked": (64, 64, 4, 3)}
 #: The same for float32, whose products take no tensor cores.
 _SMALL_TILE = (32, 32, 4, 2)
-#: The same for the interpreter, which takes as long for smaller tiles. With few tokens tests still have several tiles in
-#: both directions, and as a tile is not square they see where queries take the place of keys.
+#: The same for the interpreter, which takes as long for smaller tiles. With few tokens tests still have several tiles
+#: in both directions, and as a tile is not square they see where queries take the place of keys.
 _INTERPRETED_TILE = (32, 64, 1, 1)
 
 
