@@ -64,7 +64,10 @@ def pooled_quantiles(
     steps = torch.ones(2, *low.shape, device=low.device)
     for turn in range(_PASSES):
         guess = _sample_quantiles(sample, share)
-        edge, steps = _next_edge(guess, low, high, steps, halve=turn >= _GUESSES)
+        if turn == 0:  # the only pass as a rule: nothing is counted yet that a guess could repeat
+            edge = torch.where((guess > low) & (guess < high), guess, low / 2 + high / 2)
+        else:
+            edge, steps = _next_edge(guess, low, high, steps, halve=turn >= _GUESSES)
         found = key_pass(x, lse, eps=eps if turn == 0 else None, edges=edge)
         if turn == 0:
             mass, counts = found[:2]
