@@ -10,10 +10,13 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from tests.support.fork_server import ROOT, popen
 
 SCRIPT = Path(__file__).with_name("slurm-lab.sh")
 
@@ -97,6 +100,26 @@ class Lab:
             timeout=timeout,
         )  # fmt: skip
         assert done.returncode == 0 or not check, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def reblock(
+        self, *arguments: str | Path, check: bool = True, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs `reblock` as `run` does, in a process that has no imports to do (`tests.support.fork_server`): on the
+        log-in node it does little else. Jobs start it anew. What a test asserts of the start itself needs `run`."""
+        command = [sys.executable, Path(sys.executable).with_name("reblock"), *arguments]
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = popen(command, env=self.environment | {"PYTHONPATH": str(ROOT)}, cwd=cwd, stdout=out, stderr=err)
+            try:
+                status = process.wait(timeout=240)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise
+            out.seek(0)
+            err.seek(0)
+            done = subprocess.CompletedProcess(list(map(str, command)), status, out.read(), err.read())
+        assert status == 0 or not check, f"{arguments} gave {status}\n{done.stdout}\n{done.stderr}"
         return done
 
     def submit(self, script: Path | str, *options: str, cwd: Path | None = None, **more: str) -> int:

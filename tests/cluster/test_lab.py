@@ -1,7 +1,5 @@
 """The lab is what the other tests take it for: two nodes apart from each other, whose deaths and networks are real."""
 
-import os
-
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -36,17 +34,6 @@ def test_a_nodes_daemon_dies_alone_and_comes_back(lab_to_break):
     assert lab.processes("node2", "sleep", "600") == task
     lab.heal()
     assert lab.processes("node2", "slurmd", "-N") and not lab.processes("node2", "sleep", "600")
-
-
-def test_a_dead_node_takes_its_processes_along_and_the_job_is_queued_again(lab_to_break):
-    lab = lab_to_break
-    job = lab.submit(SLEEP)
-    lab.wait(job, "RUNNING")
-    lab.until(lambda: len(lab.processes("node2", "sleep", "600")) == 1, "the task")
-    (task,) = lab.processes("node2", "sleep", "600")
-    lab.kill_node("node2")
-    lab.until(lambda: not os.path.exists(f"/proc/{task}"), "the task's end", timeout=20)
-    lab.until(lambda: lab.job(job)["Restarts"] == "1", "a requeue", says=lambda: str(lab.job(job)))
 
 
 def test_a_cut_network_loses_packets_and_heals(lab_to_break):

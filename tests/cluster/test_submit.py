@@ -5,7 +5,6 @@ The fits here are stand-ins of a few lines of shell (`--command`), so that only 
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.cluster.batch_script import directive, file_pattern
+from tests.support.fork_server import ROOT
 from tests.support.latent_shards import write_latents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-REBLOCK = Path(sys.executable).with_name("reblock")
 
-#: Notes its call; what it does then is the test's, in `act.sh`.
+#: Notes its call; what it does then is the test's, in `act.sh` beside it.
 STAND_IN = """#!/bin/bash
 here=$(dirname "$0")
 echo "$1 job=$SLURM_JOB_ID start=${SLURM_RESTART_COUNT:-0} rank=$SLURM_PROCID host=$(hostname)" >> "$here/calls"
@@ -29,7 +28,7 @@ echo "$1 job=$SLURM_JOB_ID start=${SLURM_RESTART_COUNT:-0} rank=$SLURM_PROCID ho
 
 @pytest.fixture
 def folder(tmp_path, tiny_config) -> Path:
-    """A recipe for two ranks, latents, a base, and the stand-in for reblock."""
+    """A recipe for two ranks, latents and a base."""
     (tmp_path / "base.json").write_text(json.dumps(tiny_config))
     write_latents(tmp_path / "latents", [("7x32x32", 40)], channels=4, width=16)
     recipe = {
@@ -46,31 +45,34 @@ def folder(tmp_path, tiny_config) -> Path:
         "nodes": 2,
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "stand-in").write_text(STAND_IN)
-    (tmp_path / "stand-in").chmod(0o755)
     return tmp_path
 
 
 @pytest.fixture
 def submit(lab, folder):
-    """(what the stand-in does, *options) -> the jobs' ids, by stage."""
+    """(what the stand-in does, *options, name of the run) -> the jobs' ids, by stage."""
 
     def run(act: str, *options: str, name: str = "tiny") -> dict[str, str]:
-        (folder / "act.sh").write_text(act)
-        lab.run(REBLOCK, "submit", "--config", "recipe.yaml", "--command", folder / "stand-in", *options, cwd=folder,
-                timeout=200)  # fmt: skip
+        command = folder / f"act-{name}" / "stand-in"
+        command.parent.mkdir()
+        command.write_text(STAND_IN)
+        command.chmod(0o755)
+        command.with_name("act.sh").write_text(act)
+        words = ("--config", "recipe.yaml", "--command", command, "--run.name", name)
+        lab.reblock("submit", *words, *options, cwd=folder)
         lines = (folder / "runs" / name / "job" / "jobs.jsonl").read_text().splitlines()
         return {entry["stage"]: entry["job"] for entry in map(json.loads, lines)}
 
     return run
 
 
-def calls(folder: Path) -> list[str]:
-    return sorted((folder / "calls").read_text().splitlines())
+def calls(folder: Path, name: str = "tiny") -> list[str]:
+    """Calls of the stand-in of a run, as they came."""
+    return (folder / f"act-{name}" / "calls").read_text().splitlines()
 
 
 def refused(lab, folder, *options: str) -> str:
-    done = lab.run(REBLOCK, "submit", "--config", "recipe.yaml", *options, cwd=folder, check=False, timeout=200)
+    done = lab.reblock("submit", "--config", "recipe.yaml", *options, cwd=folder, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr
 
@@ -102,7 +104,7 @@ def test_what_a_job_asks_for_and_leaves(lab, folder, submit):
     assert facts["Requeue"] == "1" and facts["WorkDir"] == str(folder)
     lab.run("scontrol", "release", str(held))
     lab.wait(job, "COMPLETED")
-    assert calls(folder) == [f"fit job={job} start=0 rank={n} host=node{n + 1}" for n in range(2)]
+    assert sorted(calls(folder)) == [f"fit job={job} start=0 rank={n} host=node{n + 1}" for n in range(2)]
     run = folder / "runs" / "tiny"
     assert {path.name for path in (run / "logs").iterdir()} == {
         f"tiny-{job}.log", f"tiny-{job}-r0-0.log", f"tiny-{job}-r0-1.log",
@@ -118,7 +120,11 @@ def test_what_a_job_asks_for_and_leaves(lab, folder, submit):
 
 
 def test_status_75_is_a_requeue_and_whoever_waits_goes_on_waiting(lab, folder, submit):
-    """Rank 1 leaves seconds after rank 0: the status is 75 all the same, and its last words are kept."""
+    """Runs of their own, at the same time:
+
+    - a fit whose rank 1 leaves seconds after rank 0: the status is 75 all the same, and its last words are kept;
+    - a fit and an array of encode that are told that their time will be up.
+    """
     act = """
     [ "$1" = export ] && exit 0
     echo "words of start ${SLURM_RESTART_COUNT:-0}"
@@ -126,17 +132,37 @@ def test_status_75_is_a_requeue_and_whoever_waits_goes_on_waiting(lab, folder, s
     [ "$SLURM_PROCID" = 0 ] || { sleep 3; echo "saved"; }
     exit 75
     """
+    until_told = """
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
+    trap 'echo told; exit 75' USR1
+    for i in $(seq 3000); do sleep 0.1; done
+    exit 1
+    """
+    times = ("--time=0:01:10", "--signal_seconds=60")
+    base = ROOT / "recipes" / "demo_base"
     jobs = submit(act, "--stages=fit,export")
+    timed = submit(until_told, *times, name="timed")["fit"]
+    encode = submit(until_told, "--stages=encode", f"--encode.shards={make_video_shards(folder)}", "--encode.tasks=2",
+                    "--data.shards=made", f"--model.base={base}", *times, name="array")["encode"]  # fmt: skip
+
     lab.wait(jobs["export"], "COMPLETED", timeout=240)
     assert lab.job(jobs["fit"])["Restarts"] == "2" and lab.state(jobs["fit"]) == "COMPLETED"
     logs = folder / "runs" / "tiny" / "logs"
     for start in (0, 1):
         assert (logs / f"tiny-{jobs['fit']}-r{start}-1.log").read_text() == f"words of start {start}\nsaved\n"
     assert lab.output(jobs["fit"]).count("asks Slurm to queue the job again") == 2
-    assert [line.split()[0] for line in (folder / "calls").read_text().splitlines()] == ["fit"] * 6 + ["export"]
-    shown = lab.run(REBLOCK, "status", folder / "runs" / "tiny").stdout
+    assert [line.split()[0] for line in calls(folder)] == ["fit"] * 6 + ["export"]
+    shown = lab.reblock("status", folder / "runs" / "tiny").stdout
     assert f"fit {jobs['fit']}, COMPLETED" in shown and "requeued 2 times" in shown
     assert f"export {jobs['export']}, COMPLETED" in shown
+
+    lab.wait(timed, "COMPLETED", timeout=250)
+    assert "told" in (folder / "runs" / "timed" / "logs" / f"timed-{timed}-r0-0.log").read_text()
+    assert lab.job(timed)["Restarts"] == "1"
+    for task in range(2):
+        lab.wait(f"{encode}_{task}", "COMPLETED", timeout=250)
+        said = (folder / "runs" / "array" / "logs" / f"array-encode-{encode}_{task}.log").read_text()
+        assert "stopped by a signal, all is saved" in said and "start 2 (1 requeued)" in said, said
 
 
 def test_a_failure_is_a_failure_and_what_waits_for_it_is_cancelled(lab, folder, submit):
@@ -144,35 +170,11 @@ def test_a_failure_is_a_failure_and_what_waits_for_it_is_cancelled(lab, folder, 
     lab.wait(jobs["fit"], "FAILED")
     assert lab.job(jobs["fit"])["ExitCode"] == "3:0"
     lab.wait(jobs["export"], "CANCELLED")
-    shown = lab.run(REBLOCK, "status", folder / "runs" / "tiny").stdout
+    shown = lab.reblock("status", folder / "runs" / "tiny").stdout
     assert f"fit {jobs['fit']}, FAILED" in shown and "exit code 3" in shown and "error: no such thing" in shown
 
 
-def test_the_end_of_the_time_is_announced_and_the_job_comes_again(lab, folder, submit):
-    """A fit and an array of encode, at the same time, as runs of their own."""
-    act = """
-    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
-    trap 'echo told; exit 75' USR1
-    for i in $(seq 3000); do sleep 0.1; done
-    exit 1
-    """
-    clips = make_video_shards(folder)
-    base = Path(__file__).resolve().parents[2] / "recipes" / "demo_base"
-    times = ("--time=0:01:10", "--signal_seconds=60")
-    fit = submit(act, *times)["fit"]
-    encode = submit(act, "--stages=encode", f"--encode.shards={clips}", "--encode.tasks=2", "--data.shards=made",
-                    f"--model.base={base}", "--run.name=other", *times, name="other")["encode"]  # fmt: skip
-    lab.wait(fit, "COMPLETED", timeout=250)
-    assert "told" in (folder / "runs" / "tiny" / "logs" / f"tiny-{fit}-r0-0.log").read_text()
-    assert lab.job(fit)["Restarts"] == "1"
-    for task in range(2):
-        lab.wait(f"{encode}_{task}", "COMPLETED", timeout=250)
-        said = (folder / "runs" / "other" / "logs" / f"other-encode-{encode}_{task}.log").read_text()
-        assert "stopped by a signal, all is saved" in said and "start 2 (1 requeued)" in said, said
-
-
-@pytest.mark.parametrize("partition", ["graceful", "graceless"])
-def test_a_preempted_job_comes_again_and_a_cancelled_one_does_not(lab, folder, submit, partition):
+def test_a_preempted_job_comes_again_and_a_cancelled_one_does_not(lab, folder, submit):
     """Where Slurm gives it time to end, it does not queue it again by itself once it has ended in time."""
     act = """
     [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
@@ -180,21 +182,25 @@ def test_a_preempted_job_comes_again_and_a_cancelled_one_does_not(lab, folder, s
     echo ready
     for i in $(seq 3000); do sleep 0.1; done
     """
+    partitions = ("graceful", "graceless")
+    fits = [submit(act, "--partition", partition, name=partition)["fit"] for partition in partitions]
 
     def ready() -> bool:
-        return sum("ready" in path.read_text() for path in (folder / "runs" / "tiny" / "logs").glob("*-r0-?.log")) == 2
+        return sum("ready" in path.read_text() for path in folder.glob("runs/grace*/logs/*-r0-?.log")) == 4
 
-    fit = submit(act, "--partition", partition)["fit"]
-    lab.until(ready, "both tasks", says=lambda: lab.output(fit))
+    lab.until(ready, "both tasks of both", says=lambda: "\n".join(map(lab.output, fits)))
     urgent = lab.submit("#!/bin/bash\n#SBATCH --nodes=2 --exclusive --partition=debug\ntrue\n")
     lab.wait(urgent, "COMPLETED")
-    lab.wait(fit, "COMPLETED")
-    assert lab.job(fit)["Restarts"] == "1"
-    cancelled = submit(act, "--partition", partition, "--run.name", "other", name="other")["fit"]
-    lab.wait(cancelled, "RUNNING")
-    lab.run("scancel", cancelled)
-    lab.wait(cancelled, "CANCELLED")
-    assert lab.job(cancelled)["Restarts"] == "0"
+    for fit in fits:
+        lab.wait(fit, "COMPLETED")
+        assert lab.job(fit)["Restarts"] == "1"
+    cancelled = [submit(act, "--partition", partition, name=f"not-{partition}")["fit"] for partition in partitions]
+    for fit in cancelled:
+        lab.wait(fit, "RUNNING")
+        lab.run("scancel", fit)
+    for fit in cancelled:
+        lab.wait(fit, "CANCELLED")
+        assert lab.job(fit)["Restarts"] == "0"
 
 
 def make_video_shards(folder: Path) -> Path:

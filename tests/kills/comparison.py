@@ -42,8 +42,8 @@ class Comparison:
         return [f"{what}: {value}" for what, value in found.items() if value]
 
 
-def compare_runs(undisturbed: Path, run: Path, ranks: int) -> Comparison:
-    """Compares every step of a run, repeated ones too, and all the files that it has left."""
+def compare_steps(undisturbed: Path, run: Path, ranks: int) -> Comparison:
+    """Compares every step that a run has taken up to now, repeated ones too."""
     found = Comparison()
     traces = zip(read_traces(undisturbed, ranks), read_traces(run, ranks), strict=True)
     for rank, (expected, lines) in enumerate(traces):
@@ -53,6 +53,12 @@ def compare_runs(undisturbed: Path, run: Path, ranks: int) -> Comparison:
         found.repeated += len(lines) - len(taken)
         found.different += [(rank, line["step"]) for line in lines if line != by_step.get(line["step"])]
         found.lost += [(rank, step) for step in by_step if step not in taken]
+    return found
+
+
+def compare_runs(undisturbed: Path, run: Path, ranks: int) -> Comparison:
+    """Compares every step of a run, repeated ones too, and all the files that it has left."""
+    found = compare_steps(undisturbed, run, ranks)
     expected_rows, rows = Counter(metrics_rows(undisturbed)), Counter(metrics_rows(run))
     found.rows = (expected_rows - rows).total() + (rows - expected_rows).total()
     one, other = RunFolder(undisturbed), RunFolder(run)
