@@ -13,7 +13,9 @@ from diffusers import MochiTransformer3DModel
 
 from data.pack.command import pack
 from data.synth.command import synth
+from tests.kills.comparison import compare_runs
 from tests.support.fork_server import ROOT
+from trainer.checkpoint.file import checkpoint_fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 REBLOCK = Path(sys.executable).with_name("reblock")
@@ -37,7 +39,8 @@ def folder(tmp_path_factory) -> Path:
         "run": {"name": "road", "root": "runs", "save_every": 2, "wandb": False},
         "trainer": {
             "strategy": "ddp", "max_epochs": EPOCHS,
-            "callbacks": [_measurement("sinks.SinkFrequency"),
+            "callbacks": [{"class_path": "tests.kills.step_trace.StepRecorder"},
+                          _measurement("sinks.SinkFrequency"),
                           _measurement("masking.MaskingRobustness", ratios=[0.5], scopes=["retrained"]),
                           {"class_path": "tests.support.rank_faults.Gate",
                            "init_args": {"folder": str(home / "gates"), "steps": [HELD]}}],
@@ -45,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
         "model": {"init_args": {"base": str(ROOT / "recipes" / "demo_base")}},
         "data": {
             "init_args": {"shards": "latents", "val_samples": 4, "batch_size": None, "global_batch_size": 4,
-                          "passes": 2, "num_workers": 0},
+                          "passes": 2},
         },
         "nodes": 2, "time": "0:30:00", "signal_seconds": 60, "env": {"PYTHONPATH": str(ROOT)},
         "encode": {"shards": "video", "tasks": 2, "options": ["--batch_size=4", "--claim_timeout=20"]},
@@ -109,12 +112,19 @@ def test_encoded_trained_signalled_requeued_resumed_and_exported(lab, folder):
     for job in (fit, jobs["export"], other):
         lab.wait(job, "COMPLETED", timeout=400)
     assert "asks Slurm to queue the job again" in lab.output(fit)
+    stopped = (run / "logs" / f"road-{fit}-r0-0.log").read_text()
+    assert f"stopped by the stop signal after step {HELD + 2}, exit status 75" in stopped, stopped[-3000:]
     resumed = (run / "logs" / f"road-{fit}-r1-0.log").read_text()
     assert "resuming" in resumed, resumed[-3000:]
 
     assert list(losses(run)) == list(range(STEPS * EPOCHS))
     assert losses(run) == losses(twin)
     assert before.items() <= losses(run).items()
+    found = compare_runs(twin, run, 2)
+    own = ("logs/", "pipeline/", "encode.sbatch", "export.sbatch")
+    found.files = [name for name in found.files if not name.startswith(own)]
+    assert not found.faults() and not found.repeated, (found, logs(run))
+    assert not any(checkpoint_fault(path) for path in (run / "checkpoints").glob("*.ckpt"))
     assert json.loads((run / "fingerprint.json").read_text())["equal"] is True
     model = MochiTransformer3DModel.from_pretrained(run / "pipeline" / "transformer")
     assert len(model.transformer_blocks) == 8
