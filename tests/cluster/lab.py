@@ -23,6 +23,23 @@ SCRIPT = Path(__file__).with_name("slurm-lab.sh")
 #: Where `slurm-lab.sh` looks for programs: daemons lie outside the PATH of some shells.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
+#: The program `reblock`. It does not free what was imported in the end, which would take longer than the command.
+_REBLOCK = """
+import os, sys, traceback
+from launch.main import main
+status = 0
+try:
+    main()
+except SystemExit as end:
+    status = end.code or 0
+except BaseException:
+    traceback.print_exc()
+    status = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
+"""
+
 #: Job states that nothing but a requeue follows.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -106,8 +123,8 @@ class Lab:
         self, *arguments: str | Path, check: bool = True, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Runs `reblock` as `run` does, in a process that has no imports to do (`tests.support.fork_server`): on the
-        log-in node it does little else. Jobs start it anew. What a test asserts of the start itself needs `run`."""
-        command = [sys.executable, Path(sys.executable).with_name("reblock"), *arguments]
+        log-in node it does little else. Jobs start it anew. What concerns its start or its end needs `run`."""
+        command = [sys.executable, "-c", _REBLOCK, *arguments]
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             process = popen(command, env=self.environment | {"PYTHONPATH": str(ROOT)}, cwd=cwd, stdout=out, stderr=err)
             try:
@@ -118,8 +135,8 @@ class Lab:
                 raise
             out.seek(0)
             err.seek(0)
-            done = subprocess.CompletedProcess(list(map(str, command)), status, out.read(), err.read())
-        assert status == 0 or not check, f"{arguments} gave {status}\n{done.stdout}\n{done.stderr}"
+            done = subprocess.CompletedProcess(["reblock", *map(str, arguments)], status, out.read(), err.read())
+        assert status == 0 or not check, f"{done.args} gave {status}\n{done.stdout}\n{done.stderr}"
         return done
 
     def submit(self, script: Path | str, *options: str, cwd: Path | None = None, **more: str) -> int:
