@@ -16,16 +16,18 @@ from multiprocessing import popen_fork, process, util
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkContext
 
-#: Seconds after which a child that has not reported counts as stuck, and children that are forked for one process. A
-#: slow child that is replaced has done nothing: it waits until its parent has heard of it.
+#: Seconds to wait for a child's first sign of life, and how often a fork is tried. A child that is only slow can be
+#: killed: it does nothing before its parent answers.
 _START_TIMEOUT, _ATTEMPTS = 5.0, 20
-#: Linux's prctl, and its request for a signal at the end of the thread that forked the process. Looked up here, since a
-#: forked process should not wait for the loader's lock.
+#: prctl and PR_SET_PDEATHSIG: the kernel signals this process when the thread that forked it ends. Looked up at import,
+#: since a lookup in a forked child might wait for the dynamic linker's lock.
 _PRCTL, _SIGNAL_AT_PARENTS_END = (ctypes.CDLL(None).prctl if sys.platform == "linux" else None), 1
 
 
 def fork() -> int:
     """`os.fork`; a child that does not start is killed, and another one is forked.
+
+    The child writes one byte when it runs, and goes on only after the parent's byte.
 
     Raises:
         RuntimeError: if no child starts.
@@ -62,8 +64,8 @@ def fork() -> int:
 def _end_with(parent: int) -> None:
     """Lets the kernel kill this process when `parent` ends.
 
-    A loader process looks for its parent every five seconds only. It holds a copy of the rank's connections, so that
-    the other ranks would learn of a killed one no sooner.
+    A loader process checks only every five seconds whether its parent lives. Until it ends, its copies of the rank's
+    connections stay open, and the other ranks do not notice that the rank was killed.
     """
     if _PRCTL is not None:
         _PRCTL(_SIGNAL_AT_PARENTS_END, int(signal.SIGKILL))
@@ -72,9 +74,10 @@ def _end_with(parent: int) -> None:
 
 
 class _Popen(popen_fork.Popen):
-    def _launch(self, process_obj: process.BaseProcess) -> None:  # the parent class's method with another fork
+    def _launch(self, process_obj: process.BaseProcess) -> None:  # `popen_fork.Popen._launch`, with our `fork`
         parent = os.getpid()
-        lasting = threading.current_thread() is threading.main_thread()  # another thread may end before the process
+        # The kernel follows the forking thread, and only the main thread lives as long as the process.
+        lasting = threading.current_thread() is threading.main_thread()
         parent_reads, child_holds = os.pipe()
         child_reads, parent_holds = os.pipe()
         self.pid = fork()

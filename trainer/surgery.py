@@ -27,10 +27,11 @@ class SurgeryConfig:
             `normal` (std 0.02) or `keep` (fine-tuning without re-initialisation, the control).
         seed: of the fresh weights.
         train_outside: also train the weights outside the blocks; only for making a base. Unless `init` is `keep`,
-            `pos_frequencies` are then drawn from the seed (a fresh diffusers model has none) and stay as drawn.
-        reserved_channels: residual channels that no trained layer may write: kept zero for planted sinks.
-        held_sinks: heads of the base, as LAYER:HEAD, whose planted sinks stay as they are while everything else trains
-            around them (`reblock plant` plants them); with the base's `reserved_channels`.
+            `pos_frequencies`, which diffusers sets to zero, are drawn from the seed; they are not trained.
+        reserved_channels: (constant, marker), two residual channels that no trained layer reads or writes, so that
+            sinks can be planted in them later.
+        held_sinks: heads, as LAYER:HEAD, whose sinks (planted by `reblock plant`) are not trained; set
+            `reserved_channels` too, to the base's own.
     """
 
     last: int | None = None
@@ -45,10 +46,10 @@ class SurgeryConfig:
 def check_held(surgery: SurgeryConfig, weight_decay: float) -> None:
     """Checks that nothing changes the heads that `held_sinks` names.
 
-    A held entry has no gradient, but weight decay reaches every entry of a trained matrix.
+    Held weights get no gradient, but weight decay would still change them.
 
     Raises:
-        ValueError: if weight decay would change them, or re-initialisation.
+        ValueError: if weight decay or re-initialisation would change them.
     """
     if not surgery.held_sinks:
         return
@@ -73,7 +74,7 @@ def choose_blocks(num_blocks: int, *, last: int | None = None, blocks: Iterable[
         blocks: or an explicit list.
 
     Raises:
-        ValueError: if both or neither are given, or an index is out of range, repeated or none is left.
+        ValueError: if both or neither are given, if the list is empty, or if an index is repeated or out of range.
     """
     if (last is None) == (blocks is None):
         raise ValueError(f"got last={last} and blocks={blocks}, expected exactly one of the two.")
@@ -103,8 +104,8 @@ def _is_modulation(name: str) -> bool:
 
 
 def _dit(name: str, layer: nn.Linear, generator: torch.Generator) -> None:
-    # Zero modulation means zero gates: the block starts as the identity. The output projection must not be zero:
-    # the RMS norm behind it (eps 1e-6) would blow its gradient up by about a thousand.
+    # Zero modulation means zero gates: the block starts as the identity. The output projection must not
+    # start at zero: an RMS norm follows it, whose gradient at zero input is 1 / sqrt(1e-6) = 1,000 times as large.
     if _is_modulation(name):
         nn.init.zeros_(layer.weight)
     else:
@@ -141,7 +142,7 @@ def reinitialise(block: nn.Module, kind: Initialisation, seed: int) -> None:
     Values are drawn on the CPU in float32 from `seed`, so that they are the same on every device and dtype.
 
     Raises:
-        ValueError: if a parameter belongs to neither a linear layer nor a norm, so that none is silently kept.
+        ValueError: if a parameter belongs to neither a linear layer nor a norm: it would keep the base's value unseen.
     """
     if kind == "keep":
         return
@@ -202,7 +203,7 @@ def freeze_all_but(model: nn.Module, trainable: Iterable[nn.Module]) -> None:
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in the order of names; one tensor is on the host at a time.
 
-    Sharded tensors give the same value as full ones. It is collective then: every rank that holds a part calls it.
+    Sharded tensors give the same value as full ones. Then every rank that holds a part must call it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):

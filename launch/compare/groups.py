@@ -8,8 +8,8 @@ from typing import Any
 from launch.flat_recipe import flatten
 from launch.report.results import RunResults
 
-#: Parts of a recipe that tell runs of one recipe apart, by the beginning of their dotted names: names and folders, and
-#: the seeds that follow `seed_everything`.
+#: Beginnings of the dotted names of values that may differ between runs of one group: run name and folder, and
+#: `seed_everything` with the seeds that follow it.
 _OF_ONE_RUN = (
     "run.",
     "seed_everything",
@@ -36,7 +36,7 @@ class RunGroup:
 
     @property
     def name(self) -> str:
-        """Name of the only run; of several, their common beginning and their number."""
+        """The run's name; of several runs, the common start of their names and how many there are."""
         if len(self.runs) == 1:
             return self.names[0]
         first, last = min(self.names), max(self.names)
@@ -50,7 +50,7 @@ class RunGroup:
 
     @property
     def steps(self) -> str:
-        """Optimiser steps of each run's last row of metrics.csv; one number if all are equal."""
+        """The step in the last row of each run's metrics.csv, without repeats."""
         counts = [int(float(row["step"])) for r in self.runs for row in list(r.metrics)[-1:] if row.get("step")]
         return ", ".join(str(count) for count in sorted(set(counts))) or "n/a"
 
@@ -100,5 +100,5 @@ def _value(recipe: dict[str, Any], name: str) -> Any:
 
 
 def _short(name: str) -> str:
-    """A dotted name without the parts that all names of its section have."""
+    """A dotted name without `model.`, `data.` and `.init_args.`."""
     return name.replace(".init_args.", ".").removeprefix("model.").removeprefix("data.")

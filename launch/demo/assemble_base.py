@@ -12,6 +12,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from data.files import atomic_folder
 from data.synth.layered import LAYERED_CAPTION_WORDS
 from data.synth.scenes import CAPTION_WORDS
+from trainer import run_files
 from trainer.graft import apply_graft, load_graft
 from trainer.models.from_scratch import draw_frequencies
 
@@ -45,7 +46,7 @@ def small_text_encoder(vocabulary: int, width: int, seed: int) -> T5EncoderModel
 def _transformer(config: Path, run: Path, seed: int) -> MochiTransformer3DModel:
     """Builds the transformer of a run that trained all blocks of `config`: EMA weights and fixed rotary frequencies."""
     model = MochiTransformer3DModel.from_config(json.loads(config.read_text()))
-    graft = load_graft(run / "graft.safetensors")
+    graft = load_graft(run / run_files.GRAFT)
     draw_frequencies(model, seed)
     apply_graft(model, graft.ema)
     return model

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer import run_files
+
 _RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 CLIPS = 384
@@ -90,7 +92,7 @@ def _stages(root: Path) -> list[DemoStage]:
             f"reblock encode {shards} {latents} --base {base}",
             lambda: encode(str(shards), latents, base=base),
         ),
-        DemoStage("retraining", shlex.join(["reblock", *fit]), lambda: _fit(fit), run / "graft.safetensors"),
+        DemoStage("retraining", shlex.join(["reblock", *fit]), lambda: _fit(fit), run / run_files.GRAFT),
         DemoStage("pipeline folder", f"reblock export {run} {retrained}", lambda: export(run, retrained), retrained),
         DemoStage("samples", f"reblock sample {run / 'samples'} --base {base} --retrained {retrained} ...", draw),
         DemoStage("report", f"reblock report {run}", lambda: report(run)),
