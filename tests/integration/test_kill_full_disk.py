@@ -1,6 +1,7 @@
 """A disk that is full when a checkpoint is due, on a small file system: nothing whole is lost, nothing half stays."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -98,7 +99,9 @@ def test_while_the_disk_is_full_training_goes_on_and_saves_when_there_is_room(fi
 def test_a_disk_that_stays_full_ends_the_run_with_its_last_state_whole(fit, disk, undisturbed):
     run = disk / "runs" / "full"
     status, said = fit("full", "--run.save_failures", "2", full=10)
-    assert status == 2 and "3 writes of checkpoints in a row have failed, 2 are allowed" in said, said[-3000:]
+    # Writes go on in the background: on a slow machine a fourth has failed before a step sees that three have.
+    failed = re.search(r"(\d+) writes of checkpoints in a row have failed, 2 are allowed", said)
+    assert status == 2 and failed and int(failed[1]) > 2, said[-3000:]
     assert whole_files(run) == {LAST, PREVIOUS}
     assert torch.load(run / "checkpoints" / LAST, weights_only=True)["global_step"] == 9
     (disk / "runs" / "filler").unlink()
