@@ -29,11 +29,13 @@ def compare(*runs: Path, out: Path = Path("compare.html")) -> Path:
 
     Raises:
         ValueError: if fewer than two runs are given, one is no run folder or is given twice, or two runs of a recipe
-            have the same seed.
+            have the same seed, have come to different steps or were measured on different probes.
     """
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} run ({', '.join(map(str, runs))}), expected two or more to compare.")
     groups = group_runs([read_results(RunFolder(run)) for run in runs])
+    for group in groups:
+        group.check()
     reference = groups[0].runs[0]
     layers, heads = retrained_layers(reference) or [], followed_heads(reference)
     comparison = page.Comparison(

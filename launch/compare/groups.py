@@ -51,8 +51,23 @@ class RunGroup:
     @property
     def steps(self) -> str:
         """The step in the last row of each run's metrics.csv, without repeats."""
-        counts = [int(float(row["step"])) for r in self.runs for row in list(r.metrics)[-1:] if row.get("step")]
-        return ", ".join(str(count) for count in sorted(set(counts))) or "n/a"
+        return ", ".join(map(str, self._last_steps)) or "n/a"
+
+    @property
+    def _last_steps(self) -> list[int]:
+        return sorted({int(float(row["step"])) for r in self.runs for row in list(r.metrics)[-1:] if row.get("step")})
+
+    def check(self) -> None:
+        """Checks that the runs can be averaged.
+
+        Raises:
+            ValueError: if they have come to different steps.
+        """
+        if len(self._last_steps) > 1:
+            raise ValueError(
+                f"got runs of one recipe, {', '.join(self.names)}, that are at steps {self.steps}; expected all at the "
+                "same step: let them finish, or leave one out."
+            )
 
     def differs_from(self, other: "RunGroup") -> list[str]:
         """Values of the recipe that differ from those of `other`, one per line of text."""

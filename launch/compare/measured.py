@@ -127,6 +127,8 @@ class Measured:
         return Figure(float(shares.mean()), by_run, (float(low), float(high)))
 
     def _sink_heads(self) -> Figure:
+        if not self.layers:
+            return Figure(math.nan, (), None, "the reference does not say which layers it retrains")
         if not self.sinks or not all(set(self.layers) <= set(stage.layers) for stage in self.sinks):
             return Figure(math.nan, (), None, "not measured in these layers")
         counts = tuple(float(sum(layer in self.layers for layer, _ in stage.flagged)) for stage in self.sinks)
@@ -238,9 +240,19 @@ def _stage_of(stage: MaskingStage, tables: Arrays) -> MaskingStage:
 
 
 def _mean_stage(stages: Sequence[MaskingStage]) -> MaskingStage:
-    """The stage of the mean over runs of every probe's losses; all are of one scope and the same probes."""
+    """The stage of the mean over runs of every probe's losses; all are of one scope.
+
+    Raises:
+        ValueError: if the runs were measured on different probes.
+    """
     if len(stages) == 1:
         return stages[0]
+    for stage in stages[1:]:
+        if different := _other_probes(stages[0].arrays, stage.arrays):
+            raise ValueError(
+                f"got runs of one recipe that {different.removeprefix('the groups ')}; expected the same held-out "
+                "samples in all, so that they can be averaged. Leave out those of other data."
+            )
     names = set.intersection(*(set(stage.tables) for stage in stages))
     tables = {name: np.mean([stage.tables[name] for stage in stages], axis=0) for name in names}
     mean = _stage_of(stages[0], tables)

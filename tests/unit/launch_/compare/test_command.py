@@ -1,6 +1,7 @@
 """Runs side by side: what the page says of them, with which intervals, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,25 @@ def test_the_page_says_what_was_measured(runs, tmp_path, capsys):
         assert part in page.text, f"{part!r} is not in: {page.text}"
     # The base was sampled by every run, and is shown once.
     assert page.text.count("a red <circle>") == 1 and page.text.split("Samples")[1].count(" base ") == 1
+
+
+def test_runs_of_one_recipe_that_cannot_be_averaged_are_refused(runs, base, tmp_path):
+    rows = (runs["retrained-1"] / "metrics.csv").read_text()
+    (runs["retrained-1"] / "metrics.csv").write_text(re.sub(r"(?m)^8,", "7,", rows))
+    with pytest.raises(ValueError, match=r"retrained-0, retrained-1, that are at steps \d+, \d+; expected"):
+        compare(runs["retrained-0"], runs["retrained-1"], out=tmp_path / "x.html")
+    other = make_run(tmp_path / "retrained-2", base, seed=2)
+    path = other / "measurements" / "masking-epoch-002.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {"keys": np.array([f"other-{i}" for i in range(len(arrays["keys"]))])})
+    with pytest.raises(ValueError, match=r"got runs of one recipe that differ in keys of the probes; expected"):
+        compare(runs["retrained-0"], other, out=tmp_path / "x.html")
+
+
+def test_sink_heads_are_not_counted_where_the_layers_are_unknown(runs):
+    results = [read_results(RunFolder(runs["keep"]))]
+    figure = measure_runs(results, (), PLANTED).figures["sink_heads"]
+    assert np.isnan(figure.value) and "which layers" in figure.reason
 
 
 def test_seeds_of_a_recipe_are_one_group(runs):
