@@ -80,8 +80,10 @@ def figure_text(figure: Figure) -> str:
         return "blank" if "uniform control" in figure.reason else "n/a"
     text = number(figure.value) + ends_text(figure.over_prompts)
     if len(figure.by_run) > 1:
-        low, high = min(figure.by_run), max(figure.by_run)
-        text += f"; runs {number(low)} to {number(high)}"
+        measured = [value for value in figure.by_run if not math.isnan(value)]
+        text += f"; runs {number(min(measured))} to {number(max(measured))}" if measured else "; runs n/a"
+        if blank := len(figure.by_run) - len(measured):
+            text += f", {blank} blank"
     return text
 
 
@@ -92,7 +94,7 @@ def difference_rows(comparison: Comparison) -> list[Row]:
         for name, found in zip(comparison.names[1:], comparison.differences(key), strict=True):
             verdict = found.over_prompts.verdict(better) if better else ""
             seeds = (found.over_runs.words, found.over_runs.verdict(better) if better else "") if found.over_runs \
-                else ("one run on a side", "")  # fmt: skip
+                else ("one run on a side, or a run without the figure", "")  # fmt: skip
             rows.append(Row(title, [(name, ""), (found.over_prompts.words, verdict), seeds]))
     return rows
 

@@ -11,7 +11,8 @@ import yaml
 
 from launch.compare.command import compare
 from launch.compare.groups import group_runs
-from launch.compare.measured import difference, measure_base, measure_runs, one_scope, retrained_layers
+from launch.compare.measured import Figure, difference, measure_base, measure_runs, one_scope, retrained_layers
+from launch.compare.page import figure_text
 from launch.main import main
 from launch.report.results import read_results
 from launch.run_folder import RunFolder
@@ -97,6 +98,11 @@ def test_runs_of_one_recipe_that_cannot_be_averaged_are_refused(runs, base, tmp_
     np.savez(path, **arrays | {"keys": np.array([f"other-{i}" for i in range(len(arrays["keys"]))])})
     with pytest.raises(ValueError, match=r"got runs of one recipe that differ in keys of the probes; expected"):
         compare(runs["retrained-0"], other, out=tmp_path / "x.html")
+
+
+def test_a_run_without_a_figure_shows_beside_the_spread_of_the_others():
+    assert figure_text(Figure(0.7, (0.6, float("nan"), 0.8))).endswith("; runs 0.6 to 0.8, 1 blank")
+    assert figure_text(Figure(0.7, (0.6, 0.8))).endswith("; runs 0.6 to 0.8")
 
 
 def test_sink_heads_are_not_counted_where_the_layers_are_unknown(runs):
