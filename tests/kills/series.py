@@ -28,7 +28,7 @@ from tests.support.ranks import Ranks, reblock, wait_for
 from trainer.checkpoint.file import checkpoint_fault
 
 #: Steps of the run for each kill, and the share of kills that fall into a start.
-_STEPS_PER_KILL, _START_SHARE = 5, 0.2
+_STEPS_PER_KILL, _START_SHARE = 7, 0.2
 #: Seconds in which a start must come to its first step, a surviving rank must end, and its loader processes after it.
 _START_LIMIT, _END_LIMIT, _ORPHAN_LIMIT = 240.0, 120.0, 60.0
 
