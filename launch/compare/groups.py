@@ -50,24 +50,9 @@ class RunGroup:
 
     @property
     def steps(self) -> str:
-        """The step in the last row of each run's metrics.csv, without repeats."""
-        return ", ".join(map(str, self._last_steps)) or "n/a"
-
-    @property
-    def _last_steps(self) -> list[int]:
-        return sorted({int(float(row["step"])) for r in self.runs for row in list(r.metrics)[-1:] if row.get("step")})
-
-    def check(self) -> None:
-        """Checks that the runs can be averaged.
-
-        Raises:
-            ValueError: if they have come to different steps.
-        """
-        if len(self._last_steps) > 1:
-            raise ValueError(
-                f"got runs of one recipe, {', '.join(self.names)}, that are at steps {self.steps}; expected all at the "
-                "same step: let them finish, or leave one out."
-            )
+        """The step in the last row of each run's metrics.csv, without repeats; `group_runs` refuses several."""
+        counts = {int(float(row["step"])) for r in self.runs for row in list(r.metrics)[-1:] if row.get("step")}
+        return ", ".join(map(str, sorted(counts))) or "n/a"
 
     def differs_from(self, other: "RunGroup") -> list[str]:
         """Values of the recipe that differ from those of `other`, one per line of text."""
@@ -89,7 +74,7 @@ def group_runs(runs: Sequence[RunResults]) -> list[RunGroup]:
     """Groups runs of equal recipes, in the order of their first runs.
 
     Raises:
-        ValueError: if a run is given twice.
+        ValueError: if a run is given twice, or two runs of a group have one seed or have come to different steps.
     """
     seen: dict[str, RunResults] = {}
     groups: dict[str, list[RunResults]] = {}
@@ -106,6 +91,11 @@ def group_runs(runs: Sequence[RunResults]) -> list[RunGroup]:
             raise ValueError(
                 f"got runs {', '.join(group.names)} of one recipe with seeds {', '.join(seeds)}, expected another "
                 "seed_everything for each: runs of one seed are no independent draws. Leave one out."
+            )
+        if "," in group.steps:
+            raise ValueError(
+                f"got runs of one recipe, {', '.join(group.names)}, that are at steps {group.steps}; expected all at "
+                "the same step: let them finish, or leave one out."
             )
     return found
 
