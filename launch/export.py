@@ -10,21 +10,8 @@ import torch
 from data.base_folder import resolve_base
 from data.files import write_json
 from launch.run_folder import RunFolder
-from trainer.graft import Graft, apply_graft, load_graft
+from trainer.graft import apply_graft, check_graft_base, load_graft
 from trainer.models.load import load_transformer
-from trainer.surgery import freeze_all_but, frozen_fingerprint
-
-
-def _check_base(base: Path, graft: Graft) -> None:
-    """Raises ValueError if the graft was not trained on this base, by the fingerprint of the frozen weights."""
-    model = load_transformer(str(base), dtype=getattr(torch, graft.trunk_dtype), float32_from=graft.blocks[0])
-    freeze_all_but(model, [model.transformer_blocks[i] for i in graft.blocks])
-    found, expected = frozen_fingerprint(model), graft.base_fingerprint
-    if found != expected:
-        raise ValueError(
-            f"the graft was trained on a base with fingerprint {expected[:16]}..., {base} has {found[:16]}...; "
-            "give its own base with --base."
-        )
 
 
 def export(
@@ -53,7 +40,7 @@ def export(
         )
     graft = RunFolder(run).read_graft() if run.is_dir() else load_graft(run)
     folder = resolve_base(base or graft.base)
-    _check_base(folder, graft)
+    check_graft_base(graft, folder)
     model = load_transformer(str(folder), dtype=getattr(torch, dtype))
     apply_graft(model, graft.ema if weights == "ema" else graft.raw)
 

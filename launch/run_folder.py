@@ -101,6 +101,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def comparison(self) -> Path:
+        """The page of `reblock compare` about the run and its controls, if it was written here: the report links it."""
+        return self.path / "compare.html"
+
+    @property
     def samples(self) -> Path:
         """Folder of the videos that `reblock sample` writes for the report."""
         return self.path / "samples"

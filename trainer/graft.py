@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from data.base_folder import resolve_base
 from data.files import atomic_file
 from trainer.models.load import load_transformer, read_weights
+from trainer.surgery import frozen_fingerprint
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,23 @@ def load_graft(path: Path) -> Graft:
         step=int(metadata["step"]),
         trunk_dtype=metadata["trunk_dtype"],
     )
+
+
+def check_graft_base(graft: Graft, base: Path) -> None:
+    """Checks by the fingerprint of the weights that were not trained that a graft was trained on a base.
+
+    Raises:
+        ValueError: if it was trained on another.
+    """
+    model = load_transformer(str(base), dtype=getattr(torch, graft.trunk_dtype), float32_from=graft.blocks[0])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in graft.raw)
+    found, expected = frozen_fingerprint(model), graft.base_fingerprint
+    if found != expected:
+        raise ValueError(
+            f"the graft was trained on a base with fingerprint {expected[:16]}..., {base} has {found[:16]}...; "
+            "give its own base with --base."
+        )
 
 
 @torch.no_grad()

@@ -27,9 +27,10 @@ from trainer.parallel.combinations import check_shards, check_trainer
 from trainer.parallel.sharded_tensors import full_tensor
 from trainer.parallel.strategies import build_device, distribute
 from trainer.rank_sums import RankSums
+from trainer.schedule import check_end, warn_of_unreached
 from trainer.step_figures import StepFigures, tokens_of
 from trainer.surgery import SurgeryConfig as SurgeryConfig
-from trainer.surgery import apply_surgery, check_held, choose_blocks, frozen_fingerprint
+from trainer.surgery import apply_surgery, check_held, check_planted, choose_blocks, frozen_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class RetrainBlocks(TrunkHeadLosses):
         base: str,
         surgery: SurgeryConfig,
         optim: OptimConfig | None = None,
-        objective: list[ObjectivePhase] | None = None,
+        objective: tuple[ObjectivePhase, ...] | None = None,
         sigma: SigmaSampler = "uniform",
         caption_dropout: float = 0.1,
         seed: int = 0,
@@ -90,7 +91,7 @@ class RetrainBlocks(TrunkHeadLosses):
                 f"got compile {compile!r} with stock_attention, which waits for the device; leave one out."
             )
         check_decay(ema_decay)
-        self.phases = tuple(objective or FLOW_ALONE)
+        self.phases = FLOW_ALONE if objective is None else tuple(objective)
         check_phases(self.phases)
         if self.needs_teacher and surgery.train_outside:
             raise ValueError(
@@ -131,6 +132,7 @@ class RetrainBlocks(TrunkHeadLosses):
         """
         config = check_base(self.base)
         self.retrained_blocks(config["num_layers"])
+        check_planted(self.surgery, self.base)
 
     def check_data(self, latent_shape: tuple[int, ...], text_width: int) -> None:
         """Checks that shards of (C, F, H, W) latents and captions of `text_width` fit the base.
@@ -148,11 +150,7 @@ class RetrainBlocks(TrunkHeadLosses):
         """
         clip, precision = trainer.gradient_clip_val, str(trainer.precision)
         check_trainer(type(trainer.strategy), precision, clip, self.surgery, split_trunk=self.split_trunk)
-        if self.optim.decay_steps and trainer.max_epochs == -1 and trainer.max_steps == -1:
-            raise ValueError(
-                f"got model.optim.decay_steps {self.optim.decay_steps} in a run without end, expected "
-                "trainer.max_epochs or trainer.max_steps: the rate is to fall until the end."
-            )
+        check_end(self.optim, trainer)
 
     def retrained_blocks(self, num_blocks: int) -> tuple[int, ...]:
         return choose_blocks(num_blocks, last=self.surgery.last, blocks=self.surgery.blocks)
@@ -319,6 +317,9 @@ class RetrainBlocks(TrunkHeadLosses):
 
     def on_fit_start(self) -> None:
         self.ema.to(self.device)
+
+    def on_train_start(self) -> None:
+        warn_of_unreached(self.phases, self.optim, self.trainer.estimated_stepping_batches)
 
     def on_validation_start(self) -> None:
         self.ema.to(self.device)

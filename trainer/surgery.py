@@ -10,7 +10,7 @@ from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 
 from trainer.models.from_scratch import draw_frequencies, reserve_channels
-from trainer.models.planted_sinks import hold_sinks, parse_heads
+from trainer.models.planted_sinks import hold_sinks, parse_heads, read_planted
 from trainer.parallel.sharded_tensors import full_tensor
 
 Initialisation = Literal["dit", "torch", "normal", "keep"]
@@ -62,6 +62,35 @@ def check_held(surgery: SurgeryConfig, weight_decay: float) -> None:
         raise ValueError(
             f"got surgery.init {surgery.init!r} with held_sinks {surgery.held_sinks}, expected 'keep': a new "
             "block holds no planted sink."
+        )
+
+
+def check_planted(surgery: SurgeryConfig, base: str) -> None:
+    """Checks that the sinks which `held_sinks` names are those that were planted in the base.
+
+    Raises:
+        ValueError: if the base has no planted sinks, or has others, or they read other channels.
+    """
+    if not surgery.held_sinks:
+        return
+    record = read_planted(base)
+    if record is None:
+        raise ValueError(
+            f"got surgery.held_sinks {surgery.held_sinks} for {base}, which has no planted.json; expected a base that "
+            "`reblock plant` wrote."
+        )
+    planted = [(entry["layer"], entry["head"]) for entry in record["heads"]]
+    held = parse_heads(surgery.held_sinks)
+    if len(set(held)) < len(held) or not set(held) <= set(planted):
+        raise ValueError(
+            f"got surgery.held_sinks {surgery.held_sinks}, expected heads that are planted in {base}, each once: "
+            f"{', '.join(f'{layer}:{head}' for layer, head in planted)}."
+        )
+    channels = record.get("channels") or {}
+    if list(surgery.reserved_channels) != [channels.get("constant"), channels.get("marker")]:
+        raise ValueError(
+            f"got surgery.reserved_channels {list(surgery.reserved_channels)} with held_sinks, expected those that the "
+            f"planted heads of {base} read: [{channels.get('constant')}, {channels.get('marker')}]."
         )
 
 

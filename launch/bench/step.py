@@ -99,7 +99,7 @@ class StepVariant:
         # Initialised by `torch`, since with `dit` only the gates of a new block have a nonzero gradient at first.
         self.module = RetrainBlocks(
             base=base, surgery=SurgeryConfig(last=last, init="torch"), optim=OptimConfig(warmup_steps=1),
-            caption_dropout=0.0, stock_attention=name in (STOCK, TRAP), objective=[OBJECTIVES[name]],
+            caption_dropout=0.0, stock_attention=name in (STOCK, TRAP), objective=(OBJECTIVES[name],),
         )  # fmt: skip
         self.module.build(device)
         self.module.to(device)

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from data.files import write_text
 from launch.compare import page
+from launch.compare.bases import check_bases
 from launch.compare.groups import group_runs
 from launch.compare.measured import FIGURES, followed_heads, measure_base, measure_runs, retrained_layers
 from launch.report.results import read_results
@@ -29,11 +30,14 @@ def compare(*runs: Path, out: Path = Path("compare.html")) -> Path:
 
     Raises:
         ValueError: if fewer than two runs are given, one is no run folder or is given twice, or two runs of a recipe
-            have the same seed, have come to different steps or were measured on different probes.
+            have the same seed, have come to different steps or were measured on different probes, or if the runs
+            start from different bases.
     """
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} run ({', '.join(map(str, runs))}), expected two or more to compare.")
-    groups = group_runs([read_results(RunFolder(run)) for run in runs])
+    results = [read_results(RunFolder(run)) for run in runs]
+    groups = group_runs(results)
+    check_bases(results)
     reference = groups[0].runs[0]
     layers, heads = retrained_layers(reference) or [], followed_heads(reference)
     comparison = page.Comparison(

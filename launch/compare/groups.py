@@ -5,18 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from launch.fit.seeds import SEEDS
 from launch.flat_recipe import flatten
 from launch.report.results import RunResults
 
 #: Beginnings of the dotted names of values that may differ between runs of one group: run name and folder, and
 #: `seed_everything` with the seeds that follow it.
-_OF_ONE_RUN = (
-    "run.",
-    "seed_everything",
-    "model.init_args.seed",
-    "model.init_args.surgery.seed",
-    "data.init_args.seed",
-)
+_OF_ONE_RUN = ("run.", "seed_everything", *SEEDS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,17 @@ class RunGroup:
         counts = {int(float(row["step"])) for r in self.runs for row in list(r.metrics)[-1:] if row.get("step")}
         return ", ".join(map(str, sorted(counts))) or "n/a"
 
+    @property
+    def shared_seeds(self) -> list[str]:
+        """Seeds that two runs of the group have in common, as `data.seed 0`."""
+        every = [seeds(results) for results in self.runs]
+        return [
+            f"{_short(name)} {value}"
+            for name in every[0]
+            for value in dict.fromkeys(each[name] for each in every)
+            if sum(each[name] == value for each in every) > 1
+        ]
+
     def differs_from(self, other: "RunGroup") -> list[str]:
         """Values of the recipe that differ from those of `other`, one per line of text."""
         names = sorted({*self.recipe, *other.recipe})
@@ -68,6 +74,12 @@ def recipe_values(results: RunResults) -> dict[str, Any]:
     """A run's recipe by dotted name, without what belongs to one run."""
     values = flatten(results.run.read_config())
     return {name: value for name, value in values.items() if name and not name.startswith(_OF_ONE_RUN)}
+
+
+def seeds(results: RunResults) -> dict[str, Any]:
+    """The seeds that a run has drawn from, by dotted name; `seed_everything` where the recipe names no other."""
+    values = flatten(results.run.read_config())
+    return {name: values.get(name, values.get("seed_everything")) for name in SEEDS}
 
 
 def group_runs(runs: Sequence[RunResults]) -> list[RunGroup]:
@@ -86,11 +98,12 @@ def group_runs(runs: Sequence[RunResults]) -> list[RunGroup]:
         groups.setdefault(repr(sorted(recipe_values(results).items())), []).append(results)
     found = [RunGroup(tuple(members)) for members in groups.values()]
     for group in found:
-        seeds = [str(results.run.read_config().get("seed_everything")) for results in group.runs]
-        if len(set(seeds)) < len(seeds):
+        drawn = [tuple(seeds(results).values()) for results in group.runs]
+        if len(set(drawn)) < len(drawn):
+            told = "; ".join(", ".join(map(str, each)) for each in drawn)
             raise ValueError(
-                f"got runs {', '.join(group.names)} of one recipe with seeds {', '.join(seeds)}, expected another "
-                "seed_everything for each: runs of one seed are no independent draws. Leave one out."
+                f"got runs {', '.join(group.names)} of one recipe with seeds {told}, expected another seed_everything "
+                "for each: runs of one seed are no independent draws. Leave one out."
             )
         if "," in group.steps:
             raise ValueError(

@@ -154,8 +154,9 @@ def difference(name: str, reference: Measured, group: Measured) -> Difference:
     ends, reason = _prompt_interval(name, reference, group)
     missing = next((figure.reason for figure in (before, after) if math.isnan(figure.value)), "")
     by_run = run_difference(before.by_run, after.by_run)
-    over_runs = Change(before.value, after.value, by_run) if by_run else None
-    return Difference(Change(before.value, after.value, ends, missing or reason), over_runs)
+    scale = None if name.endswith("_loss") else 1.0  # the others are shares
+    over_runs = Change(before.value, after.value, by_run, scale=scale) if by_run else None
+    return Difference(Change(before.value, after.value, ends, missing or reason, scale), over_runs)
 
 
 def _prompt_interval(name: str, reference: Measured, group: Measured) -> tuple[Ends | None, str]:
@@ -184,6 +185,11 @@ def _prompt_interval(name: str, reference: Measured, group: Measured) -> tuple[E
         return (float(found["dense_loss"][0]), float(found["dense_loss"][1])) if found else None, ""
     change = MaskingComparison(*stages).change(name)
     return change.interval, change.reason
+
+
+def same_probes(one: Arrays, other: Arrays) -> bool:
+    """Whether two measurements name the same probes."""
+    return set(_PROBES) <= set(one) and set(_PROBES) <= set(other) and not _other_probes(one, other)
 
 
 def _other_probes(one: Arrays, other: Arrays) -> str:
@@ -276,8 +282,8 @@ def measure_base(results: RunResults, layers: Sequence[int], heads: Sequence[Hea
     """The base's own weights, as a run measured them before its first step."""
     masking = one_scope(results.masking_before, layers)
     sinks = (results.before,) if results.before else ()
-    loss = float((results.planted_record or {}).get("val_loss_after") or math.nan)
-    return Measured((masking,) if masking else (), sinks, (loss,), tuple(heads), tuple(layers))
+    # A run does not validate the base. What planted.json says of it was measured on other samples.
+    return Measured((masking,) if masking else (), sinks, (math.nan,), tuple(heads), tuple(layers))
 
 
 def measure_runs(runs: Sequence[RunResults], layers: Sequence[int], heads: Sequence[Head]) -> Measured:

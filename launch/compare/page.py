@@ -108,6 +108,12 @@ def sentences(comparison: Comparison) -> list[str]:
     for name, measured in zip(comparison.names, comparison.measured, strict=True):
         parts = [part for part in (_sinks(measured), _loss(comparison.base, measured)) if part]
         lines.append(f"{name}: {'; '.join(parts) or 'nothing was measured at the end'}.")
+    for group in comparison.groups:
+        if group.shared_seeds:
+            lines.append(
+                f"{group.name}: runs share {', '.join(group.shared_seeds)}, so an interval over seeds leaves out what "
+                "these draw."
+            )
     return lines
 
 

@@ -3,7 +3,6 @@
 Legend: B batch, C latent channels, F latent frames, H W latent grid.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import MochiTransformer3DModel
 from rich.progress import track
 from torch import Tensor
 
@@ -19,11 +19,20 @@ from data.files import atomic_folder, write_json
 from data.modules.latents import LatentDataModule
 from trainer import run_files
 from trainer.attention import sink_statistics, sink_verdict
-from trainer.graft import apply_graft, load_graft
+from trainer.graft import apply_graft, check_graft_base, load_graft
 from trainer.models.layout import AttentionCall, dense_attention
-from trainer.models.planted_sinks import PlantedHead, largest_markers, parse_heads, plant_sinks
+from trainer.models.planted_sinks import (
+    PlantedHead,
+    held_entries,
+    largest_markers,
+    parse_heads,
+    plant_sinks,
+    read_planted,
+)
 from trainer.module import RetrainBlocks, SurgeryConfig
 
+#: A sink is nearly a no-op while its key's value is at most so large a share of the other keys' values.
+NO_OP_RATIO = 0.3
 #: A query attends heavily to a key if its attention weight exceeds this; as in docs/measurements.md.
 EPS = 0.3
 _NOTE = "These sinks were planted on purpose by `reblock plant`; the base did not grow them."
@@ -139,7 +148,7 @@ def _verified(
     """The entries of planted.json.
 
     Raises:
-        ValueError: if a head is no sink on some sample.
+        ValueError: if a head is no sink on some sample, or one that is far from a no-op.
     """
     seen = held_out.sinks(module, sorted({head.layer for head in planted}))
     entries = [
@@ -150,22 +159,60 @@ def _verified(
         }
         for head in planted
     ]
+    large = {f"{e['layer']}:{e['head']}": e["value_norm_ratio"] for e in entries if e["value_norm_ratio"] > NO_OP_RATIO}
     missed = {f"{e['layer']}:{e['head']}": e["verified_frequency"] for e in entries if e["verified_frequency"] < 1.0}
     if missed:
         raise ValueError(
             f"planted heads are sinks on a share {missed} of the held-out samples and sigmas, expected 1.0: raise "
             f"--gain above {planted[0].gain}, so that near-equal tokens are told apart."
         )
+    if large:
+        raise ValueError(
+            f"values of the planted sinks are {large} of the other keys' values, expected at most {NO_OP_RATIO}, so "
+            "that a sink is nearly a no-op: the base's markers differ from those of its training, or training has "
+            "changed what the head reads."
+        )
     return entries
 
 
-def _planted_heads(base: Path) -> list[PlantedHead]:
-    """The heads that planted.json of a base names."""
-    path = base / "planted.json"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected the base that `reblock plant` wrote, which was trained on.")
+def _planted_before(base: Path) -> tuple[tuple[int, int], list[PlantedHead]]:
+    """The channels and heads that planted.json of a base names."""
+    record = read_planted(base)
+    if record is None:
+        raise ValueError(
+            f"{base / 'planted.json'} does not exist; expected the base that `reblock plant` wrote, which was trained "
+            "on."
+        )
     names = [field.name for field in fields(PlantedHead)]
-    return [PlantedHead(**{name: entry[name] for name in names}) for entry in json.loads(path.read_text())["heads"]]
+    try:
+        channels = record["channels"]["constant"], record["channels"]["marker"]
+        return channels, [PlantedHead(**{name: entry[name] for name in names}) for entry in record["heads"]]
+    except KeyError as error:
+        raise ValueError(
+            f"{base / 'planted.json'} has no {error}, expected a record of this version of `reblock plant`: plant the "
+            "sinks again, and train on what it writes."
+        ) from error
+
+
+def _take_trained(
+    model: MochiTransformer3DModel, base: Path, run: Path, channels: tuple[int, int], planted: Sequence[PlantedHead]
+) -> None:
+    """Puts the EMA weights of a run into its base, in place.
+
+    Raises:
+        ValueError: if the run was trained on another base, or has trained what makes the planted sinks.
+    """
+    graft = load_graft(run / run_files.GRAFT)
+    check_graft_base(graft, base)
+    entries = list(held_entries(model, channels, [(head.layer, head.head) for head in planted]))
+    before = [parameter[index].clone() for parameter, index in entries]
+    apply_graft(model, graft.ema)
+    if not all(torch.equal(p[index], old) for (p, index), old in zip(entries, before, strict=True)):
+        raise ValueError(
+            f"{run} has trained weights that make the planted sinks, expected those of {base}, unchanged: train with "
+            f"surgery.held_sinks {[f'{head.layer}:{head.head}' for head in planted]} and reserved_channels "
+            f"{list(channels)} (recipes/demo_base_sinks.yaml)."
+        )
 
 
 def plant(
@@ -201,16 +248,25 @@ def plant(
         values: size of a planted head's values. The sink's is small beside the others', as in Mochi: nearly a no-op.
         channels: indices of the reserved channels, constant and marker.
         val_samples: number of held-out samples, equal to the fit's `data.val_samples`.
-        trained: run folder of a fit on `base` with the planted sinks held; its EMA weights are written.
+        trained: run folder of a fit on `base` with the planted sinks held; its EMA weights are written. Heads, gain,
+            values and channels are then those of the base's planted.json.
         half: whether to store the transformer in 16 bits.
 
     Raises:
-        ValueError: if `out` exists, the base's channels are in use, or a head is no sink on some sample.
+        ValueError: if `out` exists, the base's channels are in use, a head is no sink on some sample or is far from a
+            no-op, or the trained run is of another base or did not hold the sinks.
     """
     if out.exists():
         raise ValueError(
             f"{out} exists; expected a new folder, since nothing is overwritten. Remove it or name another."
         )
+    if trained is not None and heads:
+        raise ValueError(
+            f"got --heads {heads} with --trained, which plants nothing; expected one of the two: the heads are those "
+            f"of {base / 'planted.json'}."
+        )
+    if trained is not None:
+        channels, planted = _planted_before(base)
     module = _open(base)
     assert module.split_model is not None
     model = module.split_model.transformer
@@ -224,8 +280,7 @@ def plant(
         "sigmas": list(module.val_sigmas),
     }
     if trained is not None:
-        planted = _planted_heads(base)
-        apply_graft(model, load_graft(trained / run_files.GRAFT).ema)
+        _take_trained(model, base, trained, channels, planted)
         loss = held_out.loss(module)
         record |= {"heads": _verified(module, held_out, planted), "val_loss": loss, "note": _HELD_NOTE}
         result = f"validation loss {loss:.4f}"

@@ -116,8 +116,11 @@ def replace_table(run: RunFolder, columns: Sequence[str], rows: Sequence[Mapping
 
 
 def _without_empty_bands(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out sigma bands without samples, so that their cells stay empty."""
-    return {k: v for k, v in metrics.items() if not ("_sigma_" in k and math.isnan(v))}
+    """Leaves out training's sigma bands without samples, so that their cells stay empty.
+
+    Validation has samples at each of its sigmas, so NaN there is a loss.
+    """
+    return {k: v for k, v in metrics.items() if not (k.startswith("train/loss_sigma_") and math.isnan(v))}
 
 
 class MetricsPosition(Callback):

@@ -60,6 +60,7 @@ def _page(results: RunResults) -> dict[str, Any]:
     return {
         "name": results.run.path.resolve().name,
         "base": results.base,
+        "comparison": results.run.comparison.name if results.run.comparison.is_file() else None,
         "key_figures": key_figures(results),
         "sentences": sentences(results),
         "charts": {name: Markup(chart) if chart else None for name, chart in _charts(results).items()},

@@ -14,6 +14,10 @@ from trainer.callbacks.intervals import excludes_zero, few_prompts, paired_boots
 #: What is said where an interval contains zero, or is missing.
 NOISE = "no difference that can be told from noise"
 
+#: Differences up to this share are those of rounding: sums of float32 in another order. They can have one sign in every
+#: prompt, so that an interval alone would count them.
+ROUNDING = 1e-5
+
 #: Settings that both stages of a comparison must share.
 _MASKING_SETTINGS = ("keys", "sigmas", "scopes", "ratios", "masked_keys", "quantile", "removed")
 _SINK_SETTINGS = ("keys", "sigmas", "layers")
@@ -33,17 +37,22 @@ class Change:
         after: the figure.
         interval: of after minus before; None if there is none.
         reason: why `interval` is None.
+        scale: what a difference is compared with; the larger of the two figures if None.
     """
 
     before: float
     after: float
     interval: Ends | None = None
     reason: str = ""
+    scale: float | None = None
 
     @property
     def direction(self) -> int:
         """1 higher, -1 lower, 0 where that cannot be told from noise."""
         if self.interval is None or not excludes_zero(self.interval):
+            return 0
+        scale = max(abs(self.before), abs(self.after)) if self.scale is None else self.scale
+        if abs(self.after - self.before) <= ROUNDING * scale:
             return 0
         return 1 if self.interval[0] > 0 else -1
 
@@ -105,7 +114,7 @@ class MaskingComparison:
         if not math.isfinite(after - before) or name not in self._intervals or self.before is None:
             return Change(before, after, None, blank or self.no_interval or "not measured")
         low, high = (float(end[self.before.scopes.index(scope)]) for end in self._intervals[name])
-        return Change(before, after, (low, high))
+        return Change(before, after, (low, high), scale=1.0)  # of differences of losses, as shares of a loss
 
     @property
     def relative_loss(self) -> Change:
@@ -120,7 +129,7 @@ class MaskingComparison:
         if found is None:
             return Change(0.0, change, None, self.no_interval)
         low, high = (float(np.expm1(end)) for end in found["log"])
-        return Change(0.0, change, (low, high))
+        return Change(0.0, change, (low, high), scale=1.0)
 
     @property
     def dense_loss(self) -> Change:

@@ -138,13 +138,6 @@ class RunResults:
         values = self.series("val/loss")[1]
         return values[-1] if values else math.nan
 
-    @property
-    def loss_difference(self) -> float | None:
-        """Relative difference of the retrained model's validation loss from the base's before planting."""
-        before = float((self.planted_record or {}).get("val_loss_before") or math.nan)
-        difference = self.val_loss / before - 1
-        return difference if math.isfinite(difference) else None
-
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a column of metrics.csv, without empty cells."""
         rows = [(row.get("step"), row.get(name)) for row in self.metrics]

@@ -198,16 +198,9 @@ def _loss(results: RunResults) -> str:
         return "No validation loss was logged."
     if not math.isfinite(results.val_loss):
         return "The last validation loss is not a finite number."
-    record = results.planted_record or {}
-    if results.loss_difference is None:
-        return (
-            f"Validation loss of the retrained model: {number(results.val_loss, 4)}; the base's own is not on record."
-        )
     return (
-        f"Validation loss: {number(float(record['val_loss_before']), 4)} for the base before planting, "
-        f"{number(float(record.get('val_loss_after') or math.nan), 4)} with the sinks planted, "
-        f"{number(results.val_loss, 4)} retrained: {signed_percent(results.loss_difference)} against the base "
-        "before planting, without an interval."
+        f"Validation loss of the retrained model: {number(results.val_loss, 4)}. A fit does not validate its base: the "
+        "loss on the probes is what compares the two."
     )
 
 
@@ -249,9 +242,6 @@ def key_figures(results: RunResults) -> list[KeyFigure]:
         label = f"loss on the probes against the base{within}"
         shown.append(KeyFigure(signed_percent(relative.after), label, relative.verdict(-1)))
         shown.append(_critical_figure(results))
-    if results.loss_difference is not None:
-        label = "validation loss against the base before planting; no interval"
-        shown.append(KeyFigure(signed_percent(results.loss_difference), label))
     return shown
 
 

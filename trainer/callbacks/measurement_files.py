@@ -1,7 +1,8 @@
 """Output of a measurement: arrays (.npz) and figures (PNG) in the run folder, and scalars for the loggers."""
 
 import io
-import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from data.files import write_bytes
+from trainer.models.planted_sinks import read_planted
 from trainer.run_files import FIGURES, MEASUREMENTS
 
 
@@ -40,9 +42,19 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Reads a file that `save_arrays` wrote, without pickle, so no code in the file is executed."""
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    """Reads a file that `save_arrays` wrote, without pickle, so no code in the file is executed.
+
+    Raises:
+        ValueError: if the file is damaged or truncated.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is damaged or truncated ({error}), expected the arrays of a measurement. Copy it again, or remove "
+            "it: the measurement then counts as not made."
+        ) from error
 
 
 def save_figure(path: Path, figure: Figure) -> None:
@@ -69,7 +81,4 @@ def log_scalars(trainer: Trainer, scalars: Mapping[str, float]) -> None:
 
 def planted_heads(base: str) -> set[tuple[int, int]]:
     """(layer, head) of the sinks that `reblock plant` put into a base; empty for other bases."""
-    path = Path(base) / "planted.json"
-    if not path.is_file():
-        return set()
-    return {(int(head["layer"]), int(head["head"])) for head in json.loads(path.read_text())["heads"]}
+    return {(head["layer"], head["head"]) for head in (read_planted(base) or {"heads": []})["heads"]}

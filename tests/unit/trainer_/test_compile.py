@@ -8,6 +8,7 @@ import torch._dynamo
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
+from trainer.distillation import ObjectivePhase
 from trainer.models.layout import dense_attention
 
 
@@ -38,6 +39,22 @@ def losses(module, batch):
 def test_training_runs_compiled_the_blocks_that_were_asked_for(make_module, make_batch, ran, part, blocks):
     batch, eager, module = make_batch((4, 4)), make_module(), make_module(compile=part)
     want, got = losses(eager, batch), losses(module, batch)
+    assert len(ran) == blocks
+    assert torch.equal(got, want)
+    want.sum().backward()
+    got.sum().backward()
+    for name, p in eager.retrained_parameters().items():
+        assert torch.equal(module.retrained_parameters()[name].grad, p.grad), name
+
+
+@pytest.mark.parametrize("part, blocks", [("none", 0), ("trunk", 3), ("head", 4), ("both", 7)])
+def test_the_teacher_is_compiled_with_the_trunk(make_module, make_batch, ran, part, blocks):
+    """A step runs one block of the trunk, two of the teacher, two of the head in a row, and two each alone."""
+    phase = ObjectivePhase(blocks=1.0, velocity=0.5)
+    batch, eager, module = make_batch((4, 4)), make_module(objective=(phase,)), make_module(
+        objective=(phase,), compile=part)  # fmt: skip
+    noise, sigma = eager.flow.noise(0, batch.uids, batch.latents.shape[1:]), eager.flow.sigma(0, batch.uids)
+    want, got = (each.objective_losses(batch, noise, sigma, phase) for each in (eager, module))
     assert len(ran) == blocks
     assert torch.equal(got, want)
     want.sum().backward()

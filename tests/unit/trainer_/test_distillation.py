@@ -11,7 +11,7 @@ ALL = ObjectivePhase(flow=0.5, velocity=2.0, blocks=3.0)
 
 
 def with_phase(make_module, phase, **how):
-    module = make_module(objective=[phase], **how)
+    module = make_module(objective=(phase,), **how)
     module.configure_model()
     return module
 
@@ -146,9 +146,15 @@ def test_phases_that_cannot_be_are_refused(phases, fault):
         check_phases(phases)
 
 
+def test_an_empty_list_of_phases_is_not_the_default(make_module):
+    assert make_module(objective=None).phases == (FLOW,)
+    with pytest.raises(ValueError, match="phases of \\[\\] steps"):
+        make_module(objective=())
+
+
 def test_a_teacher_needs_a_frozen_trunk(make_module):
     with pytest.raises(ValueError, match="train_outside"):
-        make_module(objective=[BLOCKS], surgery=SurgeryConfig(last=1, train_outside=True))
+        make_module(objective=(BLOCKS,), surgery=SurgeryConfig(last=1, train_outside=True))
 
 
 def test_phases_follow_each_other_by_their_steps():
@@ -162,7 +168,7 @@ def test_a_fit_takes_the_losses_of_its_phases(make_module, make_batch, fit, make
     optim, batch = OptimConfig(lr=1e-3, warmup_steps=1), make_batch()
     mixed, alone = make_recorder(), make_recorder()
     fit(make_module(objective=phases, optim=optim), [batch] * 5, callbacks=[mixed])
-    fit(make_module(objective=[BLOCKS], optim=optim), [batch] * 5, callbacks=[alone])
+    fit(make_module(objective=(BLOCKS,), optim=optim), [batch] * 5, callbacks=[alone])
     losses = [[m["train/loss"] for m in recorder.metrics] for recorder in (mixed, alone)]
     assert losses[0][:2] == losses[1][:2] and all(
         a != b for a, b in zip(*losses, strict=True) if a not in losses[1][:2]

@@ -74,7 +74,7 @@ def test_the_page_says_what_was_measured(runs, tmp_path, capsys):
         "keep: 2 of 2 followed heads are sinks, 0 others; loss on the probes 0.36, against the base lower by 0.09 [",
         "retrained-0, retrained-1 8 the reference",
         "keep keep 8 surgery.init: keep instead of dit",
-        "base, no training 0.432",  # planted.json, val_loss_after
+        "base, no training n/a",  # no run validates its base
         "0.425; runs 0.41 to 0.44",
         "validation loss keep no difference that can be told from noise (one number per run, so no interval over",
         "loss on the probes keep lower by 0.06 [",
@@ -120,13 +120,56 @@ def test_seeds_of_a_recipe_are_one_group(runs):
 def test_two_runs_of_one_seed_are_no_two_seeds(runs, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(runs["keep"], copy)
-    with pytest.raises(ValueError, match="of one recipe with seeds 0, 0, expected another seed_everything"):
+    with pytest.raises(ValueError, match="of one recipe with seeds 0, 0, 0; 0, 0, 0, expected another seed_everything"):
         compare(runs["keep"], copy, out=tmp_path / "c.html")
     with pytest.raises(ValueError, match="keep twice, expected each run once"):
         compare(runs["keep"], runs["retrained-0"], runs["keep"], out=tmp_path / "c.html")
     with pytest.raises(ValueError, match=r"got 1 run .*keep.*, expected two or more"):
         compare(runs["keep"], out=tmp_path / "c.html")
     assert not (tmp_path / "c.html").exists()
+
+
+def set_seeds(run: Path, **given: int) -> None:
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["model"]["init_args"]["seed"], recipe["data"] = given["model"], {"init_args": {"seed": given["data"]}}
+    recipe["model"]["init_args"]["surgery"]["seed"] = given["surgery"]
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_seeds_given_by_hand_count_not_the_one_that_they_replace(runs, tmp_path):
+    for name, data in (("retrained-0", 5), ("retrained-1", 6)):
+        set_seeds(runs[name], model=3, data=data, surgery=4)
+    page = PageText(compare(*runs.values(), out=tmp_path / "c.html").read_text())
+    assert "retrained (2 runs): runs share seed 3, surgery.seed 4, so an interval over seeds leaves out" in page.text
+    set_seeds(runs["retrained-1"], model=3, data=5, surgery=4)
+    with pytest.raises(ValueError, match=r"with seeds 3, 4, 5; 3, 4, 5, expected another seed_everything"):
+        compare(*runs.values(), out=tmp_path / "d.html")
+
+
+def test_runs_on_other_bases_are_refused(runs, tmp_path):
+    write_masking(runs["keep"], "base", 0.123, 0.4541)  # others have 0.45, and the largest probe is 1.1 times the mean
+    with pytest.raises(
+        ValueError, match=r"bases' losses on a probe differ by 1\.0 % of the mean, expected at most 1 %"
+    ):
+        compare(*runs.values(), out=tmp_path / "c.html")
+    write_masking(runs["keep"], "base", 0.123, 0.4536)
+    assert compare(*runs.values(), out=tmp_path / "c.html").is_file()
+
+
+def test_frozen_weights_of_one_recipe_have_one_fingerprint(runs, tmp_path):
+    other = {"before": "cd" * 32, "after": "cd" * 32, "equal": True}
+    (runs["keep"] / "fingerprint.json").write_text(json.dumps(other))  # another init: alike, and yet other weights
+    assert compare(*runs.values(), out=tmp_path / "c.html").is_file()
+    (runs["retrained-1"] / "fingerprint.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"frozen weights of fingerprints abababababababab\.\.\. and cdcd"):
+        compare(*runs.values(), out=tmp_path / "d.html")
+
+
+def test_a_measurement_cut_short_is_named(runs, tmp_path):
+    path = runs["keep"] / "measurements" / "masking-base.npz"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"masking-base\.npz is damaged or truncated"):
+        compare(*runs.values(), out=tmp_path / "c.html")
 
 
 def test_a_group_is_the_mean_over_its_runs_of_every_probe(runs):
@@ -167,7 +210,7 @@ def test_sinks_are_followed_where_the_base_has_them(runs):
     assert change.direction == -1 and change.interval[0] >= -1 and change.verdict(-1) == "good"
     results = read_results(RunFolder(runs["keep"]))
     base = measure_base(results, BLOCKS, PLANTED)
-    assert base.figures["sink_frequency"].value == 1.0 and base.figures["val_loss"].value == 0.4321
+    assert base.figures["sink_frequency"].value == 1.0 and np.isnan(base.figures["val_loss"].value)
 
 
 def test_heads_outside_the_measured_layers_are_not_counted_as_healed(runs):

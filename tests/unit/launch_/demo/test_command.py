@@ -26,7 +26,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         command,
         "_stages",
-        lambda root: [
+        lambda root, controls: [
             DemoStage("clips", "reblock synth x", lambda: ran.append("clips")),
             DemoStage("base", "reblock plant y", make, made),
             DemoStage("report", "reblock report z", report),
@@ -62,9 +62,25 @@ def test_fresh_removes_what_an_earlier_demo_left_and_nothing_else(stages, tmp_pa
 def test_the_fit_has_a_rank_for_each_of_two_cores(monkeypatch, tmp_path):
     for cores, expected in (({0}, ["1", "auto"]), ({0, 1, 2, 3}, ["2", "ddp"])):
         monkeypatch.setattr(command.os, "sched_getaffinity", lambda pid, cores=cores: cores)
-        arguments = command._fit_arguments(tmp_path / "r.yaml", tmp_path / "demo", tmp_path / "base", tmp_path / "l")
-        options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+        arguments = command._fit_arguments(tmp_path / "demo", tmp_path / "base", tmp_path / "l")
+        options = dict(zip(arguments[2::2], arguments[3::2], strict=True))
         assert [options["--trainer.devices"], options["--trainer.strategy"]] == expected
+
+
+def test_controls_run_before_the_comparison_and_the_report(tmp_path):
+    plain, whole = ([stage.name for stage in command._stages(tmp_path, controls)] for controls in (False, True))
+    assert whole == [*plain[:-1], "control flow", "control keep", "control sham", "control untrained", "comparison",
+                     "report"]  # fmt: skip
+    stages = {stage.name: stage for stage in command._stages(tmp_path, True)}
+    keep = stages["control keep"]
+    overlays = [word for word in keep.command.split() if word.startswith("--config=")]
+    assert [Path(word).stem for word in overlays] == ["demo", "flow", "keep"]
+    assert all(Path(word.partition("=")[2]).is_file() for word in overlays)
+    assert keep.output == tmp_path / "demo-keep" / "graft.safetensors"
+    assert stages["comparison"].command.split()[2:] == [
+        *(str(tmp_path / name) for name in ("demo", "demo-flow", "demo-keep", "demo-sham", "demo-untrained")),
+        "--out", str(tmp_path / "demo" / "compare.html"),
+    ]  # fmt: skip
 
 
 def test_a_fit_that_fails_ends_the_demo_with_its_status():

@@ -1,6 +1,7 @@
 """`reblock plant`: sinks on every held-out sample, the record of them, and a base that was trained around them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import MochiTransformer3DModel
 from launch.demo.plant_sinks import plant
 from tests.support.latent_shards import write_latents
 from trainer.graft import Graft, save_graft
+from trainer.surgery import frozen_fingerprint
 
 BASE = Path(__file__).resolve().parents[4] / "recipes" / "demo_base"
 
@@ -57,24 +59,83 @@ def test_nothing_is_written_unless_every_head_is_a_sink(latents, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_training_made_of_a_planted_base_is_written_with_its_record(planted, latents, tmp_path: Path):
-    weights = {name: value.clone() for name, value in transformer(planted).named_parameters()}
-    weights["patch_embed.proj.bias"][5:] += 0.25  # the first channels are reserved
-    run = tmp_path / "run"
-    run.mkdir()
-    raw = {name: torch.zeros_like(value) for name, value in weights.items()}
-    save_graft(run / "graft.safetensors", Graft(raw, weights, tuple(range(8)), str(planted), "0" * 64, 7))
+@pytest.fixture
+def trained(planted, tmp_path: Path):
+    """A function that writes the run of a fit on the planted base, with what was added to its weights."""
+
+    def write(name: str, at: slice | int, base_fingerprint: str = "") -> tuple[Path, dict[str, torch.Tensor]]:
+        model = transformer(planted)
+        model.requires_grad_(True).pos_frequencies.requires_grad_(False)
+        weights = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
+        weights[name][at] += 0.25
+        raw = {key: torch.zeros_like(value) for key, value in weights.items()}
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        base_fingerprint = base_fingerprint or frozen_fingerprint(model)
+        save_graft(run / "graft.safetensors", Graft(raw, weights, tuple(range(8)), str(planted), base_fingerprint, 7))
+        return run, weights
+
+    return write
+
+
+def test_what_training_made_of_a_planted_base_is_written_with_its_record(planted, latents, trained, tmp_path: Path):
+    run, weights = trained("patch_embed.proj.bias", slice(5, None))  # the first channels are reserved
     plant(planted, tmp_path / "out", shards=latents, val_samples=4, trained=run, half=True)
     record = json.loads((tmp_path / "out" / "planted.json").read_text())
     assert [(head["layer"], head["verified_frequency"]) for head in record["heads"]] == [(2, 1.0)]
     assert "held in place" in record["note"] and "val_loss_before" not in record
     found = transformer(tmp_path / "out").state_dict()
     assert all(torch.equal(found[name], value.half().float()) for name, value in weights.items())
-    # A training that lost the sink is refused.
-    weights["transformer_blocks.2.attn1.to_k.weight"].zero_()
-    save_graft(run / "graft.safetensors", Graft(raw, weights, tuple(range(8)), str(planted), "0" * 64, 7))
-    with pytest.raises(ValueError, match="planted heads are sinks on a share"):
-        plant(planted, tmp_path / "lost", shards=latents, val_samples=4, trained=run)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "base_fingerprint", "message"),
+    [
+        ("transformer_blocks.2.attn1.to_k.weight", slice(None), "", r"has trained weights that make the planted sinks"),
+        ("patch_embed.proj.bias", 0, "", r"surgery\.held_sinks \['2:1'\] and reserved_channels \[0, 1\]"),
+        ("proj_out.bias", 0, "0" * 64, r"trained on a base with fingerprint 0000000000000000"),
+    ],
+)
+def test_a_run_that_did_not_hold_the_sinks_of_this_base_is_refused(
+    planted, latents, trained, tmp_path: Path, name, at, base_fingerprint, message
+):
+    run, _ = trained(name, at, base_fingerprint)
+    with pytest.raises(ValueError, match=message):
+        plant(planted, tmp_path / "out", shards=latents, val_samples=4, trained=run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sink_that_is_no_near_no_op_is_refused(planted, trained, tmp_path: Path):
+    """On latents of thirty times the spread, the sink's value is far from the zero that it was planted for."""
+    run, _ = trained("proj_out.bias", 0)
+
+    def spread(number: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return 30 * torch.randn(shape, generator=torch.Generator().manual_seed(number))
+
+    write_latents(tmp_path / "wide", [("19x64x64", 3)], channels=12, width=64, latent=spread)
+    with pytest.raises(ValueError, match=r"values of the planted sinks are \{'2:1': .*expected at most 0\.3"):
+        plant(planted, tmp_path / "out", shards=tmp_path / "wide", val_samples=2, trained=run)
+
+
+def test_heads_of_a_trained_base_are_those_of_its_record(planted, latents, trained, tmp_path: Path):
+    run, _ = trained("proj_out.bias", 0)
+    with pytest.raises(ValueError, match=r"got --heads \['2:1'\] with --trained"):
+        plant(planted, tmp_path / "out", shards=latents, heads=["2:1"], trained=run)
+    assert run.is_dir() and not (tmp_path / "out").exists()
+
+
+def test_a_record_of_another_form_is_named(planted, latents, trained, tmp_path: Path):
+    run, _ = trained("proj_out.bias", 0)
+    base = tmp_path / "base"
+    shutil.copytree(planted, base)
+    record = json.loads((base / "planted.json").read_text())
+    del record["heads"][0]["largest_marker"]
+    (base / "planted.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"has no 'largest_marker', expected a record of this version"):
+        plant(base, tmp_path / "out", shards=latents, val_samples=4, trained=run)
+    (base / "planted.json").write_text('{"heads": [{"layer": "two"}]}')
+    with pytest.raises(ValueError, match=r"is no record of planted sinks"):
+        plant(base, tmp_path / "out", shards=latents, val_samples=4, trained=run)
 
 
 def test_a_base_without_a_record_was_not_planted(latents, tmp_path: Path):

@@ -19,13 +19,13 @@ def test_the_page_says_so(run: Path, capsys: pytest.CaptureFixture):
     page = PageText(path.read_text())
     assert page.open == []
     for part in (
-        "2 / 2 planted sinks found before", "0 / 2 of them still sinks", "0.12 → 0.72", "+2.5 %",
+        "2 / 2 planted sinks found before", "0 / 2 of them still sinks", "0.12 → 0.72",
         "planted on purpose, 2 of them (layer 4 head 1, layer 5 head 0)", "Its note: Planted <by hand>.",
         "Before: 2 of 2 planted heads found", "frequency 1.0 at ε = 0.3", "No other head is flagged.",
         "With a sink in some prompts only: layer 5 head 2 (mean frequency 0.25)",
         "After epoch 2: no planted head is a sink; their highest frequency at any noise level is 0.50",
         "0.123 before, 0.654 after, higher by 0.531 [", "Dense loss on the same probes: 0.45 before, 0.41 after",
-        "0.4 for the base before planting, 0.4321 with the sinks planted, 0.41 retrained",
+        "Validation loss of the retrained model: 0.41. A fit does not validate its base",
         "stayed bit-identical", "2 steps were skipped", "reblock fit --config r.yaml", "torch 2.13.0", "ab" * 32,
         "a red <circle>", "retrained, masked", "PSNR 23.4 dB, SSIM 0.876 to the dense video", "50 % of the weights",
         "layer-04 r* at 1 % of the own loss 0.77 [0.687, 0.857] 0.77 [0.687, 0.857] no difference that can be told",
@@ -38,6 +38,13 @@ def test_the_page_says_so(run: Path, capsys: pytest.CaptureFixture):
         f"{PROMPTS} prompts, {SIGMAS} noise levels, 70 queries and 71 keys", "class_path: x.Y",
     ):  # fmt: skip
         assert part in page.text, part
+
+
+def test_the_report_links_to_the_controls_where_they_were_compared(run: Path):
+    assert "No control stands beside this run here" in PageText(report(run).read_text()).text
+    (run / "compare.html").write_text("")
+    page = report(run).read_text()
+    assert '<a href="compare.html">' in page and "No control" not in page
 
 
 @pytest.fixture

@@ -110,8 +110,15 @@ def test_a_blank_ratio_is_not_compared(run: Path):
     assert "0.12 → blank" in [figure.value for figure in key_figures(results(run))]
 
 
-def test_a_better_validation_loss_has_no_colour_since_it_has_no_interval(run: Path):
-    assert verdict(run, "validation loss") == ""
+def test_a_difference_of_rounding_is_none_though_every_prompt_has_it(run: Path):
+    """The loss of every probe is higher by the same share, so the interval leaves out zero."""
+    for share, direction in ((1e-6, 0), (1e-3, 1)):
+        write_masking(run, "epoch-002", 0.123 / (1 + share), 0.45 * (1 + share))
+        compared = results(run).masking_comparison
+        for change in (compared.dense_loss, compared.relative_loss):
+            assert change.interval is not None and 0 < change.interval[0] <= change.interval[1]
+            assert change.direction == direction, (share, change)
+        assert compared.change("critical_ratio").direction == -direction
 
 
 def test_sinks_are_gone_only_where_that_can_be_told(run: Path):

@@ -1,5 +1,6 @@
 """Planted sinks: their weight is known in closed form, and nothing else changes."""
 
+import contextlib
 import copy
 import math
 
@@ -156,6 +157,36 @@ def test_a_module_that_would_change_what_it_holds_is_refused(surgery, decay, mes
             surgery=SurgeryConfig(last=1, held_sinks=["1:1"], **surgery),
             optim=OptimConfig(weight_decay=decay),
         )
+
+
+@pytest.mark.parametrize(
+    ("surgery", "message"),
+    [
+        ({"held_sinks": ["4:3"], "reserved_channels": (0, 1)}, ""),
+        ({"held_sinks": ["4:2"], "reserved_channels": (0, 1)}, r"expected heads that are planted in .*: 4:3, 5:0, 6:3"),
+        ({"held_sinks": ["4:3", "4:3"], "reserved_channels": (0, 1)}, r"each once"),
+        ({"held_sinks": ["4:-1"], "reserved_channels": (0, 1)}, r"expected heads that are planted"),
+        ({"held_sinks": ["4:3"], "reserved_channels": (0, 99999)}, r"reserved_channels \[0, 99999\].*: \[0, 1\]"),
+        ({"held_sinks": ["4:3"], "reserved_channels": (1, 0)}, r"reserved_channels \[1, 0\]"),
+        ({"held_sinks": ["4:3"]}, r"reserved_channels \[\]"),
+        ({}, ""),
+    ],
+)
+def test_held_sinks_must_be_those_of_the_base(surgery, message):
+    module = RetrainBlocks(
+        base="recipes/demo_base",
+        surgery=SurgeryConfig(last=1, init="keep", **surgery),
+        optim=OptimConfig(weight_decay=0.0),
+    )
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        module.check()
+
+
+def test_sinks_cannot_be_held_in_a_base_without_any(config_json):
+    surgery = SurgeryConfig(last=1, init="keep", held_sinks=["1:1"], reserved_channels=(0, 1))
+    module = RetrainBlocks(base=str(config_json), surgery=surgery, optim=OptimConfig(weight_decay=0.0))
+    with pytest.raises(ValueError, match=r"has no planted\.json; expected a base that `reblock plant` wrote"):
+        module.check()
 
 
 @pytest.mark.parametrize("text", ["7", "7:1:2", "a:b", ""])
