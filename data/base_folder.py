@@ -39,8 +39,8 @@ def resolve_base(base: Path | str) -> Path:
     raise ValueError(f"base {name!r} does not exist; expected a diffusers folder, a config.json or a hub id.")
 
 
-def read_class_config(path: Path, expected: str) -> dict[str, Any]:
-    """The config of a part of a base, of the class that is `expected`.
+def read_class_config(path: Path, *expected: str) -> dict[str, Any]:
+    """The config of a part of a base, of one of the classes `expected`.
 
     Raises:
         ValueError: if the file is no JSON object, or describes another class.
@@ -52,9 +52,10 @@ def read_class_config(path: Path, expected: str) -> dict[str, Any]:
     got = config
     if isinstance(config, dict):
         got = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
-    if got != expected:
+    if got not in expected:
         raise ValueError(
-            f"{path} describes {got!r}, expected {expected!r}. Point `base` at a diffusers Mochi pipeline folder."
+            f"{path} describes {got!r}, expected {' or '.join(map(repr, expected))}. Point `base` at a diffusers "
+            "pipeline folder of such a model."
         )
     return config
 

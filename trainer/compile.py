@@ -8,6 +8,7 @@ import torch._dynamo
 from torch import nn
 
 from trainer.models.layout import dense_attention
+from trainer.models.split_model import observed_attention
 
 CompiledPart = Literal["none", "trunk", "head", "both"]
 
@@ -32,7 +33,7 @@ class _CompiledInTraining:
         self._compiled = torch.compile(type(block).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = self._block.training and self._block.attn1.processor.attend is dense_attention
+        own = self._block.training and observed_attention(self._block).processor.attend is dense_attention
         return (self._compiled if own else self._eager)(self._block, *args, **kwargs)
 
 
@@ -40,7 +41,7 @@ def compile_blocks(blocks: Sequence[Any] | nn.ModuleList, first: int, part: Comp
     """Compiles the forward of blocks in place, at its first use; names of parameters stay as they are.
 
     Args:
-        blocks: of the whole model, each with a `JointAttention` as the processor of its `attn1`.
+        blocks: of the whole model, each with an `ObservedAttention` as its processor.
         first: index of the first retrained block: the trunk is before it, the head begins there.
         part: which of them are compiled.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.models.mochi import SplitModel, State
+from trainer.models.split_model import SplitModel, State
 
 #: A change below this share of a state's mean square counts as this share, against division by zero.
 _LEAST_CHANGE = 1e-6
@@ -99,7 +99,7 @@ class Teacher(nn.Module):
     def __init__(self, split_model: SplitModel, layers: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
         self.layers = tuple(layers)
-        own = split_model.transformer.transformer_blocks
+        own = split_model.blocks
         self.blocks = nn.ModuleList(copy.deepcopy(own[layer]) for layer in self.layers)
         self.blocks.to(dtype).requires_grad_(False)
 
@@ -143,8 +143,7 @@ def block_losses(split_model: SplitModel, layers: Sequence[int], states: Mapping
         found = split_model.run(before, layer, layer + 1)
         every = torch.ones(before.vision.shape[:2], dtype=torch.bool, device=before.vision.device)
         loss = _relative_error(found.vision, before.vision, wanted.vision, every)
-        # The last block of Mochi leaves the text as it is.
-        if not split_model.transformer.transformer_blocks[layer].context_pre_only:
+        if split_model.changes_text(layer):
             valid = _valid_text(before)
             loss = loss + _relative_error(found.text, before.text, wanted.text, valid)
             loss = loss / (1 + valid.any(dim=1))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data.batch import Batch
 from trainer.distillation import ObjectivePhase, Teacher, block_losses
-from trainer.models.mochi import SplitModel, State
+from trainer.models.process import Process
+from trainer.models.split_model import SplitModel, State
 from trainer.objective import Flow
 from trainer.surgery import SurgeryConfig
 
@@ -32,6 +33,12 @@ class TrunkHeadLosses(LightningModule):
         """Index of the first retrained block: the trunk ends before it, the head begins with it."""
         return 0 if self.surgery.train_outside else self.blocks[0]
 
+    @property
+    def process(self) -> Process:
+        """What noise does to a latent, and what is predicted of it."""
+        assert self.split_model is not None
+        return self.split_model.process
+
     def trunk(self, x: Tensor, sigma: Tensor, batch: Batch) -> State:
         """Runs everything before the first retrained block, without autograd.
 
@@ -44,7 +51,7 @@ class TrunkHeadLosses(LightningModule):
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             with self._trunk_autocast(x.device):
                 state = self.split_model.embed(
-                    x, self.flow.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
+                    x, self.process.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
                 )
                 state = self.split_model.run(state, 0, self.first)
         # The head goes on in its own dtype, whatever the trunk computed in.
@@ -65,8 +72,8 @@ class TrunkHeadLosses(LightningModule):
 
     def losses(self, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
         """The flow loss: mean squared error per sample, (B,) float32."""
-        x = self.flow.mix(batch.latents, noise, sigma)
-        return _squared_error(self.velocity(x, sigma, batch), self.flow.target(batch.latents, noise))
+        x = self.process.mix(batch.latents, noise, sigma)
+        return _squared_error(self.velocity(x, sigma, batch), self.process.target(batch.latents, noise, sigma))
 
     def objective_losses(self, batch: Batch, noise: Tensor, sigma: Tensor, phase: ObjectivePhase) -> Tensor:
         """The weighted sum of a phase's losses per sample, (B,) float32.
@@ -77,7 +84,7 @@ class TrunkHeadLosses(LightningModule):
             sigma: (B,) float32 noise levels.
             phase: which losses.
         """
-        state = self.trunk(self.flow.mix(batch.latents, noise, sigma), sigma, batch)
+        state = self.trunk(self.process.mix(batch.latents, noise, sigma), sigma, batch)
         losses = torch.zeros(len(batch), device=sigma.device)
         if phase.needs_teacher:
             states = self.taught(state)
@@ -86,7 +93,8 @@ class TrunkHeadLosses(LightningModule):
         if phase.needs_head:
             velocity = self.head(state)
             if phase.flow:
-                losses = losses + phase.flow * _squared_error(velocity, self.flow.target(batch.latents, noise))
+                target = self.process.target(batch.latents, noise, sigma)
+                losses = losses + phase.flow * _squared_error(velocity, target)
             if phase.velocity:
                 losses = losses + phase.velocity * _squared_error(velocity, self.taught_velocity(states))
         return losses

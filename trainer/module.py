@@ -19,8 +19,9 @@ from trainer.distillation import FLOW_ALONE, ObjectivePhase, Teacher, check_phas
 from trainer.ema import Ema, check_decay, swapped_values
 from trainer.graft import base_block_weights
 from trainer.losses import TrunkHeadLosses
-from trainer.models.load import check_base, load_transformer, read_config
-from trainer.models.mochi import SplitModel
+from trainer.models.families import split_model_of
+from trainer.models.load import check_base, load_transformer, read_config, read_facts
+from trainer.models.split_model import SplitModel
 from trainer.objective import Flow, SigmaSampler
 from trainer.optimizer import OptimConfig, adamw, clip_or_drop, learning_rate, scale_gradients
 from trainer.parallel.combinations import check_shards, check_trainer
@@ -44,7 +45,7 @@ class _RestoreLiveWeights(Callback):
 
 
 class RetrainBlocks(TrunkHeadLosses):
-    """Retrains re-initialised blocks of a frozen Mochi.
+    """Retrains re-initialised blocks of a frozen video diffusion transformer.
 
     Args:
         base: diffusers folder, transformer folder, hub id, or a `config.json` (random weights).
@@ -130,8 +131,7 @@ class RetrainBlocks(TrunkHeadLosses):
         Raises:
             ValueError: if the base is missing or incomplete, or the blocks are not its own.
         """
-        config = check_base(self.base)
-        self.retrained_blocks(config["num_layers"])
+        self.retrained_blocks(read_facts(check_base(self.base)).num_blocks)
         check_planted(self.surgery, self.base)
 
     def check_data(self, latent_shape: tuple[int, ...], text_width: int) -> None:
@@ -166,20 +166,20 @@ class RetrainBlocks(TrunkHeadLosses):
 
     def build(self, device: torch.device | str) -> None:
         """Loads the base onto `device`, re-initialises the retrained blocks, freezes the rest, starts the averages."""
-        self.blocks = self.retrained_blocks(read_config(self.base)["num_layers"])
+        self.blocks = self.retrained_blocks(read_facts(read_config(self.base)).num_blocks)
         model = load_transformer(
             self.base, device=device, dtype=self.trunk_dtype, seed=self.surgery.seed, float32_from=self.first
         )
         model.train()  # as Lightning expects a module under training; Mochi has no dropout
-        self.split_model = SplitModel(
+        self.split_model = split_model_of(
             model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head
         )
         if self.needs_teacher:
             self.teacher = Teacher(self.split_model, self.blocks, self.trunk_dtype)
             if self.compile_part in ("trunk", "both"):
                 compile_blocks(self.teacher.blocks, 0, "both")
-        apply_surgery(model, self.blocks, self.surgery)
-        compile_blocks(model.transformer_blocks, self.first, self.compile_part)
+        apply_surgery(self.split_model, self.blocks, self.surgery)
+        compile_blocks(self.split_model.blocks, self.first, self.compile_part)
         self.ema = Ema(self.retrained_parameters(), decay=self.ema_decay)
 
     @property
@@ -205,8 +205,9 @@ class RetrainBlocks(TrunkHeadLosses):
         batch = batch.without_captions(self.flow.dropped(epoch, batch.uids))
         losses = self.objective_losses(batch, noise, host_sigma.to(device, non_blocking=True), self.current_phase)
         loss = losses.mean()
-        patch = self.split_model.transformer.config.patch_size
-        self._step.add(losses.detach(), host_sigma, tokens=tokens_of(batch, patch), faults=batch.faults)
+        self._step.add(
+            losses.detach(), host_sigma, tokens=tokens_of(batch, self.split_model.patch), faults=batch.faults
+        )
         # A loss that is not finite makes all gradients of its rank not finite. The all-reduce passes that on to every
         # rank, so that all of them skip the step.
         return loss * (loss - loss + 1).detach()

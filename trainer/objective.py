@@ -1,8 +1,8 @@
-"""Rectified flow as Mochi has it: sigma, noise, interpolation, target.
+"""The random parts of the objective: sigma, noise, and which captions are left out.
 
-x_sigma = (1 - sigma) z + sigma eps, target v = z - eps, timestep = 1000 (1 - sigma): 0 is pure noise, 1000 is data.
-Everything random is keyed by (seed, epoch, sample), never by rank or worker, and drawn on the CPU, so that it is the
-same whatever the layout or device.
+What noise does to a latent and what is predicted of it are the family's: `trainer.models.process`. Everything random is
+keyed by (seed, epoch, sample), never by rank or worker, and drawn on the CPU, so that it is the same whatever the
+layout or device.
 
 Legend: B batch.
 """
@@ -65,7 +65,7 @@ _SAMPLERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Flow:
-    """The objective's random parts and arithmetic.
+    """The objective's random parts.
 
     Args:
         sigma: distribution of sigma: `uniform` on (0, 1), `logit_normal` (sigmoid of a standard normal), or
@@ -99,19 +99,3 @@ class Flow:
     def dropped(self, epoch: int, uids: Sequence[int]) -> list[bool]:
         """Which samples lose their caption, on the host."""
         return (keyed_uniform("caption", self.seed, epoch, uids) < self.caption_dropout).tolist()
-
-    @staticmethod
-    def mix(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """x_sigma = (1 - sigma) z + sigma eps; sigma (B,) is broadcast over the rest."""
-        sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
-        return (1 - sigma) * latents + sigma * noise
-
-    @staticmethod
-    def target(latents: Tensor, noise: Tensor) -> Tensor:
-        """The velocity that Mochi predicts: data minus noise."""
-        return latents - noise
-
-    @staticmethod
-    def timestep(sigma: Tensor) -> Tensor:
-        """diffusers' timestep, 1000 (1 - sigma), in float32: bfloat16 would round it to multiples of 4 near 1000."""
-        return 1000.0 * (1.0 - sigma.float())

@@ -19,10 +19,10 @@ LOSSES = ("train/loss", *(f"train/loss_sigma_{low:.2f}-{high:.2f}" for low, high
 COUNTS = ("samples", "tokens", "faults")
 
 
-def tokens_of(batch: Batch, patch: int) -> int:
+def tokens_of(batch: Batch, patch: tuple[int, int, int]) -> int:
     """Number of tokens of a batch that pass through the blocks: vision tokens and valid text tokens."""
     _, frames, height, width = batch.latents.shape[1:]
-    return len(batch) * frames * (height // patch) * (width // patch) + sum(batch.text_lengths)
+    return len(batch) * (frames // patch[0]) * (height // patch[1]) * (width // patch[2]) + sum(batch.text_lengths)
 
 
 class StepFigures:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 
-from trainer.models.from_scratch import draw_frequencies, reserve_channels
+from trainer.models.from_scratch import reserve_channels
 from trainer.models.planted_sinks import hold_sinks, parse_heads, read_planted
+from trainer.models.split_model import SplitModel
 from trainer.parallel.sharded_tensors import full_tensor
 
 Initialisation = Literal["dit", "torch", "normal", "keep"]
@@ -27,7 +27,7 @@ class SurgeryConfig:
             `normal` (std 0.02) or `keep` (fine-tuning without re-initialisation, the control).
         seed: of the fresh weights.
         train_outside: also train the weights outside the blocks; only for making a base. Unless `init` is `keep`,
-            `pos_frequencies`, which diffusers sets to zero, are drawn from the seed; they are not trained.
+            Mochi's `pos_frequencies`, which diffusers sets to zero, are drawn from the seed; they are not trained.
         reserved_channels: (constant, marker), two residual channels that no trained layer reads or writes, so that
             sinks can be planted in them later.
         held_sinks: heads, as LAYER:HEAD, whose sinks (planted by `reblock plant`) are not trained; set
@@ -127,23 +127,19 @@ def choose_blocks(num_blocks: int, *, last: int | None = None, blocks: Iterable[
     return tuple(sorted(chosen))
 
 
-def _is_modulation(name: str) -> bool:
-    """Linear layers that turn temb into scales and gates, inside the norms of a block."""
-    return name.startswith(("norm1.", "norm1_context."))
-
-
-def _dit(name: str, layer: nn.Linear, generator: torch.Generator) -> None:
-    # Zero modulation means zero gates: the block starts as the identity. The output projection must not
-    # start at zero: an RMS norm follows it, whose gradient at zero input is 1 / sqrt(1e-6) = 1,000 times as large.
-    if _is_modulation(name):
-        nn.init.zeros_(layer.weight)
-    else:
-        nn.init.xavier_uniform_(layer.weight, generator=generator)
+def _dit(layer: nn.Linear, generator: torch.Generator) -> None:
+    nn.init.xavier_uniform_(layer.weight, generator=generator)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
-def _torch_default(name: str, layer: nn.Linear, generator: torch.Generator) -> None:
+def _zero(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _torch_default(layer: nn.Linear, generator: torch.Generator) -> None:
     # nn.Linear.reset_parameters takes no generator; these are its two lines.
     nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
     if layer.bias is not None:
@@ -151,13 +147,13 @@ def _torch_default(name: str, layer: nn.Linear, generator: torch.Generator) -> N
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-def _normal(name: str, layer: nn.Linear, generator: torch.Generator) -> None:
+def _normal(layer: nn.Linear, generator: torch.Generator) -> None:
     nn.init.normal_(layer.weight, std=0.02, generator=generator)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
-_INITIALISERS: dict[str, Callable[[str, nn.Linear, torch.Generator], None]] = {
+_INITIALISERS: dict[str, Callable[[nn.Linear, torch.Generator], None]] = {
     "dit": _dit,
     "torch": _torch_default,
     "normal": _normal,
@@ -165,13 +161,15 @@ _INITIALISERS: dict[str, Callable[[str, nn.Linear, torch.Generator], None]] = {
 
 
 @torch.no_grad()
-def reinitialise(block: nn.Module, kind: Initialisation, seed: int) -> None:
+def reinitialise(block: nn.Module, kind: Initialisation, seed: int, family: type[SplitModel]) -> None:
     """Gives a block fresh weights; norm weights (QK-norm among them) become one.
 
-    Values are drawn on the CPU in float32 from `seed`, so that they are the same on every device and dtype.
+    Under `dit` the layers that the family names are zero, so that the block starts as the identity. Values are drawn on
+    the CPU in float32 from `seed`, so that they are the same on every device and dtype.
 
     Raises:
-        ValueError: if a parameter belongs to neither a linear layer nor a norm: it would keep the base's value unseen.
+        ValueError: if a parameter belongs to neither a linear layer nor a norm, and the family does not name it: it
+            would keep the base's value unseen.
     """
     if kind == "keep":
         return
@@ -185,7 +183,10 @@ def reinitialise(block: nn.Module, kind: Initialisation, seed: int) -> None:
             fresh = nn.utils.skip_init(  # a plain nn.Linear would draw from torch's global generator
                 nn.Linear, module.in_features, module.out_features, bias=module.bias is not None, dtype=torch.float32
             )
-            _INITIALISERS[kind](name + ".", fresh, generator)
+            if kind == "dit" and family.starts_at_zero(block, name):
+                _zero(fresh)
+            else:
+                _INITIALISERS[kind](fresh, generator)
             for key, value in fresh.named_parameters():
                 getattr(module, key).copy_(value)
         elif own and "norm" in type(module).__name__.lower():
@@ -194,28 +195,35 @@ def reinitialise(block: nn.Module, kind: Initialisation, seed: int) -> None:
         elif own:
             continue
         done |= own
+    for name, draw in family.fresh_parameters(block).items():
+        block.get_parameter(name).copy_(draw(generator))
+        done.add(name)
     missed = {name for name, _ in block.named_parameters()} - done
     if missed:
-        raise ValueError(f"no initialisation is known for {sorted(missed)}; expected linear layers and norms only.")
+        raise ValueError(
+            f"no initialisation is known for {sorted(missed)}; expected linear layers, norms, and what the family "
+            f"{family.family} names."
+        )
 
 
-def apply_surgery(model: MochiTransformer3DModel, blocks: Sequence[int], config: SurgeryConfig) -> None:
+def apply_surgery(split_model: SplitModel, blocks: Sequence[int], config: SurgeryConfig) -> None:
     """Re-initialises `blocks` in place, and freezes everything that is not retrained.
 
     Args:
-        model: the base; on the meta device no weight is drawn.
+        split_model: the base; on the meta device no weight is drawn.
         blocks: what `choose_blocks` gave.
         config: how the blocks start, and what else is trained.
     """
+    model = split_model.transformer
     meta = model.device.type == "meta"
-    retrained = [model.transformer_blocks[i] for i in blocks]
-    for index, block in zip(blocks, retrained, strict=True):
+    for index in blocks:
         if not meta:
-            reinitialise(block, config.init, config.seed * 1000 + index)
-    freeze_all_but(model, [model] if config.train_outside else retrained)
-    model.pos_frequencies.requires_grad_(False)
+            reinitialise(split_model.blocks[index], config.init, config.seed * 1000 + index, type(split_model))
+    freeze_all_but(model, [model] if config.train_outside else [split_model.blocks[i] for i in blocks])
+    for name in split_model.never_trained:
+        model.get_parameter(name).requires_grad_(False)
     if config.train_outside and config.init != "keep" and not meta:
-        draw_frequencies(model, config.seed)
+        split_model.draw_positions(config.seed)
     if config.held_sinks:
         hold_sinks(model, config.reserved_channels, parse_heads(config.held_sinks))
     elif config.reserved_channels:

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from math import prod
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data.batch import Batch, Sample
 from launch.bench.result import BenchResult, choose_device
-from trainer.models.load import read_config
+from trainer.models.load import read_config, read_facts
 from trainer.module import RetrainBlocks, SurgeryConfig
 
 _GIB = 2**30
@@ -99,8 +100,8 @@ def run(
         last: number of last blocks to retrain.
     """
     device = choose_device(device)
-    config = read_config(str(config_json))
-    shapes = [latent_shape(config["in_channels"], count, height, width) for count in frames]
+    facts = read_facts(read_config(str(config_json)))
+    shapes = [latent_shape(facts.channels, count, height, width) for count in frames]
     module = RetrainBlocks(
         base=str(config_json),
         surgery=SurgeryConfig(last=last),
@@ -108,9 +109,7 @@ def run(
         checkpoint_head=True,
         caption_dropout=0.0,
     )
-    batches = [
-        random_batch(shape, text_tokens, config["text_embed_dim"], uid) for shape in shapes for uid in range(steps)
-    ]
+    batches = [random_batch(shape, text_tokens, facts.text_width, uid) for shape in shapes for uid in range(steps)]
     clock = StepClock()
     trainer = Trainer(
         accelerator="gpu" if device.startswith("cuda") else device, devices=1,
@@ -118,14 +117,14 @@ def run(
         enable_progress_bar=False, enable_model_summary=False, callbacks=[clock],
     )  # fmt: skip
     start = time.perf_counter()
-    print(f"building {config['num_layers']} blocks with random weights on {device}", flush=True)
+    print(f"building {facts.num_blocks} blocks with random weights on {device}", flush=True)
     module.build(trainer.strategy.root_device)
     print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type] # a list works as a data set
     rows = []
     for count, shape in zip(frames, shapes, strict=True):
         seconds = clock.seconds[shape]
-        tokens = shape[1] * shape[2] * shape[3] // config["patch_size"] ** 2
+        tokens = shape[1] * shape[2] * shape[3] // prod(facts.patch)
         rows.append([
             str(count), f"{tokens:,} + {text_tokens}", f"{min(seconds[1:] or seconds):.3f}",
             " ".join(f"{s:.3f}" for s in seconds), f"{clock.peak[shape]:.1f}",
@@ -133,7 +132,7 @@ def run(
     every = sum(p.numel() for p in module.split_model.transformer.parameters())
     retrained = sum(p.numel() for p in module.retrained_parameters().values())
     return BenchResult(
-        title=f"Training step, {config['num_layers']} blocks, last {last} retrained, {height} x {width}, batch 1",
+        title=f"Training step, {facts.num_blocks} blocks, last {last} retrained, {height} x {width}, batch 1",
         columns=("frames", "tokens (vision + text)", "best s/step", "each step (s)", "peak memory (GiB)"),
         rows=rows,
         notes=(

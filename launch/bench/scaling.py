@@ -97,9 +97,8 @@ def train_rank(strategy: str, ranks: int, repeats: int, config: str, out: str) -
     if trainer.is_global_zero:
         named = module.retrained_parameters().values()
         gradients = sum(p.numel() * p.element_size() for p in named)
-        blocks = sum(
-            p.numel() * p.element_size() for p in module.split_model.transformer.transformer_blocks.parameters()
-        )
+        inside = [p for block in module.split_model.blocks for p in block.parameters()]
+        blocks = sum(p.numel() * p.element_size() for p in inside)
         measured = {"seconds": profiler.seconds, "bytes": profiler.bytes, "gradients": gradients, "blocks": blocks}
         Path(out).write_text(json.dumps(measured))
     if torch.distributed.is_initialized():

@@ -114,10 +114,10 @@ class StepVariant:
             self.module.split_model.transformer.pos_frequencies.requires_grad_(True)
 
     def _stock_loss(self) -> Tensor:
-        flow, batch = self.module.flow, self.batch
-        x, timestep = flow.mix(batch.latents, self.noise, self.sigma), flow.timestep(self.sigma)
+        process, batch = self.module.process, self.batch
+        x, timestep = process.mix(batch.latents, self.noise, self.sigma), process.timestep(self.sigma)
         velocity = self.module.split_model.transformer(x, batch.text, timestep, batch.text_mask, return_dict=False)[0]
-        return (velocity - flow.target(batch.latents, self.noise)).square().mean()
+        return (velocity - process.target(batch.latents, self.noise, self.sigma)).square().mean()
 
     def _loss(self) -> Tensor:
         return self.module.objective_losses(self.batch, self.noise, self.sigma, self.phase).mean()

@@ -92,7 +92,7 @@ class HeldOutSamples:
         """The largest marker among the tokens of a noisy sample, mean over samples and sigmas."""
         assert module.split_model is not None
         model = module.split_model.transformer
-        noisy = (module.flow.mix(batch.latents, noise, sigma) for batch, noise, sigma in self._probes(module))
+        noisy = (module.process.mix(batch.latents, noise, sigma) for batch, noise, sigma in self._probes(module))
         return float(torch.cat([largest_markers(model, x, channel) for x in noisy]).mean())
 
     @torch.no_grad()

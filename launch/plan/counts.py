@@ -54,8 +54,8 @@ def count_parameters(module: RetrainBlocks) -> Parameters:
     """Counts the parameters of a built module on any device."""
     model = module.split_model.transformer
     retrained = list(module.retrained_parameters().values())
-    blocks = [_bytes(block.parameters()) for block in model.transformer_blocks]
-    trained = [_bytes(p for p in block.parameters() if p.requires_grad) for block in model.transformer_blocks]
+    blocks = [_bytes(block.parameters()) for block in module.split_model.blocks]
+    trained = [_bytes(p for p in block.parameters() if p.requires_grad) for block in module.split_model.blocks]
     return Parameters(
         retrained=sum(p.numel() for p in retrained),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),

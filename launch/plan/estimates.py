@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 from launch.plan.counts import Collective, Parameters, checkpoint_bytes, collectives, count_parameters
@@ -115,7 +116,7 @@ def estimate_from(inputs: PlanInputs) -> Estimate:
     sixteen_bit = inputs.autocast is not None
     layout: dict[str, Any] = {"accumulate": inputs.accumulate, "sixteen_bit": sixteen_bit}
     spent = compute_time(step.flops, counted.retrained, inputs.accumulate, inputs.hardware, sixteen_bit=sixteen_bit)
-    patch = inputs.module.split_model.transformer.config.patch_size
+    patch = inputs.module.split_model.patch
     return Estimate(
         strategy=inputs.sharding.name,
         refused=inputs.refused,
@@ -128,7 +129,7 @@ def estimate_from(inputs: PlanInputs) -> Estimate:
         accumulate=inputs.accumulate,
         latent=inputs.latent,
         latent_from=inputs.latent_from,
-        tokens=(inputs.latent[1] * (inputs.latent[2] // patch) * (inputs.latent[3] // patch), inputs.text_tokens),
+        tokens=(prod(size // p for size, p in zip(inputs.latent[1:], patch, strict=True)), inputs.text_tokens),
         parameters=counted,
         flops={stage: inputs.accumulate * step.flops.get(stage, 0) for stage in ("trunk", "head", "backward")},
         memory=memories(

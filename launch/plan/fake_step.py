@@ -21,7 +21,7 @@ from data.batch import Batch
 from launch.plan.inputs import PlanInputs
 from launch.plan.operations import Allocation, UsageCounter, make_empty
 from trainer.ema import Ema
-from trainer.models.mochi import State
+from trainer.models.split_model import State
 from trainer.module import RetrainBlocks
 from trainer.optimizer import adamw
 
@@ -62,7 +62,7 @@ def fake_module(inputs: PlanInputs) -> Iterator[UsageCounter]:
         teacher = inputs.module.teacher
         if teacher is not None:
             make_empty(teacher)
-        for block in (*split_model.transformer.transformer_blocks, *(teacher.blocks if teacher else ())):
+        for block in (*split_model.blocks, *(teacher.blocks if teacher else ())):
             block.__dict__.pop("forward", None)  # restores the uncompiled forward
         inputs.module.ema = Ema(inputs.module.retrained_parameters(), decay=inputs.module.ema_decay)
         counter.assign("weights", [*split_model.parameters(), *split_model.buffers()])

@@ -18,7 +18,7 @@ from launch.fit.checks import check_combination
 from launch.fit.cli import ReadingCLI, recipe_cli
 from launch.plan.hardware import Hardware
 from launch.plan.sharding import Sharding, read_sharding
-from trainer.models.load import read_config
+from trainer.models.load import read_config, read_facts
 from trainer.module import RetrainBlocks
 
 #: The reference base. A plan needs no download of it, since its config is in `recipes/`.
@@ -152,7 +152,7 @@ def read_inputs(args: list[str], nodes: int | None = None) -> PlanInputs:
     size = None
     if file is not None:
         module.base = str(file)
-        attempt(lambda: module.retrained_blocks(read_config(module.base)["num_layers"]))
+        attempt(lambda: module.retrained_blocks(read_facts(read_config(module.base)).num_blocks))
         size = attempt(lambda: _size(config, data, module))
     if faults or size is None:
         raise ValueError("\n".join(faults))
@@ -228,9 +228,10 @@ def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
     tokens = longest if config.text_tokens is None else config.text_tokens
     if not 0 < tokens <= longest:
         raise ValueError(f"got text_tokens {tokens}, expected 1 to {longest}, the longest caption of the base.")
-    text = {"text_tokens": tokens, "text_width": fields["text_embed_dim"]}
+    facts = read_facts(fields)
+    text = {"text_tokens": tokens, "text_width": facts.text_width}
     if all(value is not None for value in given.values()):
-        latent = Bucket(**given).latent_shape(fields["in_channels"])
+        latent = Bucket(**given).latent_shape(facts.channels)
         return {"latent": latent, "latent_from": "--frames, --height, --width", **text}
     if any(value is not None for value in given.values()):
         raise ValueError(f"got {given}, expected all three of --frames, --height and --width, or none of them.")

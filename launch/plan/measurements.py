@@ -24,7 +24,7 @@ from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.callbacks.trunk_cache import GIB, TrunkCache
 from trainer.models.layout import AttentionCall, dense_attention
-from trainer.models.mochi import State
+from trainer.models.split_model import State
 from trainer.module import RetrainBlocks
 
 MEASUREMENT = "measurement"
@@ -80,7 +80,7 @@ def _trunk(inputs: PlanInputs, size: int) -> State:
     """Output of the trunk for a batch of `size` samples."""
     batch, noise, sigma = fake_batch(inputs, size)
     with _short_trunk(inputs.module):
-        return inputs.module.trunk(inputs.module.flow.mix(batch.latents, noise, sigma), sigma, batch)
+        return inputs.module.trunk(inputs.module.process.mix(batch.latents, noise, sigma), sigma, batch)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from trainer.attention import masked_attention, pooled_quantiles
+from trainer.models.families import split_model_of
 from trainer.models.layout import AttentionCall, AttentionFunction
-from trainer.models.mochi import SplitModel
 
 #: PSNR in dB of identical videos, since JSON has no infinity.
 IDENTICAL_DB = 100.0
@@ -109,7 +109,7 @@ class VideoSampler:
         self.pipe = pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.vae.enable_tiling()  # no effect up to 256 pixels; larger frames need it to fit into memory
-        self.split_model = SplitModel(self.pipe.transformer)
+        self.split_model = split_model_of(self.pipe.transformer)
 
     @torch.no_grad()
     def sample(

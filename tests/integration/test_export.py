@@ -14,7 +14,7 @@ from launch.export import export
 from launch.fit.cli import recipe_cli
 from trainer.graft import load_graft
 from trainer.models.load import load_transformer
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def stock(model, batch):
         )[0]  # fmt: skip
 
 
-def velocity(split_model: SplitModel, batch):
-    """Velocity by a `SplitModel`."""
+def velocity(split_model: SplitMochi, batch):
+    """Velocity by a `SplitMochi`."""
     with torch.no_grad():
         text = batch.text, batch.text_mask, batch.text_lengths
         state = split_model.embed(batch.latents, torch.tensor([100.0, 700.0]), *text)
@@ -69,9 +69,9 @@ def test_diffusers_loads_exactly_what_was_trained(fitted, whole_base, make_batch
         model = copy.deepcopy(module.split_model.transformer)
         for block in model.transformer_blocks:
             block.attn1.processor = MochiAttnProcessor2_0()
-        got = velocity(SplitModel(model, stock_attention=True), batch)
+        got = velocity(SplitMochi(model, stock_attention=True), batch)
         assert torch.equal(got, expected), "diffusers' own attention on both sides"
-    assert torch.equal(velocity(SplitModel(whole.transformer), batch), own), "ours on both sides"
+    assert torch.equal(velocity(SplitMochi(whole.transformer), batch), own), "ours on both sides"
     other = module.ema.average if weights == "raw" else live
     assert any(not torch.equal(exported[name], value) for name, value in other.items())
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from trainer.models.layout import AttentionCall, AttentionFunction, dense_attention
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -161,7 +161,7 @@ def sink_weight(strength: float, tokens: int, sinks: int = 1) -> float:
 
 
 @torch.no_grad()
-def velocity(split_model: SplitModel, batch: Batch, functions: Mapping[int, AttentionFunction] | None = None) -> Tensor:
+def velocity(split_model: SplitMochi, batch: Batch, functions: Mapping[int, AttentionFunction] | None = None) -> Tensor:
     """The whole forward pass, (B, C, F, H, W); the layers named attend through their function."""
     with split_model.attention(functions or {}):
         time = torch.linspace(100.0, 900.0, len(batch))
@@ -170,13 +170,13 @@ def velocity(split_model: SplitModel, batch: Batch, functions: Mapping[int, Atte
 
 def stock_velocity(model: MochiTransformer3DModel, batch: Batch) -> Tensor:
     """diffusers' own forward with its own attention processors, which stay in the model."""
-    SplitModel(model, stock_attention=True)
+    SplitMochi(model, stock_attention=True)
     time = torch.linspace(100.0, 900.0, len(batch))
     with torch.no_grad():
         return model(batch.latents, batch.text, time, batch.text_mask, return_dict=False)[0]
 
 
-def watch(split_model: SplitModel, batch: Batch, layer: int, measure: Callable[..., Any]) -> Any:
+def watch(split_model: SplitMochi, batch: Batch, layer: int, measure: Callable[..., Any]) -> Any:
     """What measure(q, k, v, call) finds in one layer of the whole forward pass."""
     found = []
 

@@ -22,7 +22,7 @@ from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkCache, TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
-from trainer.models.mochi import State
+from trainer.models.split_model import State
 
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks
@@ -134,7 +134,7 @@ class MaskingRobustness(ProbeCallback):
 
     def observe(self, module: "RetrainBlocks", probes: ProbeBatch) -> dict[str, Tensor]:
         scopes = self._layers_of(module)
-        target = module.flow.target(probes.batch.latents, probes.noise)
+        target = module.process.target(probes.batch.latents, probes.noise, probes.sigma)
         dense = self._dense_pass(module, probes, scopes)
 
         def compared(velocity: Tensor) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.callbacks.probe_set import ProbeBatch
 from trainer.callbacks.tensor_cache import CacheEntry, DiskCache, MemoryCache
 from trainer.models.layout import AttentionFunction, TokenLayout
-from trainer.models.mochi import State
+from trainer.models.split_model import State
 from trainer.versions import package_versions, source_digest
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class TrunkCache(Callback):
 
     def _run(self, module: "RetrainBlocks", probes: ProbeBatch, functions: Mapping[int, AttentionFunction]) -> State:
         self._run_passes += 1
-        x = module.flow.mix(probes.batch.latents, probes.noise, probes.sigma)
+        x = module.process.mix(probes.batch.latents, probes.noise, probes.sigma)
         if not functions:
             return module.trunk(x, probes.sigma, probes.batch)
         with module.split_model.attention(functions):
@@ -150,11 +150,13 @@ class TrunkCache(Callback):
 def _split(state: State) -> tuple[CacheEntry, CacheEntry]:
     """Splits a state into the tensors of these probes, and the rotary tables, which all probes of one size share."""
     own = {"vision": state.vision, "text": state.text, "temb": state.temb}
+    if state.out_temb is not None:
+        own["out_temb"] = state.out_temb
     if state.layout.key_mask is not None:
         own["key_mask"] = state.layout.key_mask
     layout = state.layout
     facts = {"grid": layout.grid, "lengths": layout.text_lengths, "tokens": layout.text_tokens, "size": state.size}
-    return CacheEntry(own, facts), CacheEntry({"cos": state.rope[0], "sin": state.rope[1]})
+    return CacheEntry(own, facts), CacheEntry({str(index): table for index, table in enumerate(state.rope)})
 
 
 def _join(own: CacheEntry, rope: CacheEntry) -> State:
@@ -170,9 +172,10 @@ def _join(own: CacheEntry, rope: CacheEntry) -> State:
         vision=tensors["vision"],
         text=tensors["text"],
         temb=tensors["temb"],
-        rope=(rope.tensors["cos"], rope.tensors["sin"]),
+        rope=tuple(rope.tensors[str(index)] for index in range(len(rope.tensors))),
         layout=layout,
         size=tuple(facts["size"]),
+        out_temb=tensors.get("out_temb"),
     )
 
 

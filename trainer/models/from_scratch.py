@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from diffusers import MochiTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Rotary pairs of every head with frequency zero: their components depend on the content only, not on the position.
 ZERO_PAIRS = (0, 1)
@@ -75,6 +75,7 @@ def reserve_channels(model: MochiTransformer3DModel, channels: Sequence[int], *,
     Raises:
         ValueError: if the channels are not two distinct ones of the model.
     """
+    check_plantable(model)
     width = model.config.num_attention_heads * model.config.attention_head_dim
     if len(set(channels)) != 2 or len(channels) != 2 or not all(0 <= c < width for c in channels):
         raise ValueError(
@@ -88,6 +89,15 @@ def reserve_channels(model: MochiTransformer3DModel, channels: Sequence[int], *,
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(patch.weight[marker].shape, generator=generator, device="cpu")
     patch.weight[marker] = (direction / direction.norm()).to(patch.weight.device)
+
+
+def check_plantable(model: nn.Module) -> None:
+    """Raises ValueError unless the model is a Mochi, whose layers this module knows."""
+    if not isinstance(model, MochiTransformer3DModel):
+        raise ValueError(
+            f"got reserved_channels or held_sinks for {type(model).__name__}, expected MochiTransformer3DModel: sinks "
+            "are planted in no other family by `reblock plant`."
+        )
 
 
 def hold(entries: Iterable[tuple[Tensor, tuple]]) -> dict[Tensor, Tensor]:

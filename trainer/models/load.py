@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import MochiTransformer3DModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.base_folder import read_class_config, resolve_base, weight_files
+from trainer.models.families import FAMILIES, family_of
+from trainer.models.split_model import ModelFacts
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -21,9 +23,18 @@ def _transformer_folder(base: Path) -> Path:
 
 def _transformer_config(path: Path) -> dict:
     """The fields of a transformer's config; those that it leaves out have the class's defaults."""
-    fields = read_class_config(path, MochiTransformer3DModel.__name__)
-    known = inspect.signature(MochiTransformer3DModel.__init__).parameters.values()
+    fields = read_class_config(path, *FAMILIES)
+    known = inspect.signature(_class_of(fields).__init__).parameters.values()
     return {p.name: p.default for p in known if p.default is not p.empty} | fields
+
+
+def _class_of(config: dict) -> Any:
+    return family_of(config).transformer_class
+
+
+def read_facts(config: dict) -> ModelFacts:
+    """What a config that `read_config` gave says, in the words of all families."""
+    return family_of(config).facts(config)
 
 
 def transformer_weight_files(base: str) -> list[Path]:
@@ -49,7 +60,7 @@ def _check_weights(base: str, config: dict) -> None:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or truncated ({error}). Download or copy it again.") from error
     with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in MochiTransformer3DModel.from_config(config).named_parameters()}
+        wanted = {name: tuple(p.shape) for name, p in _class_of(config).from_config(config).named_parameters()}
     odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if odd:
         raise ValueError(
@@ -59,7 +70,7 @@ def _check_weights(base: str, config: dict) -> None:
 
 
 def read_config(base: str) -> dict:
-    """The transformer's config of a base, checked to be Mochi's; no weight is read."""
+    """The transformer's config of a base, checked to be of a known family; no weight is read."""
     path = resolve_base(base)
     if path.is_file():
         return _transformer_config(path)
@@ -87,19 +98,19 @@ def load_transformer(
     device: torch.device | str = "cpu",
     seed: int = 0,
     float32_from: int | None = None,
-) -> MochiTransformer3DModel:
-    """The transformer of a base.
+) -> Any:
+    """The transformer of a base, diffusers' class of its family.
 
     Args:
         base: what `resolve_base` takes. A `config.json` gives random weights, made on `device`.
         dtype: dtype of the weights.
         device: where they are made; "meta" makes shapes only.
         seed: for random weights.
-        float32_from: blocks from this one on, what follows them and `pos_frequencies` are in float32 whatever `dtype`:
-            a trunk in bfloat16 meets a head whose master weights are float32.
+        float32_from: blocks from this one on, what follows them and parameters that are never trained are in float32
+            whatever `dtype`: a trunk in bfloat16 meets a head whose master weights are float32.
 
     Raises:
-        ValueError: if the base is missing, not Mochi, incomplete or truncated.
+        ValueError: if the base is missing, of an unknown family, incomplete or truncated.
     """
     model = _load(base, dtype, device, seed)
     if float32_from is not None and dtype != torch.float32:
@@ -108,11 +119,15 @@ def load_transformer(
 
 
 @torch.no_grad()
-def _widen(model: MochiTransformer3DModel, base: str, first: int) -> None:
-    for part in (*model.transformer_blocks[first:], model.norm_out, model.proj_out):
-        part.float()
-    # One parameter gives the rotary angles of every block: in bfloat16 an angle of 100 would be off by a quarter.
-    model.pos_frequencies.data = model.pos_frequencies.data.float()
+def _widen(model: Any, base: str, first: int) -> None:
+    family = FAMILIES[type(model).__name__]
+    # Mochi's frequencies give the rotary angles of every block: in bfloat16 an angle of 100 would be off by a quarter.
+    outside = [model.get_parameter(name) for name in family.never_trained]
+    for part in (*family.blocks_of(model)[first:], *family.output_parts(model), *outside):
+        if isinstance(part, nn.Module):
+            part.float()
+        else:
+            part.data = part.data.float()
     if resolve_base(base).is_dir() and model.device.type != "meta":
         wide = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
         for name, value in read_weights(base, wide.keys()).items():  # the narrow dtype has rounded them
@@ -135,7 +150,7 @@ def read_weights(base: str, names: Collection[str]) -> dict[str, Tensor]:
     return found
 
 
-def _load(base: str, dtype: torch.dtype, device: torch.device | str, seed: int) -> MochiTransformer3DModel:
+def _load(base: str, dtype: torch.dtype, device: torch.device | str, seed: int) -> Any:
     config = check_base(base)
     path = resolve_base(base)
     if path.is_file() or torch.device(device).type == "meta":
@@ -144,10 +159,10 @@ def _load(base: str, dtype: torch.dtype, device: torch.device | str, seed: int) 
             previous = torch.get_default_dtype()
             torch.set_default_dtype(dtype)
             try:
-                return MochiTransformer3DModel.from_config(config)
+                return _class_of(config).from_config(config)
             finally:
                 torch.set_default_dtype(previous)
-    model = MochiTransformer3DModel.from_pretrained(
+    model = _class_of(config).from_pretrained(
         _transformer_folder(path), torch_dtype=dtype, use_safetensors=True, local_files_only=True
     )
     return model.to(device)

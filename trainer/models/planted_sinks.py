@@ -24,7 +24,7 @@ import torch
 from diffusers import MochiTransformer3DModel
 from torch import Tensor
 
-from trainer.models.from_scratch import head_rows, hold, reserved_entries
+from trainer.models.from_scratch import check_plantable, head_rows, hold, reserved_entries
 
 #: Slope of a key's e1 component in the marker: small, so that the cosine stays in its linear range and the token with
 #: the largest marker gets more weight than any other.
@@ -177,6 +177,7 @@ def hold_sinks(model: MochiTransformer3DModel, channels: Sequence[int], heads: S
     Raises:
         ValueError: if a head does not exist, or there are not two channels.
     """
+    check_plantable(model)
     _check_places(model, heads)
     if len(channels) != 2:
         raise ValueError(

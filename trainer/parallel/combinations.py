@@ -2,7 +2,7 @@
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
-from trainer.models.load import read_config
+from trainer.models.load import read_config, read_facts
 from trainer.parallel.strategies import ShardedStrategy
 from trainer.surgery import SurgeryConfig
 
@@ -24,17 +24,18 @@ def check_shards(base: str, latent_shape: tuple[int, ...], text_width: int) -> N
     Raises:
         ValueError: if they do not.
     """
-    config = read_config(base)
-    channels, patch, width = config["in_channels"], config["patch_size"], config["text_embed_dim"]
-    if latent_shape[0] != channels or latent_shape[2] % patch or latent_shape[3] % patch:
+    facts = read_facts(read_config(base))
+    if latent_shape[0] != facts.channels or any(
+        size % patch for size, patch in zip(latent_shape[1:], facts.patch, strict=True)
+    ):
         raise ValueError(
             f"the shards hold latents of shape {tuple(latent_shape)}, the base {base} takes "
-            f"({channels}, F, H, W) with H and W multiples of {patch}; encode the clips with this base's own VAE "
-            "(`reblock encode`)."
+            f"({facts.channels}, F, H, W) with F, H and W multiples of {', '.join(map(str, facts.patch))}; encode the "
+            "clips with this base's own VAE (`reblock encode`)."
         )
-    if text_width != width:
+    if text_width != facts.text_width:
         raise ValueError(
-            f"the shards hold captions {text_width} wide, the base {base} takes {width}; "
+            f"the shards hold captions {text_width} wide, the base {base} takes {facts.text_width}; "
             "encode them with this base's own text encoder (`reblock encode`)."
         )
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from data.base_folder import resolve_base
 from trainer.ema import Ema
-from trainer.models.mochi import SplitModel
+from trainer.models.split_model import SplitModel
 from trainer.parallel.sharded_tensors import local_tensor, shard_like
 from trainer.surgery import frozen_fingerprint
 
@@ -133,10 +133,10 @@ def shard_blocks(split_model: SplitModel, mesh: DeviceMesh, first: int) -> None:
     A block is gathered when it runs and freed after it, also in the trunk. Weights are communicated in their own dtype,
     gradients in float32: the arithmetic is that of DDP.
     """
-    blocks = split_model.transformer.transformer_blocks[first:]
+    blocks = split_model.blocks[first:]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    inside = {id(p) for p in blocks.parameters()}
+    inside = {id(p) for block in blocks for p in block.parameters()}
     # The root shards no weights of its own. It makes the blocks share streams, so that the next one is gathered while a
     # block runs.
     fully_shard(split_model, mesh=mesh, ignored_params={p for p in split_model.parameters() if id(p) not in inside})

@@ -257,7 +257,7 @@ def test_base_weights_are_those_of_the_files(make_module, make_transformer, make
     x, sigma = batch.latents, torch.full((3,), 0.4)
     with module.base_weights(), torch.no_grad():
         got = module.velocity(x, sigma, batch)
-    stock = want(x, batch.text, module.flow.timestep(sigma), batch.text_mask, return_dict=False)[0]
+    stock = want(x, batch.text, module.process.timestep(sigma), batch.text_mask, return_dict=False)[0]
     torch.testing.assert_close(got, stock, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(module.velocity(x, sigma, batch), got)
     random = make_module(base=config_json, trunk_dtype="bfloat16", init="keep")

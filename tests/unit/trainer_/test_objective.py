@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainer import objective
+from trainer.models.process import RectifiedFlow
 from trainer.objective import Flow, keyed_noise, keyed_uniform
 
 DRAWS = 20_000
+MOCHI = RectifiedFlow(towards_data=True)
 
 
 def distance(draws, cdf) -> float:
@@ -122,18 +124,18 @@ def test_caption_dropout_has_its_share():
 def test_interpolation_and_target():
     z, eps = torch.randn(3, 2, 1, 2, 2), torch.randn(3, 2, 1, 2, 2)
     sigma = torch.tensor([0.0, 1.0, 0.25])
-    x = Flow.mix(z, eps, sigma)
+    x = MOCHI.mix(z, eps, sigma)
     assert torch.equal(x[0], z[0]) and torch.equal(x[1], eps[1])
     torch.testing.assert_close(x[2], 0.75 * z[2] + 0.25 * eps[2])
     # The target is minus the derivative of x with respect to sigma: integrating it down reaches the data.
-    torch.testing.assert_close(x + sigma.view(-1, 1, 1, 1, 1) * Flow.target(z, eps), z)
+    torch.testing.assert_close(x + sigma.view(-1, 1, 1, 1, 1) * MOCHI.target(z, eps, sigma), z)
 
 
 def test_timestep_keeps_float32():
     sigma = torch.tensor([0.0, 1.0, 0.0015], dtype=torch.float32)
-    got = Flow.timestep(sigma)
+    got = MOCHI.timestep(sigma)
     assert got.dtype == torch.float32 and got.tolist() == pytest.approx([1000.0, 0.0, 998.5], abs=1e-4)
-    assert Flow.timestep(sigma.bfloat16()).dtype == torch.float32
+    assert MOCHI.timestep(sigma.bfloat16()).dtype == torch.float32
 
 
 def test_unknown_settings_are_named():
@@ -161,12 +163,12 @@ class ExactVelocity(ModelMixin):
         return torch.no_grad()
 
     def forward(self, hidden_states, timestep, **kwargs):
-        sigma = 1 - timestep.double() / 1000  # the inverse of Flow.timestep
+        sigma = 1 - timestep.double() / 1000  # the inverse of MOCHI.timestep
         self.seen.append(sigma)
         x = hidden_states.double()
         sigma = sigma.view(-1, 1, 1, 1, 1)
         eps = (x - (1 - sigma) * self.latent) / sigma
-        return (Flow.target(self.latent, eps).float(),)
+        return (MOCHI.target(self.latent, eps, sigma).float(),)
 
 
 @pytest.mark.parametrize("steps", [4, 64])

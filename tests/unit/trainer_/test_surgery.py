@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 from trainer.surgery import choose_blocks, fingerprint, freeze_all_but, frozen_fingerprint, reinitialise
 
 #: Wide enough for statistics of a weight to mean something.
@@ -46,12 +46,12 @@ def test_every_fault_of_a_choice_is_named(options, message):
 @given(block=st.integers(0, 2), seed=st.integers(0, 1000), lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3))
 def test_a_dit_block_starts_as_the_identity(make_transformer, make_batch, block, seed, lengths):
     """Vision and text alike; the last block, which does not update its text, too."""
-    split_model, batch = SplitModel(make_transformer(seed)), make_batch(lengths, seed=seed)
+    split_model, batch = SplitMochi(make_transformer(seed)), make_batch(lengths, seed=seed)
     args = (batch.latents, torch.full((len(batch),), 300.0), batch.text, batch.text_mask, batch.text_lengths)
     state = split_model.embed(*args)
     before = split_model.run(state, block, block + 1)
     assert not torch.equal(before.vision, state.vision)
-    reinitialise(split_model.transformer.transformer_blocks[block], "dit", seed)
+    reinitialise(split_model.transformer.transformer_blocks[block], "dit", seed, family=SplitMochi)
     after = split_model.run(state, block, block + 1)
     assert torch.equal(after.vision, state.vision) and torch.equal(after.text, state.text)
 
@@ -70,7 +70,7 @@ def is_uniform(values, bound) -> bool:
 @pytest.mark.parametrize("kind", ["dit", "torch", "normal"])
 def test_distributions(make_transformer, kind, index):
     block = make_transformer(**WIDE).transformer_blocks[index]
-    reinitialise(block, kind, seed=5)
+    reinitialise(block, kind, seed=5, family=SplitMochi)
     for name, layer in linears(block).items():
         rows, columns = layer.weight.shape
         weight, bias = layer.weight.detach(), layer.bias
@@ -93,11 +93,11 @@ def test_distributions(make_transformer, kind, index):
 def test_initialisation_is_deterministic_and_leaves_the_generator_alone(make_transformer):
     a, b, c = (make_transformer(i).transformer_blocks[0] for i in (1, 2, 3))
     before = torch.get_rng_state()
-    reinitialise(a, "torch", 9)
+    reinitialise(a, "torch", 9, family=SplitMochi)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(77)
-    reinitialise(b, "torch", 9)
-    reinitialise(c, "torch", 10)
+    reinitialise(b, "torch", 9, family=SplitMochi)
+    reinitialise(c, "torch", 10, family=SplitMochi)
     for (name, x), y, z in zip(a.named_parameters(), b.parameters(), c.parameters(), strict=True):
         assert torch.equal(x, y), name
         assert x.ndim == 1 or not torch.equal(x, z), name
@@ -105,21 +105,21 @@ def test_initialisation_is_deterministic_and_leaves_the_generator_alone(make_tra
 
 def test_values_do_not_depend_on_the_dtype_they_land_in(make_transformer):
     wide, narrow = make_transformer(1).transformer_blocks[0], make_transformer(1).bfloat16().transformer_blocks[0]
-    reinitialise(wide, "normal", 9)
-    reinitialise(narrow, "normal", 9)
+    reinitialise(wide, "normal", 9, family=SplitMochi)
+    reinitialise(narrow, "normal", 9, family=SplitMochi)
     assert all(torch.equal(x.bfloat16(), y) for x, y in zip(wide.parameters(), narrow.parameters(), strict=True))
 
 
 def test_keep_changes_nothing_and_unknown_kinds_and_layers_are_named(make_transformer):
     block = make_transformer().transformer_blocks[0]
     before = fingerprint(block.named_parameters())
-    reinitialise(block, "keep", 0)
+    reinitialise(block, "keep", 0, family=SplitMochi)
     assert fingerprint(block.named_parameters()) == before
     with pytest.raises(ValueError, match=r"got initialisation 'orthogonal', expected one of \['dit', 'keep'"):
-        reinitialise(block, "orthogonal", 0)
+        reinitialise(block, "orthogonal", 0, family=SplitMochi)
     block.odd = nn.Conv1d(2, 2, 1)
     with pytest.raises(ValueError, match=r"odd\.bias', 'odd\.weight"):
-        reinitialise(block, "dit", 0)
+        reinitialise(block, "dit", 0, family=SplitMochi)
 
 
 def test_frozen_is_all_but_the_chosen_blocks(make_transformer):
@@ -166,12 +166,12 @@ def test_first_gradients_of_a_dit_block_are_sane(make_transformer, make_batch):
     batch, norms = make_batch([4, 2], seed=1), {}
     args = (batch.latents, torch.tensor([900.0, 200.0]), batch.text, batch.text_mask, batch.text_lengths)
     for kind in ("healthy", "dit", "trap"):
-        split_model = SplitModel(make_transformer(3))
+        split_model = SplitMochi(make_transformer(3))
         block = split_model.transformer.transformer_blocks[1]
         if kind != "healthy":
-            reinitialise(block, "dit", 0)
+            reinitialise(block, "dit", 0, family=SplitMochi)
         if kind == "trap":
-            reinitialise(block, "torch", 0)
+            reinitialise(block, "torch", 0, family=SplitMochi)
             nn.init.zeros_(block.attn1.to_out[0].weight)
             nn.init.zeros_(block.attn1.to_out[0].bias)
         split_model(*args).square().mean().backward()

@@ -23,11 +23,11 @@ def counted_step(folder, make_batch, *, last, checkpoint_head):
         [TEXT] * 2, grid=LATENT[1:], channels=SMALL["in_channels"], text_width=SMALL["text_embed_dim"]
     )  # fmt: skip
     noise, sigma = torch.randn_like(batch.latents), torch.full((2,), 0.5)
-    target = module.flow.target(batch.latents, noise)
+    target = module.process.target(batch.latents, noise, sigma)
     found = {}
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
-            state = module.trunk(module.flow.mix(batch.latents, noise, sigma), sigma, batch)
+            state = module.trunk(module.process.mix(batch.latents, noise, sigma), sigma, batch)
         found["trunk"] = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
             loss = (module.head(state) - target).square().mean()

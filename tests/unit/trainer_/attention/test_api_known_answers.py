@@ -26,7 +26,7 @@ from trainer.attention import (
     sink_statistics,
     sink_verdict,
 )
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 
 RATIOS = (0.0, 0.1, 0.3, 0.5, 0.9, 0.99, 1.0)
 EPS = (0.3, 0.01, 0.05, 0.5, 0.1)
@@ -75,7 +75,7 @@ def attention_of(kind: str, seed: int, q: torch.Tensor, k: torch.Tensor) -> tupl
 @functools.lru_cache(maxsize=9)
 def split_model_of(make_transformer, heads, width):
     model = make_transformer(heads, num_layers=2, num_attention_heads=heads, attention_head_dim=width)
-    return SplitModel(model)
+    return SplitMochi(model)
 
 
 def observed(make_transformer, make_batch, shape, kind, seed, layer, measure):

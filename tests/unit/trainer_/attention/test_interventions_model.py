@@ -7,12 +7,12 @@ from tests.support.attention_draws import reduced_attention
 from trainer.attention import dense as reference
 from trainer.attention.interventions import AttentionMapRecorder, at_steps, first_text_token, skip_heads, temperature
 from trainer.models.layout import dense_attention
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 
 
 @pytest.fixture
 def split_model(make_transformer):
-    return SplitModel(make_transformer(3))
+    return SplitMochi(make_transformer(3))
 
 
 def velocity(split_model, batch):
@@ -50,7 +50,7 @@ def test_a_skipped_head_takes_no_part_in_the_output_projection(split_model, make
     pruned = make_transformer(3)
     for projection in (pruned.transformer_blocks[1].attn1.to_out[0], pruned.transformer_blocks[1].attn1.to_add_out):
         projection.weight.data[:, 8:] = 0.0  # heads are 8 wide
-    torch.testing.assert_close(got, velocity(SplitModel(pruned), batch), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, velocity(SplitMochi(pruned), batch), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(got, velocity(split_model, batch), atol=1e-4)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.attention import masked_attention, operators, pooled_quantiles
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 
 
 def heads(dtype=torch.float32, batch=2):
@@ -33,7 +33,7 @@ def test_fakes_are_as_what_they_stand_for(dtype, backend, lengths):
 
 def test_a_compiled_model_holds_masked_attention_in_one_graph(make_transformer, make_batch):
     """Each block's attention is the operator: no graph break, and the velocity of the functions themselves."""
-    split_model, batch = SplitModel(make_transformer(2)), make_batch((3, 3))
+    split_model, batch = SplitMochi(make_transformer(2)), make_batch((3, 3))
     time = torch.linspace(200.0, 800.0, len(batch))
 
     def attention(mask, quantiles):

@@ -52,7 +52,7 @@ def test_every_depth_equals_a_plain_loop_over_the_blocks(base_folder):
     _, arrays, batches = measure(module)
     assert arrays["depths"].tolist() == [1, 2, 3]
     for batch in batches:
-        x = module.flow.mix(batch.batch.latents, batch.noise, batch.sigma)
+        x = module.process.mix(batch.batch.latents, batch.noise, batch.sigma)
         state = module.trunk(x, batch.sigma, batch.batch)
         for row, depth in enumerate((1, 2, 3)):
             for i, (prompt, stratum) in enumerate(zip(batch.prompts, batch.strata, strict=True)):

@@ -62,8 +62,8 @@ def brute_force(module, probes, layers, ratio):
 
     for prompt, stratum in np.ndindex(len(probes.samples), len(probes.sigmas)):
         probe = probes._collate([(prompt, stratum)])
-        x = module.flow.mix(probe.batch.latents, probe.noise, probe.sigma)
-        target = module.flow.target(probe.batch.latents, probe.noise)
+        x = module.process.mix(probe.batch.latents, probe.noise, probe.sigma)
+        target = module.process.target(probe.batch.latents, probe.noise, probe.sigma)
         with module.split_model.attention(dict.fromkeys(layers, dense)):
             base = module.velocity(x, probe.sigma, probe.batch)
         with module.split_model.attention(dict.fromkeys(layers, masked)):
@@ -249,8 +249,8 @@ def by_hand(module, probe, layers, ratio, keys, quantile, removed):
         found.append(np.mean(lost, axis=0))
         return (weights @ v.double()).to(v.dtype)
 
-    x = module.flow.mix(probe.batch.latents, probe.noise, probe.sigma)
-    target = module.flow.target(probe.batch.latents, probe.noise)
+    x = module.process.mix(probe.batch.latents, probe.noise, probe.sigma)
+    target = module.process.target(probe.batch.latents, probe.noise, probe.sigma)
     with module.split_model.attention(dict.fromkeys(layers, dense)):
         base = module.velocity(x, probe.sigma, probe.batch)
     with module.split_model.attention(dict.fromkeys(layers, masked)):

@@ -21,7 +21,7 @@ from trainer.attention import (
 )
 from trainer.attention.chunked_weights import weight_chunks
 from trainer.attention.inputs import checked
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 
 backends = pytest.mark.parametrize("backend", known_answers.BACKENDS)
 #: Only the chunked back end has a chunk size.
@@ -34,7 +34,7 @@ GRID, TEXT, TOKENS = (5, 6, 4), 5, 35
 
 @pytest.fixture
 def split_model(make_transformer):
-    return SplitModel(make_transformer(3))
+    return SplitMochi(make_transformer(3))
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_the_engine_at_threshold_zero_is_diffusers_own_forward(make_transformer,
         zero = torch.zeros(q.shape[:2])
         return masked_attention(q, k, v, zero, lengths=valid, backend=backend, chunk=6)[0]
 
-    got = known_answers.velocity(SplitModel(model), batch, dict.fromkeys(range(3), attend))
+    got = known_answers.velocity(SplitMochi(model), batch, dict.fromkeys(range(3), attend))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert (got - want).norm() < 2e-6 * want.norm()
 
@@ -141,7 +141,7 @@ def test_uniform_attention_is_left_whole_and_is_the_control(make_transformer, ba
         for block in model.transformer_blocks:
             block.attn1.to_q.weight.zero_()
             block.attn1.add_q_proj.weight.zero_()
-    split_model, how = SplitModel(model), {"chunk": 6, "backend": backend}
+    split_model, how = SplitMochi(model), {"chunk": 6, "backend": backend}
     # All N^2 weights tie at 1 / N, and none lies strictly below: nothing may go at any ratio.
     whole = dense_velocity(split_model, batch, backend, 6)
     for ratio in (0.1, 0.5, 0.9, 1.0):
@@ -193,7 +193,7 @@ def planted(make_transformer, make_batch):
     for head, strength in enumerate(STRENGTHS):
         known_answers.write_head(model, (1, head), **known_answers.attracted(0, by=strength / 8.0), strength=8.0)
     vision, text = known_answers.marked(27, [[SINK]], 4)
-    return SplitModel(model), known_answers.coded_batch(make_batch, vision[None], text[None], (3, 3, 3))
+    return SplitMochi(model), known_answers.coded_batch(make_batch, vision[None], text[None], (3, 3, 3))
 
 
 @backends
@@ -280,7 +280,7 @@ def test_rows_of_one_weight_whose_others_underflow(make_transformer, make_batch,
         )  # e^-300: 0 in float32
     vision, text = known_answers.marked(27, [[sink]], 4)
     batch = known_answers.coded_batch(make_batch, vision[None], text[None], (3, 3, 3))
-    split_model, how = SplitModel(model), {"chunk": 6, "backend": backend}
+    split_model, how = SplitMochi(model), {"chunk": 6, "backend": backend}
 
     def measure(q, k, v, call):
         seen = sink_statistics(q, k, v, num_vision=27, eps=(0.01, 0.999), **how)

@@ -73,7 +73,7 @@ def closed_form(module, sample, sigma, gain):
     """(alpha of the sink, its key) by the planted head's own formula, from the marker channel alone."""
     probes = ProbeSet([sample], (sigma,), seed=1)
     batch = next(probes.share(0, 1))[0]
-    x = module.flow.mix(batch.batch.latents, batch.noise, batch.sigma)
+    x = module.process.mix(batch.batch.latents, batch.noise, batch.sigma)
     vision = module.trunk(x, batch.sigma, batch.batch).vision[0].double()
     marker = 0.05 * vision[:, 1]
     cosine = marker / (marker.square() + vision[:, 0].square()).sqrt()

@@ -10,7 +10,7 @@ import torch
 
 from tests.support import known_answers
 from trainer.attention import EPS, key_statistics, sink_statistics, sink_verdict
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 
 backends = pytest.mark.parametrize("backend", known_answers.BACKENDS)
 #: Everywhere the statistics are taken in chunks of rows that do not divide N.
@@ -30,7 +30,7 @@ def make_model(make_transformer):
 
 
 def sinks(model, batch, layer, backend, **options):
-    split_model = SplitModel(model)
+    split_model = SplitMochi(model)
 
     def measure(q, k, v, call):
         options.setdefault("projection", split_model.output_projection(layer))
@@ -100,7 +100,7 @@ def test_two_half_mass_keys_are_sinks_below_a_half_only(make_model, make_batch, 
     assert sink_verdict(got.fraction)[0, 1].tolist() == [True, True, False]
     # Both keys share: the verdict names one, the counts are the same.
     mass, counts = known_answers.watch(
-        SplitModel(model), batch, 2, lambda q, k, v, call: key_statistics(q, k, eps=eps, backend=backend, chunk=CHUNK)
+        SplitMochi(model), batch, 2, lambda q, k, v, call: key_statistics(q, k, eps=eps, backend=backend, chunk=CHUNK)
     )
     assert got.key[0, 1, 0] in (4, 31)
     assert counts[0, 1, :, 4].tolist() == counts[0, 1, :, 31].tolist() == [tokens, tokens, 0]
@@ -134,7 +134,7 @@ def test_a_broadcast_sink_and_a_no_op_sink_differ_in_their_values_alone(make_mod
     assert sink_verdict(got.fraction)[0, :, EPS.index(0.3)].tolist() == [True, True]
     assert got.alpha_key[0].tolist() == [sink, sink]
     # The value's one component is 1 + factor at the sink and 1 elsewhere, over the norm of the stream that enters.
-    split_model = SplitModel(model)
+    split_model = SplitMochi(model)
     with torch.no_grad():
         state = split_model.embed(batch.latents, torch.tensor([100.0]), batch.text, batch.text_mask, batch.text_lengths)
         entering = split_model.run(state, 0, layer).vision[0].double()
@@ -175,7 +175,7 @@ def test_a_diagonal_head_is_no_sink(make_model, make_batch, backend):
     # Four codes differ in one bit, six in two, four in three, one in all.
     diagonal = 1 / (1 + 4 * math.exp(-8) + 6 * math.exp(-16) + 4 * math.exp(-24) + math.exp(-32))
     top = known_answers.watch(
-        SplitModel(model), batch, 1, lambda q, k, v, call: known_answers.softmax64(q, k)[0, 1].diagonal().tolist()
+        SplitMochi(model), batch, 1, lambda q, k, v, call: known_answers.softmax64(q, k)[0, 1].diagonal().tolist()
     )
     assert top == pytest.approx([diagonal] * 16, rel=1e-5)
 

@@ -64,7 +64,7 @@ def plain(module, **kwargs):
     """The trunk as the module runs it, without a store."""
     found = []
     for batch in batches(**kwargs):
-        x = module.flow.mix(batch.batch.latents, batch.noise, batch.sigma)
+        x = module.process.mix(batch.batch.latents, batch.noise, batch.sigma)
         found.append(module.trunk(x, batch.sigma, batch.batch))
     return found
 

@@ -1,4 +1,4 @@
-"""SplitModel against diffusers' own forward, gradients included; and where attention is observed and changed."""
+"""SplitMochi against diffusers' own forward, gradients included; and where attention is observed and changed."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.models.layout import TokenLayout, dense_attention, text_lengths_of
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 
 CONFIGS = st.fixed_dictionaries(
     {
@@ -74,12 +74,12 @@ def test_composition_equals_diffusers_forward(make_transformer, make_batch, conf
     want = stock(model, *args)
     want_grads = gradients(model, want)
 
-    same = SplitModel(ours, stock_attention=True)(*args)
+    same = SplitMochi(ours, stock_attention=True)(*args)
     assert torch.equal(same, want)
     for name, grad in gradients(ours, same).items():
         assert torch.equal(grad, want_grads[name]), name
 
-    got = SplitModel(ours)(*args)
+    got = SplitMochi(ours)(*args)
     assert_relative(got, want, 1e-5)
     # A gradient that is zero, as that of a softmax over one token, is what float32 leaves of the sums behind it.
     noise = torch.finfo(torch.float32).eps * torch.stack([g.norm() for g in want_grads.values()]).norm().item()
@@ -96,14 +96,14 @@ def test_diffusers_forward_with_our_processor(make_transformer, make_batch, conf
         lengths, pad=pad, seed=seed, channels=config["in_channels"], text_width=config["text_embed_dim"]
     ))  # fmt: skip
     want = stock(model, *args).detach()
-    split_model = SplitModel(model)
+    split_model = SplitMochi(model)
     got = stock(split_model.transformer, *args)
     assert_relative(got, want, 1e-5)
     torch.testing.assert_close(got, split_model(*args), rtol=1e-5, atol=1e-6)
 
 
 def test_running_in_parts_is_running_at_once(make_transformer, make_batch):
-    split_model = SplitModel(make_transformer(num_layers=4))
+    split_model = SplitMochi(make_transformer(num_layers=4))
     args = arguments(make_batch())
     state = split_model.embed(*args)
     for start, stop in ((0, 0), (0, 1), (1, 3), (3, 4)):
@@ -116,14 +116,14 @@ def test_the_text_stream_is_diffusers_own_on_padded_tokens_too(make_transformer,
     model, args = make_transformer(), arguments(make_batch([3, 0, 5], pad=2))
     states = []
     for stock_attention in (True, False):
-        split_model = SplitModel(model, stock_attention=stock_attention)
+        split_model = SplitMochi(model, stock_attention=stock_attention)
         states.append(split_model.run(split_model.embed(*args), 0, 2))
     torch.testing.assert_close(states[1].text, states[0].text, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(states[1].vision, states[0].vision, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_and_neighbours_change_nothing(make_transformer, make_batch):
-    split_model = SplitModel(make_transformer())
+    split_model = SplitMochi(make_transformer())
     batch, padded = make_batch([3, 0, 5]), make_batch([3, 0, 5], pad=4)
     padded.text[~padded.text_mask] = 100.0  # what lies in padding must not be read
     want = split_model(*arguments(batch))
@@ -158,10 +158,10 @@ def _operations(split_model, batch):
 
 def test_no_wait_for_the_device_and_no_loop_over_the_batch(make_transformer, make_batch):
     model = make_transformer()
-    counts = {len(_operations(SplitModel(model), make_batch(lengths))) for lengths in ([2, 1], [2, 0, 1, 1, 2, 0, 1])}
+    counts = {len(_operations(SplitMochi(model), make_batch(lengths))) for lengths in ([2, 1], [2, 0, 1, 1, 2, 0, 1])}
     assert len(counts) == 1, "work is done sample by sample"
-    assert not WAITS & set(_operations(SplitModel(model), make_batch([2, 0, 1])))
-    assert WAITS & set(_operations(SplitModel(model, stock_attention=True), make_batch([2, 0, 1]))), (
+    assert not WAITS & set(_operations(SplitMochi(model), make_batch([2, 0, 1])))
+    assert WAITS & set(_operations(SplitMochi(model, stock_attention=True), make_batch([2, 0, 1]))), (
         "the probe sees none"
     )
 
@@ -176,7 +176,7 @@ def test_captions_of_one_length_need_no_mask(make_batch):
 
 
 def test_attention_is_seen_and_changed_only_inside(make_transformer, make_batch):
-    split_model, args = SplitModel(make_transformer()), arguments(make_batch([3, 3]))
+    split_model, args = SplitMochi(make_transformer()), arguments(make_batch([3, 3]))
     want, seen = split_model(*args), []
 
     def written_out(q, k, v, call):
@@ -199,12 +199,12 @@ def test_attention_is_seen_and_changed_only_inside(make_transformer, make_batch)
     with pytest.raises(ValueError, match=r"layers \[3\].*0 \.\. 2"), split_model.attention({3: written_out}):
         pass
     with pytest.raises(ValueError, match="stock_attention"), \
-            SplitModel(make_transformer(), stock_attention=True).attention({0: dense_attention}):  # fmt: skip
+            SplitMochi(make_transformer(), stock_attention=True).attention({0: dense_attention}):  # fmt: skip
         pass
 
 
 def test_output_projection_splits_by_head(make_transformer, make_batch):
-    split_model = SplitModel(make_transformer())
+    split_model = SplitMochi(make_transformer())
     projection = split_model.output_projection(1)
     assert projection.shape == (2, 8, 16)
     attn = split_model.transformer.transformer_blocks[1].attn1
@@ -215,15 +215,15 @@ def test_output_projection_splits_by_head(make_transformer, make_batch):
 
 def test_checkpointed_blocks_give_the_same_gradients(make_transformer, make_batch):
     model, args = make_transformer(), arguments(make_batch())
-    plain = gradients(model, SplitModel(model)(*args))
+    plain = gradients(model, SplitMochi(model)(*args))
     plain = {name: grad.clone() for name, grad in plain.items()}
-    saved = gradients(model, SplitModel(model, checkpoint_blocks=True)(*args))
+    saved = gradients(model, SplitMochi(model, checkpoint_blocks=True)(*args))
     for name, grad in saved.items():
         assert torch.equal(grad, plain[name]), name
 
 
 def test_state_can_be_moved_and_cut(make_transformer, make_batch):
-    split_model = SplitModel(make_transformer())
+    split_model = SplitMochi(make_transformer())
     state = split_model.embed(*arguments(make_batch()))
     assert state.vision.requires_grad and state.rope[0].requires_grad
     cut = state.detach()
@@ -232,9 +232,9 @@ def test_state_can_be_moved_and_cut(make_transformer, make_batch):
 
 
 def test_bad_input_is_named(make_transformer, make_batch):
-    split_model = SplitModel(make_transformer())
+    split_model = SplitMochi(make_transformer())
     x, timestep, text, mask, lengths = arguments(make_batch())
-    with pytest.raises(ValueError, match=r"3 x 6.*multiples of 2.*multiples of 16"):
+    with pytest.raises(ValueError, match=r"3 x 6.*multiples of 1 x 2 x 2.*multiples of 16"):
         split_model(x[:, :, :, :3], timestep, text, mask, lengths)
     with pytest.raises(ValueError, match="one length per sample"):
         split_model(x, timestep, text, mask, lengths[:-1])
@@ -246,6 +246,6 @@ def test_bad_input_is_named(make_transformer, make_batch):
 
 
 def test_stock_attention_puts_diffusers_processor_back(make_transformer):
-    split_model = SplitModel(make_transformer())
-    SplitModel(split_model.transformer, stock_attention=True)
+    split_model = SplitMochi(make_transformer())
+    SplitMochi(split_model.transformer, stock_attention=True)
     assert all(isinstance(b.attn1.processor, MochiAttnProcessor2_0) for b in split_model.transformer.transformer_blocks)

@@ -10,7 +10,7 @@ import torch
 from trainer.attention import sink_statistics, sink_verdict
 from trainer.models.from_scratch import draw_frequencies, head_rows, reserve_channels
 from trainer.models.layout import dense_attention
-from trainer.models.mochi import SplitModel
+from trainer.models.mochi import SplitMochi
 from trainer.models.planted_sinks import (
     MARKER_SLOPE,
     VISION_OFFSET,
@@ -46,7 +46,7 @@ def planted(free):
 
 def seen(model, batch, layer=PLANTED.layer):
     """(q, k, attention output) of one layer, the residual stream that enters it, and its input after the norm."""
-    split_model, found = SplitModel(model), {}
+    split_model, found = SplitMochi(model), {}
 
     def attend(q, k, v, call):
         found.update(q=q, k=k, v=v, call=call, out=dense_attention(q, k, v, call))

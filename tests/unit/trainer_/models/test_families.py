@@ -1,0 +1,172 @@
+"""What holds for the transformers of all families: composition, attention as it is seen, fresh blocks, gradients."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.tiny_families import TINY, inputs, make, stock_forward
+from trainer.models.families import FAMILIES, family_of, split_model_of
+from trainer.models.layout import dense_attention
+from trainer.models.load import load_transformer, read_config, read_facts
+from trainer.surgery import SurgeryConfig, apply_surgery, reinitialise
+
+NAMES = sorted(TINY)
+LENGTHS = [(3, 3), (5, 2), (1,), (4, 1, 3)]
+
+
+def test_every_family_has_a_tiny_model():
+    assert {kind.__name__ for kind, _ in TINY.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3), pad=st.integers(0, 2), frames=st.integers(1, 4),
+    height=st.sampled_from([2, 4]), width=st.sampled_from([2, 6]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_parts_compose_to_diffusers_own_forward(name, lengths, pad, frames, height, width, seed):
+    model = make(name, seed)
+    grid = (frames, height, width) if name != "cogvideox-2b" else (3, 4, 6)
+    args = inputs(model, lengths, grid=grid, pad=pad, seed=seed)
+    with torch.no_grad():
+        stock = split_model_of(model, stock_attention=True)
+        want = stock_forward(stock, **args)
+        assert torch.equal(stock(**args), want)
+        got = split_model_of(model)(**args)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_gradients_are_those_of_diffusers_own_forward(name, lengths):
+    model = make(name)
+    args = inputs(model, lengths)
+    found = []
+    for stock in (True, False):
+        split_model = split_model_of(model, stock_attention=stock, checkpoint_blocks=not stock)
+        model.zero_grad()
+        (stock_forward(split_model, **args) if stock else split_model(**args)).square().mean().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    largest = max(float(grad.abs().max()) for grad in found[0].values())
+    for key, want in found[0].items():
+        torch.testing.assert_close(found[1][key], want, rtol=1e-4, atol=1e-5 * largest, msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_q_k_v_at_the_seam_reproduce_the_attention_output(name):
+    """softmax(q k / sqrt(d)) v in float64, projected by head, is what the block's attention gives to vision tokens."""
+    model = make(name)
+    split_model, seen = split_model_of(model), {}
+
+    def attend(q, k, v, call):
+        out = dense_attention(q, k, v, call)
+        weights = (q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        seen[call.layer] = (weights @ v.double(), out, call.layout)
+        return out
+
+    with torch.no_grad(), split_model.attention(dict.fromkeys(range(split_model.num_blocks), attend)):
+        split_model(**inputs(model, (4, 4)))
+    assert sorted(seen) == list(range(4))
+    for layer, (want, out, layout) in seen.items():
+        torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
+        assert layout.num_vision == 3 * 2 * 3 and out.shape[2] == layout.num_vision + layout.text_tokens
+        projection = split_model.output_projection(layer)
+        assert projection.shape[:2] == (2, out.shape[3])
+    layer = 0  # a block whose attention is projected by itself in every family
+    block = split_model.blocks[layer]
+    heads = torch.einsum("bhnd,hdw->bnw", seen[layer][1], split_model.output_projection(layer))
+    module = split_model.vision_output(block)
+    merged = seen[layer][1].transpose(1, 2).flatten(2)
+    bias = 0 if module.bias is None else module.bias
+    torch.testing.assert_close(heads + bias, module(merged), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_fresh_block_is_the_identity_and_learns(name, first):
+    model = make(name)
+    split_model, args = split_model_of(model), inputs(model, (3, 3))
+    blocks = tuple(range(first, 4))
+    apply_surgery(split_model, blocks, SurgeryConfig(blocks=list(blocks), init="dit", seed=3))
+    with torch.no_grad():
+        state = split_model.run(split_model.embed(**args), 0, first)
+        assert all(not tensor.requires_grad for tensor in (state.vision, state.text, state.temb))
+        after = split_model.run(state, first, 4)
+        assert torch.equal(after.vision, state.vision)
+    split_model.finish(split_model.run(state, first, 4)).square().mean().backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    inside = {id(p) for i in blocks for p in split_model.blocks[i].parameters()}
+    assert trained == {n for n, p in model.named_parameters() if id(p) in inside}
+    assert any(p.grad is not None and p.grad.any() for p in split_model.blocks[first].parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["dit", "torch", "normal"])
+def test_every_weight_of_a_block_is_drawn_from_the_seed(name, kind):
+    one, two = make(name, 1), make(name, 2)
+    for layer in range(4):
+        a, b = split_model_of(one).blocks[layer], split_model_of(two).blocks[layer]
+        for block in (a, b):
+            reinitialise(block, kind, 5, family=type(split_model_of(one)))
+        for (key, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+            assert torch.equal(p, q), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_base_of_any_family_is_loaded_whole_or_refused(name, tmp_path):
+    model = make(name, 4)
+    model.save_pretrained(tmp_path / "transformer")
+    config = read_config(str(tmp_path))
+    assert read_facts(config).num_blocks == 4 and isinstance(model, family_of(config).transformer_class)
+    for dtype, first in ((torch.float32, None), (torch.bfloat16, 2)):
+        loaded = load_transformer(str(tmp_path), dtype=dtype, float32_from=first)
+        split_model = split_model_of(loaded)
+        own = {id(p) for i in range(2) for p in split_model.blocks[i].parameters()}
+        for key, want in model.named_parameters():
+            got = loaded.get_parameter(key)
+            if first is None or (id(got) not in own and key.startswith(("proj_out", "norm_out"))):
+                assert got.dtype == torch.float32 and torch.equal(got, want), key
+        for block in split_model.blocks[2:]:
+            assert {p.dtype for p in block.parameters()} == {torch.float32}
+    path = next((tmp_path / "transformer").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        load_transformer(str(tmp_path))
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": "LTXVideoTransformer"}))
+    with pytest.raises(ValueError, match=r"'LTXVideoTransformer', expected .*'MochiTransformer3DModel' or 'WanTrans"):
+        read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("wan", {"image_dim": 8}, "expected a Wan 2.1 of text to video"),
+        ("hunyuan", {"image_condition_type": "token_replace"}, "HunyuanVideo of text to video"),
+        ("cogvideox-5b", {"patch_size_t": 2}, "CogVideoX 1.0 of text to video"),
+    ],
+)
+def test_variants_that_take_an_image_are_refused(name, change, message):
+    kind, config = TINY[name]
+    whole = {"_class_name": kind.__name__, **dict(make(name).config), **config, **change}
+    with pytest.raises(ValueError, match=message.replace(".", r"\.").replace(r"\. ", ". ")):
+        read_facts(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("hunyuan", {"pooled": None}, "pooled captions of width none, expected 8"),
+        ("hunyuan", {"text_lengths": (0, 3)}, "caption without tokens"),
+        ("cogvideox-2b", {"text_lengths": (5, 4)}, r"captions of \[4, 5\] tokens, expected 5 each"),
+        ("wan", {"text": torch.zeros(2, 513, 16)}, "padded to 513 tokens, expected at most 512"),
+        ("wan", {"x": torch.zeros(2, 4, 3, 4, 5)}, "got a latent of 3 x 4 x 5"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(name, change, message):
+    model = make(name)
+    with pytest.raises(ValueError, match=message):
+        split_model_of(model).embed(**inputs(model, (3, 3)) | change)

@@ -1,0 +1,361 @@
+"""A video diffusion transformer in three parts (embed, run blocks i..j, finish), whatever its family.
+
+The composition `finish(run(embed(...), 0, num_blocks))` is the forward of diffusers' class, cut into three so that the
+trunk can run without autograd and apart from the head. A family is a subclass of `SplitModel`; it also says where
+attention is observed and changed, what it is trained to predict (`process`), and how a fresh block starts.
+
+Legend: B batch, C channels, F latent frames, H W latent grid, N vision tokens, L text tokens, D width, h heads,
+d head width.
+"""
+
+import contextlib
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from trainer.models.layout import AttentionCall, AttentionFunction, TokenLayout, dense_attention, fused_attention
+from trainer.models.process import Process
+
+#: Pixels of a latent cell's side, the same in the VAEs of all families.
+VAE_STRIDE = 8
+
+
+@dataclass(frozen=True)
+class State:
+    """The activations between two blocks.
+
+    Args:
+        vision: (B, N, D) vision stream.
+        text: (B, L, D_text) text stream.
+        temb: (B, ...) what modulates every block: the timestep, and what a family adds to it.
+        rope: rotary tables, float32; empty for a family whose positions are added to the tokens.
+        layout: token order of the batch.
+        size: (F, H, W) of the latent, needed to put patches back.
+        out_temb: (B, D) what modulates the output norm, where that is not `temb`.
+    """
+
+    vision: Tensor
+    text: Tensor
+    temb: Tensor
+    rope: tuple[Tensor, ...]
+    layout: TokenLayout
+    size: tuple[int, int, int]
+    out_temb: Tensor | None = None
+
+    def with_streams(self, vision: Tensor, text: Tensor) -> "State":
+        """The state after a block."""
+        return replace(self, vision=vision, text=text)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "State":
+        """The same state with `fn` applied to its tensors."""
+        mask = self.layout.key_mask
+        return replace(
+            self,
+            vision=fn(self.vision),
+            text=fn(self.text),
+            temb=fn(self.temb),
+            rope=tuple(fn(table) for table in self.rope),
+            layout=replace(self.layout, key_mask=None if mask is None else fn(mask)),
+            out_temb=None if self.out_temb is None else fn(self.out_temb),
+        )
+
+    def detach(self) -> "State":
+        """The same state, detached from the autograd graph."""
+        return self.map(Tensor.detach)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a transformer's config says, in the words of all families.
+
+    Args:
+        num_blocks: transformer blocks.
+        channels: C, channels of a latent.
+        text_width: width of a caption embedding.
+        patch: (t, h, w) latent cells of a token.
+        text_tokens: tokens that every caption has, where padding takes part as other tokens do; None where it does not.
+        pooled_width: width of a caption's pooled embedding, a second input; None for a family without one.
+    """
+
+    num_blocks: int
+    channels: int
+    text_width: int
+    patch: tuple[int, int, int]
+    text_tokens: int | None = None
+    pooled_width: int | None = None
+
+    def check_latent(self, frames: int, height: int, width: int) -> None:
+        """Checks that patches divide a latent.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        if any(size % patch for size, patch in zip((frames, height, width), self.patch, strict=True)):
+            raise ValueError(
+                f"got a latent of {frames} x {height} x {width}, expected multiples of "
+                f"{' x '.join(map(str, self.patch))}: use frames whose height and width are multiples of "
+                f"{VAE_STRIDE * self.patch[1]} and {VAE_STRIDE * self.patch[2]} pixels."
+            )
+
+
+class ObservedAttention:
+    """Base of the attention processors: attention that can be observed and replaced.
+
+    Args:
+        layer: index of the block.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.attend: AttentionFunction = dense_attention
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """What the softmax makes of q, k and v, each (B, h, N + L, d) in the order of `layout`."""
+        if self.attend is dense_attention:
+            # Without the layer's number: a constant that differs would have torch.compile make a graph of every block.
+            return fused_attention(q, k, v, layout.key_mask)
+        return self.attend(q, k, v, AttentionCall(self.layer, layout))
+
+
+def observed_attention(block: Any) -> Any:
+    """The attention module of a block whose processor is an `ObservedAttention`."""
+    return block.attn1 if hasattr(block, "attn1") else block.attn
+
+
+class SplitModel(nn.Module, ABC):
+    """A transformer that can be run in parts.
+
+    Args:
+        transformer: diffusers' model; its weights are used in place, never copied.
+        stock_attention: keep diffusers' own attention processor (bit-equal to its forward; slower, cannot be observed).
+        checkpoint_blocks: recompute a block's activations in the backward pass instead of keeping them.
+    """
+
+    #: What the family is called in messages.
+    family: ClassVar[str]
+    #: diffusers' class of the transformer.
+    transformer_class: ClassVar[Any]
+    #: The processor that observes attention.
+    processor_class: ClassVar[type[ObservedAttention]]
+    #: diffusers' own processor, which `stock_attention` keeps.
+    stock_processor_class: ClassVar[Any]
+    #: Names of parameters outside the blocks that are never trained.
+    never_trained: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, transformer: Any, *, stock_attention: bool = False, checkpoint_blocks: bool = False) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.checkpoint_blocks = checkpoint_blocks
+        self.stock_attention = stock_attention
+        self._processors: list[ObservedAttention] = []
+        for layer, block in enumerate(self.blocks):
+            if stock_attention:
+                observed_attention(block).processor = self.stock_processor_class()
+            else:
+                self._processors.append(self.processor_class(layer))
+                observed_attention(block).processor = self._processors[-1]
+
+    # -- what a family says ----------------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def facts(config: Mapping[str, Any]) -> ModelFacts:
+        """What a config of `transformer_class` says."""
+
+    @property
+    @abstractmethod
+    def process(self) -> Process:
+        """What noise does to a latent, and what the model predicts of it."""
+
+    @staticmethod
+    @abstractmethod
+    def blocks_of(transformer: Any) -> Sequence[nn.Module]:
+        """The blocks of a transformer of this family, in the order in which they run."""
+
+    @staticmethod
+    @abstractmethod
+    def output_parts(transformer: Any) -> Sequence[nn.Module | nn.Parameter]:
+        """What follows the last block."""
+
+    @staticmethod
+    @abstractmethod
+    def starts_at_zero(block: nn.Module, name: str) -> bool:
+        """Whether a linear layer of a block is zero in a fresh one, so that the block starts as the identity."""
+
+    @abstractmethod
+    def embed(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        text_lengths: tuple[int, ...],
+        pooled: Tensor | None = None,
+    ) -> State:
+        """Embeds patches, timestep and captions, and makes the rotary tables.
+
+        Args:
+            x: (B, C, F, H, W) noisy latents.
+            timestep: (B,) float32, as `process.timestep` gives it.
+            text: (B, L, D_text) caption embeddings.
+            text_mask: (B, L) bool.
+            text_lengths: valid text tokens per sample, on the host.
+            pooled: (B, D_pooled) pooled caption embeddings, for a family that takes them.
+
+        Raises:
+            ValueError: if captions or latent do not fit the model.
+        """
+
+    @abstractmethod
+    def run_block(self, block: Callable[..., Any], state: State) -> State:
+        """Runs one block, of this model or of another of its class."""
+
+    @abstractmethod
+    def finish(self, state: State) -> Tensor:
+        """The prediction, (B, C, F, H, W)."""
+
+    # -- the same for all ------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, in the order in which they run."""
+        return self.blocks_of(self.transformer)
+
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks of the model."""
+        return len(self.blocks)
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads per block."""
+        return self.transformer.config.num_attention_heads
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """(t, h, w) latent cells of a token."""
+        return self.facts(self.transformer.config).patch
+
+    @property
+    def latent_channels(self) -> int:
+        """C, channels of the latents that the model takes."""
+        return self.facts(self.transformer.config).channels
+
+    @property
+    def text_width(self) -> int:
+        """Width of the caption embeddings that the model takes."""
+        return self.facts(self.transformer.config).text_width
+
+    def draw_positions(self, seed: int) -> None:
+        """Gives a model made from scratch the positions that training would not; most families have nothing to draw."""
+
+    @staticmethod
+    def fresh_parameters(block: nn.Module) -> Mapping[str, Callable[[torch.Generator], Tensor]]:
+        """Of a block's parameters that belong to neither a linear layer nor a norm: name -> its fresh float32 value."""
+        return {}
+
+    def changes_text(self, layer: int) -> bool:
+        """Whether a block changes the text stream."""
+        return True
+
+    def check_sizes(self, x: Tensor, text: Tensor, text_lengths: tuple[int, ...], pooled: Tensor | None = None) -> None:
+        """Checks the arguments of `embed`.
+
+        Raises:
+            ValueError: if a length does not fit the batch, patches do not divide the latent, or the captions are not
+                those of the family's encoder.
+        """
+        facts = self.facts(self.transformer.config)
+        batch, _, frames, height, width = x.shape
+        if len(text_lengths) != batch or max(text_lengths) > text.shape[1]:
+            raise ValueError(
+                f"got text lengths {text_lengths} for {batch} samples of {text.shape[1]} text tokens; "
+                "expected one length per sample, none above the padded length."
+            )
+        facts.check_latent(frames, height, width)
+        if facts.text_tokens is not None and set(text_lengths) != {facts.text_tokens}:
+            raise ValueError(
+                f"got captions of {sorted(set(text_lengths))} tokens, expected {facts.text_tokens} each: {self.family} "
+                "attends to padded tokens too, so captions are encoded with their padding."
+            )
+        if facts.pooled_width is not None and (pooled is None or pooled.shape[1] != facts.pooled_width):
+            got = "none" if pooled is None else str(pooled.shape[1])
+            raise ValueError(
+                f"got pooled captions of width {got}, expected {facts.pooled_width}: {self.family} takes the pooled "
+                "embedding of a second text encoder."
+            )
+
+    def run(self, state: State, start: int, stop: int) -> State:
+        """Runs the blocks start .. stop - 1."""
+        for layer, block in enumerate(self.blocks[start:stop], start):
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                contexts = functools.partial(self._checkpoint_contexts, layer)
+                call = functools.partial(
+                    torch.utils.checkpoint.checkpoint, block, use_reentrant=False, context_fn=contexts
+                )
+                state = self.run_block(call, state)
+            else:
+                state = self.run_block(block, state)
+        return state
+
+    def _checkpoint_contexts(self, layer: int) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts of a block's forward pass and of its recomputation.
+
+        The backward pass may come after `attention` has ended; it must use the functions of the forward pass.
+        """
+        if self.stock_attention:
+            return contextlib.nullcontext(), contextlib.nullcontext()
+        return contextlib.nullcontext(), self.attention({layer: self._processors[layer].attend})
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        text_lengths: tuple[int, ...],
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        """Runs the whole model: embed, every block, finish; gives the prediction (B, C, F, H, W)."""
+        state = self.embed(x, timestep, text, text_mask, text_lengths, pooled)
+        return self.finish(self.run(state, 0, self.num_blocks))
+
+    @contextlib.contextmanager
+    def attention(self, functions: Mapping[int, AttentionFunction]) -> Iterator[None]:
+        """Inside, the blocks named by `functions` use them as their attention.
+
+        Afterwards, also when something raises, they use what they had before.
+
+        Raises:
+            ValueError: if a layer does not exist or the stock processor is in place.
+        """
+        if self.stock_attention:
+            raise ValueError("attention cannot be observed with stock_attention=True; build the SplitModel without it.")
+        unknown = sorted(set(functions) - set(range(self.num_blocks)))
+        if unknown:
+            raise ValueError(f"got attention functions for layers {unknown}, expected 0 .. {self.num_blocks - 1}.")
+        before = {layer: self._processors[layer].attend for layer in functions}
+        try:
+            for layer, function in functions.items():
+                self._processors[layer].attend = function
+            yield
+        finally:
+            for layer, function in before.items():
+                self._processors[layer].attend = function
+
+    def output_projection(self, layer: int) -> Tensor:
+        """The vision output projection split by head, (h, d, D): the attention output is sum_h v_h @ W_h + bias."""
+        weight = self.vision_output(self.blocks[layer]).weight  # (D, h * d)
+        return weight.detach().T.unflatten(0, (self.num_heads, -1))
+
+    @staticmethod
+    def vision_output(block: Any) -> nn.Linear:
+        """The linear layer that takes a block's attention output of vision tokens."""
+        return observed_attention(block).to_out[0]

@@ -1,0 +1,135 @@
+"""Wan 2.1: self-attention over vision, captions by cross-attention, modulation from a table in every block.
+
+Legend: B batch, F latent frames, H W latent grid, N vision tokens, L text tokens, D width, h heads, d head width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch import Tensor, nn
+
+from trainer.models.layout import TokenLayout
+from trainer.models.process import RectifiedFlow
+from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State
+
+#: Text tokens that the cross-attention sees. Captions are padded to it with zeros, which take part.
+TEXT_TOKENS = 512
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding on interleaved pairs of x (B, N, h, d), with tables (1, N, 1, d)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class SelfAttention(ObservedAttention):
+    """Attention processor of one block's self-attention; takes the place of diffusers' `WanAttnProcessor`.
+
+    `rotary_emb` is (cos, sin) as `WanTransformer3DModel` passes it, and the token layout where `SplitWan` does.
+    """
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        rotary_emb: tuple[Any, ...],
+    ) -> Tensor:
+        cos, sin, *rest = rotary_emb
+        layout = rest[0] if rest else TokenLayout((1, 1, hidden_states.shape[1]), (0,) * len(hidden_states), 0, None)
+        # The norms are over all heads together.
+        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
+        q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))
+        q, k, v = (part.transpose(1, 2) for part in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
+        out = self.attention(q, k, v, layout).transpose(1, 2).flatten(2, 3)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class SplitWan(SplitModel):
+    """A Wan 2.1 text-to-video transformer that can be run in parts: Args as of `SplitModel`."""
+
+    family = "Wan 2.1"
+    transformer_class = WanTransformer3DModel
+    processor_class = SelfAttention
+    stock_processor_class = WanAttnProcessor
+    process = RectifiedFlow(towards_data=False)
+
+    @staticmethod
+    def facts(config: Mapping[str, Any]) -> ModelFacts:
+        if config["image_dim"] is not None or config["added_kv_proj_dim"] is not None:
+            raise ValueError(
+                f"got image_dim {config['image_dim']} and added_kv_proj_dim {config['added_kv_proj_dim']}, expected a "
+                "Wan 2.1 of text to video, which has neither."
+            )
+        patch = tuple(config["patch_size"])
+        return ModelFacts(
+            config["num_layers"], config["in_channels"], config["text_dim"], (patch[0], patch[1], patch[2])
+        )
+
+    @staticmethod
+    def blocks_of(transformer: WanTransformer3DModel) -> Sequence[nn.Module]:
+        return transformer.blocks
+
+    @staticmethod
+    def output_parts(transformer: WanTransformer3DModel) -> Sequence[nn.Module | nn.Parameter]:
+        return transformer.norm_out, transformer.proj_out, transformer.scale_shift_table
+
+    @staticmethod
+    def starts_at_zero(block: nn.Module, name: str) -> bool:
+        # Its gates are the table plus a frozen function of the timestep, so no table makes them zero. No norm follows
+        # these output projections.
+        return name in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")
+
+    @staticmethod
+    def fresh_parameters(block: Any) -> Mapping[str, Callable[[torch.Generator], Tensor]]:
+        shape = tuple(block.scale_shift_table.shape)
+        # As the authors' model draws it (wan/modules/model.py, WanAttentionBlock).
+        return {"scale_shift_table": lambda generator: torch.randn(shape, generator=generator) / shape[-1] ** 0.5}
+
+    def changes_text(self, layer: int) -> bool:
+        return False
+
+    def embed(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        text_lengths: tuple[int, ...],
+        pooled: Tensor | None = None,
+    ) -> State:
+        self.check_sizes(x, text, text_lengths)
+        if text.shape[1] > TEXT_TOKENS:
+            raise ValueError(f"got captions padded to {text.shape[1]} tokens, expected at most {TEXT_TOKENS}.")
+        transformer = self.transformer
+        _, _, frames, height, width = x.shape
+        text = F.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))
+        temb, modulation, text, _ = transformer.condition_embedder(timestep, text, None)
+        (p_t, p_h, p_w), cos_sin = self.patch, transformer.rope(x)
+        return State(
+            vision=transformer.patch_embedding(x).flatten(2).transpose(1, 2).contiguous(),
+            text=text,
+            temb=modulation.unflatten(1, (6, -1)),
+            rope=tuple(cos_sin),
+            layout=TokenLayout((frames // p_t, height // p_h, width // p_w), text_lengths, 0, None),
+            size=(frames, height, width),
+            out_temb=temb,
+        )
+
+    def run_block(self, block: Callable[..., Any], state: State) -> State:
+        rope = state.rope if self.stock_attention else (*state.rope, state.layout)
+        return state.with_streams(block(state.vision, state.text, state.temb, rope), state.text)
+
+    def finish(self, state: State) -> Tensor:
+        transformer, (p_t, p_h, p_w) = self.transformer, self.patch
+        assert state.out_temb is not None
+        shift, scale = (transformer.scale_shift_table + state.out_temb.unsqueeze(1)).chunk(2, dim=1)
+        out = (transformer.norm_out(state.vision.float()) * (1 + scale) + shift).type_as(state.vision)
+        out = transformer.proj_out(out).unflatten(1, state.layout.grid).unflatten(-1, (p_t, p_h, p_w, -1))
+        return out.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
