@@ -95,14 +95,22 @@ class Batch:
         """The same batch in page-locked memory; the loader calls this."""
         return self._map(lambda t: t.pin_memory())
 
-    def without_captions(self, dropped: Sequence[bool]) -> "Batch":
-        """The batch with the captions of `dropped` samples removed: zero embedding, zero mask, length 0."""
+    def without_captions(self, dropped: Sequence[bool], *, keep_lengths: bool = False) -> "Batch":
+        """The batch with the captions of `dropped` samples removed: zero embedding, zero mask, length 0.
+
+        Args:
+            dropped: which samples.
+            keep_lengths: leave as many tokens as before, all of them zero, for a model that attends to padding.
+        """
         if not any(dropped):
             return self
         kept = torch.tensor([not drop for drop in dropped]).to(self.text.device, non_blocking=True)
+        text = self.text.masked_fill(~kept[:, None, None], 0.0)
+        if keep_lengths:
+            return replace(self, text=text)
         return replace(
             self,
-            text=self.text.masked_fill(~kept[:, None, None], 0.0),
+            text=text,
             text_mask=self.text_mask & kept[:, None],
             text_lengths=tuple(0 if drop else n for drop, n in zip(dropped, self.text_lengths, strict=True)),
         )

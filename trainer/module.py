@@ -131,7 +131,9 @@ class RetrainBlocks(TrunkHeadLosses):
         Raises:
             ValueError: if the base is missing or incomplete, or the blocks are not its own.
         """
-        self.retrained_blocks(read_facts(check_base(self.base)).num_blocks)
+        facts = read_facts(check_base(self.base))
+        self.retrained_blocks(facts.num_blocks)
+        facts.check_dropout(self.flow.caption_dropout)
         check_planted(self.surgery, self.base)
 
     def check_data(self, latent_shape: tuple[int, ...], text_width: int) -> None:
@@ -202,14 +204,12 @@ class RetrainBlocks(TrunkHeadLosses):
         epoch, device = self.current_epoch, batch.latents.device
         host_sigma = self.flow.sigma(epoch, batch.uids)
         noise = self.flow.noise(epoch, batch.uids, batch.latents.shape[1:]).to(device, non_blocking=True)
-        batch = batch.without_captions(self.flow.dropped(epoch, batch.uids))
+        batch = self.drop_captions(batch, epoch)
         losses = self.objective_losses(batch, noise, host_sigma.to(device, non_blocking=True), self.current_phase)
         loss = losses.mean()
-        self._step.add(
-            losses.detach(), host_sigma, tokens=tokens_of(batch, self.split_model.patch), faults=batch.faults
-        )
-        # A loss that is not finite makes all gradients of its rank not finite. The all-reduce passes that on to every
-        # rank, so that all of them skip the step.
+        tokens = tokens_of(batch, self.split_model.patch)
+        self._step.add(losses.detach(), host_sigma, tokens=tokens, faults=batch.faults)
+        # One that is not finite makes all gradients so, by the all-reduce on every rank: then all skip the step.
         return loss * (loss - loss + 1).detach()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -222,13 +222,12 @@ def _batch(data: Any, ranks: int) -> int:
 
 def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
     """Sizes of latent and caption, from options or else from shards."""
-    fields = read_config(module.base)
+    facts = read_facts(read_config(module.base))
     given = {name: config[name] for name in ("frames", "height", "width")}
-    longest = fields["max_sequence_length"]
+    longest = facts.longest_caption
     tokens = longest if config.text_tokens is None else config.text_tokens
     if not 0 < tokens <= longest:
         raise ValueError(f"got text_tokens {tokens}, expected 1 to {longest}, the longest caption of the base.")
-    facts = read_facts(fields)
     text = {"text_tokens": tokens, "text_width": facts.text_width}
     if all(value is not None for value in given.values()):
         latent = Bucket(**given).latent_shape(facts.channels)

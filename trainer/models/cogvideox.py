@@ -81,10 +81,13 @@ class SplitCogVideoX(SplitModel):
             )
         patch = config["patch_size"]
         return ModelFacts(
+            SplitCogVideoX.family,
             config["num_layers"],
             config["in_channels"],
             config["text_embed_dim"],
             (1, patch, patch),
+            empty_caption="zeros",
+            longest_caption=config["max_text_seq_length"],
             text_tokens=config["max_text_seq_length"],
         )
 

@@ -21,6 +21,10 @@ from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel
 GUIDANCE = 6.0
 
 
+#: Most tokens of a caption, after the prompt template is cut off: the default of diffusers' and the authors' samplers.
+TEXT_TOKENS = 256
+
+
 def _layout_of(mask: Tensor, vision: int) -> TokenLayout:
     """The layout for a (B, 1, 1, N + L) mask, as diffusers' forward passes it; waits for the device."""
     lengths = tuple((mask[:, 0, 0].sum(dim=1) - vision).tolist())
@@ -91,10 +95,13 @@ class SplitHunyuanVideo(SplitModel):
             )
         patch = config["patch_size"]
         return ModelFacts(
+            SplitHunyuanVideo.family,
             config["num_layers"] + config["num_single_layers"],
             config["in_channels"],
             config["text_embed_dim"],
             (config["patch_size_t"], patch, patch),
+            empty_caption="encoded",
+            longest_caption=TEXT_TOKENS,
             pooled_width=config["pooled_projection_dim"],
         )
 

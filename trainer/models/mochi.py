@@ -80,7 +80,15 @@ class SplitMochi(SplitModel):
     @staticmethod
     def facts(config: Mapping[str, Any]) -> ModelFacts:
         patch = config["patch_size"]
-        return ModelFacts(config["num_layers"], config["in_channels"], config["text_embed_dim"], (1, patch, patch))
+        return ModelFacts(
+            SplitMochi.family,
+            config["num_layers"],
+            config["in_channels"],
+            config["text_embed_dim"],
+            (1, patch, patch),
+            empty_caption="nothing",
+            longest_caption=config["max_sequence_length"],
+        )
 
     @staticmethod
     def blocks_of(transformer: MochiTransformer3DModel) -> Sequence[nn.Module]:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.utils.checkpoint
@@ -76,20 +76,39 @@ class ModelFacts:
     """What a transformer's config says, in the words of all families.
 
     Args:
+        family: its name in messages.
         num_blocks: transformer blocks.
         channels: C, channels of a latent.
         text_width: width of a caption embedding.
         patch: (t, h, w) latent cells of a token.
+        empty_caption: what a sample trained without its caption has in its place: `nothing`, no tokens at all; `zeros`,
+            as many tokens as ever; `encoded`, what the text encoder makes of an empty text.
+        longest_caption: most tokens of a caption.
         text_tokens: tokens that every caption has, where padding takes part as other tokens do; None where it does not.
         pooled_width: width of a caption's pooled embedding, a second input; None for a family without one.
     """
 
+    family: str
     num_blocks: int
     channels: int
     text_width: int
     patch: tuple[int, int, int]
+    empty_caption: Literal["nothing", "zeros", "encoded"]
+    longest_caption: int
     text_tokens: int | None = None
     pooled_width: int | None = None
+
+    def check_dropout(self, caption_dropout: float) -> None:
+        """Checks that the family can be trained without captions from what latent shards hold.
+
+        Raises:
+            ValueError: if captions are to be dropped, and the family's empty caption is an encoded one.
+        """
+        if caption_dropout and self.empty_caption == "encoded":
+            raise ValueError(
+                f"got model.caption_dropout {caption_dropout:g} with a base of the family {self.family}, expected 0: "
+                "its empty caption is what the text encoder makes of an empty text, and latent shards hold none."
+            )
 
     def check_latent(self, frames: int, height: int, width: int) -> None:
         """Checks that patches divide a latent.

@@ -67,9 +67,15 @@ class SplitWan(SplitModel):
                 f"got image_dim {config['image_dim']} and added_kv_proj_dim {config['added_kv_proj_dim']}, expected a "
                 "Wan 2.1 of text to video, which has neither."
             )
-        patch = tuple(config["patch_size"])
+        frames, height, width = config["patch_size"]
         return ModelFacts(
-            config["num_layers"], config["in_channels"], config["text_dim"], (patch[0], patch[1], patch[2])
+            SplitWan.family,
+            config["num_layers"],
+            config["in_channels"],
+            config["text_dim"],
+            (frames, height, width),
+            empty_caption="encoded",
+            longest_caption=TEXT_TOKENS,
         )
 
     @staticmethod

@@ -96,7 +96,7 @@ def test_missing_bases_are_told_how_to_get_them(tmp_path, monkeypatch):
     [
         ("{", "is not JSON"),
         ("[1]", r"describes \[1\], expected 'MochiTransformer3DModel'"),
-        ('{"_class_name": "WanTransformer3DModel"}', "'WanTransformer3DModel', expected 'MochiTransformer3DModel'"),
+        ('{"_class_name": "LTXVideoTransformer3DModel"}', "'LTXVideoTransformer3DModel', expected 'Mochi.*' or 'Wan"),
         ("{}", "describes None"),
     ],
 )
