@@ -102,6 +102,11 @@ class Teacher(nn.Module):
         own = split_model.blocks
         self.blocks = nn.ModuleList(copy.deepcopy(own[layer]) for layer in self.layers)
         self.blocks.to(dtype).requires_grad_(False)
+        for module in self.blocks.modules():
+            if isinstance(
+                module, nn.LayerNorm
+            ):  # on a CPU its input, the float32 state, and its weights need one dtype
+                module.float()
 
     @torch.no_grad()
     def states(self, split_model: SplitModel, state: State) -> dict[int, State]:

@@ -1,5 +1,7 @@
 """The main job on every family: retraining learns and resumes, sinks are found, masking does what it says."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tests.support.tiny_families import TINY, make
 from trainer.callbacks.masking import MaskingRobustness
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.callbacks.sinks import SinkFrequency
+from trainer.distillation import ObjectivePhase
 from trainer.models.families import FAMILIES
 from trainer.models.split_model import observed_attention
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
@@ -187,6 +190,47 @@ def test_captions_are_dropped_as_the_family_has_it(base):
     assert torch.isfinite(module.losses(dropped, torch.randn(batch.latents.shape), torch.tensor([0.3, 0.6]))).all()
 
 
-def test_every_family_is_covered():
-    """HunyuanVideo takes pooled captions, which latent shards do not hold yet."""
+def test_every_family_is_covered(tmp_path):
+    """HunyuanVideo takes pooled captions, which latent shards do not hold."""
+    make("hunyuan").save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="a HunyuanVideo, which also takes a pooled caption 8 wide"):
+        build(tmp_path).check_data((4, 3, 4, 6), 16)
     assert {TINY[name][0].__name__ for name in NAMES} == set(FAMILIES) - {"HunyuanVideoTransformer3DModel"}
+
+
+def drawn(module):
+    batch = Batch.collate(samples(module, 3))
+    return batch, module.flow.held_out_noise(batch.uids, batch.latents.shape[1:]), torch.tensor([0.2, 0.5, 0.9])
+
+
+def test_options_change_how_a_step_is_computed_not_what(base, monkeypatch):
+    """Checkpointing and compilation give the same bits; a bfloat16 trunk its rounding."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    eager = build(base, init="torch")
+    want = eager.losses(*drawn(eager))
+    want.sum().backward()
+    gradients = {name: p.grad for name, p in eager.retrained_parameters().items()}
+    for how in ({"checkpoint_head": True}, {"compile": "both"}):
+        module = build(base, init="torch", **how)
+        got = module.losses(*drawn(module))
+        got.sum().backward()
+        assert torch.equal(got, want), how
+        assert all(torch.equal(p.grad, gradients[name]) for name, p in module.retrained_parameters().items()), how
+    torch._dynamo.reset()
+    narrow = build(base, init="torch", trunk_dtype="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = narrow.losses(*drawn(narrow))
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0)
+    assert not torch.equal(got, want)
+
+
+@pytest.mark.parametrize("trunk_dtype", ["float32", "bfloat16"])
+def test_a_teacher_teaches_its_own_blocks_nothing_and_an_identity_everything(base, trunk_dtype):
+    phase = ObjectivePhase(blocks=1.0)
+    for init, expected in (("keep", 0.0), ("dit", 1.0)):
+        module = build(base, init=init, trunk_dtype=trunk_dtype, objective=(phase,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=trunk_dtype == "bfloat16"):
+            losses = module.objective_losses(*drawn(module), phase)
+        # A fresh block is the identity, whose error is the whole change, up to bfloat16's rounding.
+        tolerance = 0.0 if expected == 0.0 and trunk_dtype == "float32" else 1e-5 if trunk_dtype == "float32" else 2e-3
+        torch.testing.assert_close(losses, torch.full((3,), expected), rtol=0, atol=tolerance)
