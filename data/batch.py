@@ -16,11 +16,13 @@ class Sample:
 
     Args:
         latent: (C, F, H, W) float32, normalised with the VAE's mean and standard deviation.
-        text: (length, D) caption embeddings without padding; length 0 for an empty caption.
+        text: (length, D) caption embeddings, of Mochi, Wan 2.1 and HunyuanVideo without padding; length 0 for an empty
+            caption of Mochi.
         key: name of the sample inside its shard.
         uid: stable index of the sample in its data set; noise is keyed by it.
         faults: damaged samples that were skipped before this one took their place.
         counts: whether it counts in an evaluation; false for a repetition that gives all ranks equally many samples.
+        pooled: (D_pooled,) pooled caption embedding, for a family that takes one.
     """
 
     latent: Tensor
@@ -29,6 +31,7 @@ class Sample:
     uid: int
     faults: int = 0
     counts: bool = True
+    pooled: Tensor | None = None
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Batch:
         uids: stable sample indices.
         counts: per sample, whether it counts in an evaluation.
         faults: damaged samples that were skipped for this batch.
+        pooled: (B, D_pooled) float32 pooled caption embeddings, for a family that takes them.
     """
 
     latents: Tensor
@@ -57,6 +61,7 @@ class Batch:
     uids: tuple[int, ...]
     counts: tuple[bool, ...]
     faults: int = 0
+    pooled: Tensor | None = None
 
     def __len__(self) -> int:
         return self.latents.shape[0]
@@ -69,6 +74,12 @@ class Batch:
             raise ValueError(
                 f"a batch needs latents of one shape; got {sorted(shapes)} from {[s.key for s in samples]}. "
                 "Encode the clips to one resolution and length."
+            )
+        pooled = [s.pooled for s in samples if s.pooled is not None]
+        if pooled and len(pooled) != len(samples):
+            raise ValueError(
+                f"a batch needs pooled captions for all samples or none; got {len(pooled)} of {len(samples)} from "
+                f"{[s.key for s in samples]}. Encode the clips with one base."
             )
         lengths = tuple(int(s.text.shape[0]) for s in samples)
         longest = max(1, *lengths)
@@ -85,6 +96,7 @@ class Batch:
             uids=tuple(s.uid for s in samples),
             counts=tuple(s.counts for s in samples),
             faults=sum(s.faults for s in samples),
+            pooled=torch.stack(pooled).float() if pooled else None,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
@@ -96,7 +108,7 @@ class Batch:
         return self._map(lambda t: t.pin_memory())
 
     def without_captions(self, dropped: Sequence[bool], *, keep_lengths: bool = False) -> "Batch":
-        """The batch with the captions of `dropped` samples removed: zero embedding, zero mask, length 0.
+        """The batch with the captions of `dropped` samples removed: zero embeddings, zero mask, length 0.
 
         Args:
             dropped: which samples.
@@ -112,8 +124,10 @@ class Batch:
             self,
             text=text,
             text_mask=self.text_mask & kept[:, None],
+            pooled=None if self.pooled is None else self.pooled.masked_fill(~kept[:, None], 0.0),
             text_lengths=tuple(0 if drop else n for drop, n in zip(dropped, self.text_lengths, strict=True)),
         )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(self, latents=fn(self.latents), text=fn(self.text), text_mask=fn(self.text_mask))
+        pooled = None if self.pooled is None else fn(self.pooled)
+        return replace(self, latents=fn(self.latents), text=fn(self.text), text_mask=fn(self.text_mask), pooled=pooled)

@@ -4,21 +4,24 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.families import MOCHI, family_named
 
-def check_size(frames: int, height: int, width: int) -> None:
-    """Checks that Mochi's VAE and patches divide a size.
+
+def check_size(frames: int, height: int, width: int, family: str = MOCHI.name) -> None:
+    """Checks that VAE and patches of a family divide a size.
 
     Raises:
-        ValueError: if frames are not 6 k + 1, or a side is no multiple of 16.
+        ValueError: if frames are not the family's step times k + 1, or a side is no multiple of 16.
     """
-    faults = []
-    if frames < 1 or frames % 6 != 1:
-        below = max(1, frames - (frames - 1) % 6)
-        faults.append(f"got frames {frames}, expected 6 k + 1, for example {below} or {below + 6}")
+    faults, known = [], family_named(family)
+    step, whose = known.frame_step, "" if known is MOCHI else f" for {known.title}"
+    if frames < 1 or (frames - 1) % step:
+        below = max(1, frames - (frames - 1) % step)
+        faults.append(f"got frames {frames}, expected {step} k + 1{whose}, for example {below} or {below + step}")
     for name, side in (("height", height), ("width", width)):
         if side < 16 or side % 16:
             below = max(16, side - side % 16)
-            faults.append(f"got {name} {side}, expected a multiple of 16, for example {below} or {below + 16}")
+            faults.append(f"got {name} {side}, expected a multiple of 16{whose}, for example {below} or {below + 16}")
     if faults:
         raise ValueError("; ".join(faults) + ".")
 
@@ -28,20 +31,22 @@ class Bucket:
     """One size of clip.
 
     Args:
-        frames: 6 k + 1.
+        frames: 6 k + 1 for Mochi, 4 k + 1 for Wan 2.1 and HunyuanVideo, 8 k + 1 for CogVideoX.
         height: pixels, a multiple of 16.
         width: pixels, a multiple of 16.
+        family: name of the family of models that the clips are for.
 
     Raises:
-        ValueError: for sizes that Mochi's VAE and patches do not divide.
+        ValueError: for sizes that the family's VAE and patches do not divide.
     """
 
     frames: int
     height: int
     width: int
+    family: str = MOCHI.name
 
     def __post_init__(self) -> None:
-        check_size(self.frames, self.height, self.width)
+        check_size(self.frames, self.height, self.width, self.family)
 
     @property
     def name(self) -> str:
@@ -49,29 +54,31 @@ class Bucket:
         return f"{self.frames}x{self.height}x{self.width}"
 
     @classmethod
-    def parse(cls, text: str) -> "Bucket":
+    def parse(cls, text: str, family: str = MOCHI.name) -> "Bucket":
         """A bucket from its name.
 
         Raises:
-            ValueError: if the text is no name of a bucket.
+            ValueError: if the text is no name of a bucket of the family.
         """
         match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
         if match is None:
             raise ValueError(f"got bucket {text!r}, expected FRAMESxHEIGHTxWIDTH, for example 163x480x848.")
-        return cls(*map(int, match.groups()))
+        frames, height, width = map(int, match.groups())
+        return cls(frames, height, width, family)
 
     def latent_shape(self, channels: int) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of a clip's latent under Mochi's VAE: 6 times fewer frames, 8 times smaller sides."""
-        return channels, (self.frames - 1) // 6 + 1, self.height // 8, self.width // 8
+        """(C, F, H, W) of a clip's latent under the family's VAE: fewer frames, 8 times smaller sides."""
+        stride = family_named(self.family).frame_stride
+        return channels, (self.frames - 1) // stride + 1, self.height // 8, self.width // 8
 
 
-def parse_buckets(names: Sequence[str]) -> list[Bucket]:
+def parse_buckets(names: Sequence[str], family: str = MOCHI.name) -> list[Bucket]:
     """Buckets by name, each once, sorted.
 
     Raises:
         ValueError: if there is none, one is given twice, or a name is wrong.
     """
-    buckets = [Bucket.parse(name) for name in names]
+    buckets = [Bucket.parse(name, family) for name in names]
     if not buckets or len(set(buckets)) != len(buckets):
         raise ValueError(f"got buckets {list(names)}, expected one or more, each once, for example 163x480x848.")
     return sorted(buckets)

@@ -57,7 +57,7 @@ class TrunkHeadLosses(LightningModule):
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             with self._trunk_autocast(x.device):
                 state = self.split_model.embed(
-                    x, self.process.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths
+                    x, self.process.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths, batch.pooled
                 )
                 state = self.split_model.run(state, 0, self.first)
         # The head goes on in its own dtype, whatever the trunk computed in.

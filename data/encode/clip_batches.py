@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.bucket import Bucket
+from data.families import MOCHI
 from data.shards.archive import Members
 from data.shards.format import Fault, read_clip, read_json, read_member, read_samples
 from data.storage.store import Store, StoreError, join
@@ -84,7 +85,7 @@ class DecodedBatch:
         return [clip for clip in self.results if isinstance(clip, DecodedClip)]
 
 
-def open_shard(folder: str, entry: Mapping[str, Any], store: Store) -> ShardTask:
+def open_shard(folder: str, entry: Mapping[str, Any], store: Store, family: str = MOCHI.name) -> ShardTask:
     """The samples of a shard, from its record.
 
     If a shard is cut short, the samples behind the cut are faults. If it is absent, its store fails, or its record
@@ -94,8 +95,9 @@ def open_shard(folder: str, entry: Mapping[str, Any], store: Store) -> ShardTask
         folder: of the video shards, a path or URL.
         entry: of the shard in their index.
         store: reads the shards.
+        family: that the clips are encoded for.
     """
-    name, bucket = entry["name"], Bucket.parse(entry["bucket"])
+    name, bucket = entry["name"], Bucket.parse(entry["bucket"], family)
     location = join(folder, name)
     try:
         samples = read_samples(folder, name, store)

@@ -1,7 +1,8 @@
 """`reblock encode`: video shards to latent shards.
 
-A latent shard holds the VAE's posterior of every clip and the T5 embedding of every caption. Any number of processes,
-on any number of hosts, may encode into one shared folder: each leases the next shard that no other process encodes.
+A latent shard holds the VAE's posterior of every clip and the embedding of every caption, for a base of any family of
+`data.families`. Any number of processes, on any number of hosts, may encode into one shared folder: each leases the
+next shard that no other process encodes.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from data.base_folder import read_base, resolve_base
 from data.encode.device import choose_device, default_processes
 from data.encode.encode_loop import encode_queue
 from data.encode.encoders import Encoders
+from data.encode.family_checks import check_sizes, check_text_tokens
 from data.encode.leases import Leases
 from data.encode.output_folder import SETTINGS, check_output_folder, register_settings
 from data.encode.shard_queue import ShardQueue
@@ -34,7 +36,7 @@ def encode(
     device: str = "auto",
     dtype: str = "float32",
     text_dtype: str = "float32",
-    max_text_tokens: int = 256,
+    max_text_tokens: int | None = None,
     tiling: bool = False,
     processes: int | None = None,
     deadline: float = 60.0,
@@ -59,9 +61,10 @@ def encode(
         batch_size: clips encoded at once.
         device: where the encoders run: cpu, cuda (this task's device on a node with several), cuda:1, or auto.
         dtype: of the VAE: float32, bfloat16 or float16.
-        text_dtype: of T5, likewise; Mochi was trained with float32. Embeddings are stored in float16 unless both are
-            float32.
-        max_text_tokens: longer captions are truncated.
+        text_dtype: of the text encoders, likewise; Mochi was trained with float32. Embeddings are stored in float16
+            unless both are float32.
+        max_text_tokens: longer captions are truncated; None takes the family's: Mochi 256, Wan 2.1 512, HunyuanVideo
+            256, CogVideoX what its transformer says (226).
         tiling: for large or long clips: encode clip by clip, and frames above 256 x 256 in overlapping tiles. It
             needs less memory and gives slightly different latents.
         processes: number of decoders; None takes all cores but one beside an accelerator, a quarter of them on a CPU.
@@ -74,8 +77,8 @@ def encode(
         cache_bytes: size limit of the cache.
 
     Raises:
-        ValueError: if the base lacks a part, shards are absent, too many clips are faulty, or `out` is encoded with
-            other settings or holds other files.
+        ValueError: if the base lacks a part, clips have sizes that its family does not take, shards are absent, too
+            many clips are faulty, or `out` is encoded with other settings or holds other files.
         OSError: if `out` cannot be written, or a remote index cannot be read.
     """
     shards, out, device = str(shards), Path(out), choose_device(device)
@@ -83,8 +86,10 @@ def encode(
     _check_options((dtype, text_dtype), batch_size, max_text_tokens, processes, deadline, max_fault_share)
     base_folder = resolve_base(base)
     facts = read_base(base_folder)
+    max_text_tokens = check_text_tokens(facts.family, facts.text_tokens, max_text_tokens)
     store = Store(cache, cache_bytes)
     sources = find_shards([shards], VIDEO_FORMAT, store)
+    check_sizes(sources, facts.family)
     settings = {
         "source": settings_hash({"shards": [entry["sha256"] for s in sources for entry in s.index["shards"]]}),
         "base": facts.fingerprint, "dtype": dtype, "max_text_tokens": max_text_tokens, "tiling": tiling,
@@ -93,7 +98,7 @@ def encode(
         settings["text_dtype"] = text_dtype
     leases = Leases(out / "claims", claim_timeout)
     folder = ShardFolder(out, settings)
-    queue = ShardQueue(folder, sources, store, leases, max_fault_share)
+    queue = ShardQueue(folder, sources, store, leases, max_fault_share, facts.family.name)
     check_output_folder(folder, sources)
     if finished := len(queue.refresh()):
         print(f"{out}: {finished} of {len(queue.entries)} shards are finished already and are kept")
@@ -122,20 +127,23 @@ def encode(
         print(f"{out}: done here; others hold {len(queue.unfinished)} shards, and whoever is last writes the index")
         print("\n".join(queue.describe_owners()))
         return
-    head = {"format": LATENT_FORMAT, "channels": facts.channels, "latents_mean": facts.mean, "latents_std": facts.std}
-    index = queue.write_index({**head, "text_width": facts.text_width})
+    index = queue.write_index({"format": LATENT_FORMAT, **facts.index_fields()})
     print(f"{out}: {index['samples']} latents in {len(index['shards'])} shards, {index['faults']} faults")
 
 
 def _check_options(
     dtypes: tuple[str, str],
     batch_size: int,
-    max_text_tokens: int,
+    max_text_tokens: int | None,
     processes: int,
     deadline: float,
     max_fault_share: float,
 ) -> None:
-    if not set(dtypes) <= set(_DTYPES) or min(batch_size, max_text_tokens, processes) < 1 or not deadline > 0:
+    if (
+        not set(dtypes) <= set(_DTYPES)
+        or min(batch_size, 1 if max_text_tokens is None else max_text_tokens, processes) < 1
+        or not deadline > 0
+    ):
         raise ValueError(
             f"got dtype {dtypes[0]!r}, text_dtype {dtypes[1]!r}, batch_size {batch_size}, max_text_tokens "
             f"{max_text_tokens}, processes {processes}, deadline {deadline}; expected dtypes of {_DTYPES}, and more "

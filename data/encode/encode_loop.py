@@ -111,7 +111,8 @@ def encode_batch(batch: DecodedBatch, encoders: Encoders) -> EncodedBatch:
     finite = [bool(torch.isfinite(m).all() and torch.isfinite(v).all()) for m, v in zip(mean, logvar, strict=True)]
     new = {text_digest(clip.caption): clip.caption for clip, is_finite in zip(clips, finite, strict=True) if is_finite}
     new = {digest: caption for digest, caption in new.items() if digest not in shard.captions}
-    texts = dict(zip(new, encoders.text(list(new.values())), strict=True))
+    captions = list(new.values())
+    texts = dict(zip(new, zip(encoders.text(captions), encoders.pooled(captions), strict=True), strict=True))
     entries: list[EncodedClip | EncodedCaption] = []
     faults: list[Fault] = []
     latents = iter(zip(mean, logvar, finite, strict=True))
@@ -125,10 +126,12 @@ def encode_batch(batch: DecodedBatch, encoders: Encoders) -> EncodedBatch:
             continue
         digest = text_digest(result.caption)
         if digest in texts:
-            text = texts.pop(digest)
-            shard.captions[digest] = bool(torch.isfinite(text).all())
+            text, pooled = texts.pop(digest)
+            shard.captions[digest] = all(
+                bool(torch.isfinite(part).all()) for part in (text, pooled) if part is not None
+            )
             if shard.captions[digest]:
-                entries.append(EncodedCaption(digest, text))
+                entries.append(EncodedCaption(digest, text, pooled))
         if shard.captions[digest]:
             entries.append(EncodedClip(result, m, v))
         else:

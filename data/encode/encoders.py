@@ -5,31 +5,32 @@ Legend: B clips, T video frames, C latent channels, F latent frames, H W latent 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKLMochi
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, T5EncoderModel
 
-from data.base_folder import resolve_base
+from data.base_folder import base_family, resolve_base
+from data.encode.captions.load import load_caption_encoder
+from data.encode.load_part import load_part
 from data.encode.stage_timer import COPY, TEXT, VAE, StageTimer
 
 
 class Encoders:
-    """The VAE's encoder and T5 of a base, frozen.
+    """The VAE's encoder and the text encoders of a base of any family, frozen.
 
     Args:
         base: diffusers pipeline folder, or the id of a downloaded hub repository; weights in one file or many.
         device: where they run.
         dtype: of the VAE's weights.
-        max_text_tokens: longer captions are truncated.
-        tiling: encode clip by clip, and frames above 256 x 256 in overlapping tiles. Memory then does not grow with the
-            batch and the frame, and latents differ slightly. Encoding a few frames at a time is not possible: the
-            attention of Mochi's encoder runs over all frames of a clip, and diffusers refuses to split it.
-        text_dtype: of T5's weights: float32, as Mochi was trained with.
+        max_text_tokens: longer captions are truncated; CogVideoX's are padded to it.
+        tiling: encode clip by clip, and large frames (for most families, above 256 x 256) in overlapping tiles. Memory
+            then does not grow with the batch and the frame, and latents differ slightly. Mochi cannot be encoded a few
+            frames at a time: the attention of its encoder runs over all frames of a clip, and diffusers refuses to
+            split it. diffusers always encodes the other families so.
+        text_dtype: of the text encoders' weights; Mochi was trained with float32.
 
     Raises:
         ValueError: if the base is absent, or its weights do not fit its configs.
@@ -41,15 +42,17 @@ class Encoders:
     ) -> None:  # fmt: skip
         folder = resolve_base(base)
         self.device, self.dtype, self.text_dtype, self.max_text_tokens = device, dtype, text_dtype, max_text_tokens
-        self.vae = _load(AutoencoderKLMochi, folder / "vae", torch_dtype=dtype, low_cpu_mem_usage=False)
+        self.family = base_family(folder)
+        kind = getattr(diffusers, self.family.vae)
+        self.vae = load_part(kind, folder / "vae", torch_dtype=dtype, low_cpu_mem_usage=False)
         self.vae.to(device).eval()
         # Only the encoder is needed; the decoder would double the memory on the host and on the device.
         self.vae.decoder = None
         if tiling:
             self.vae.enable_tiling()
             self.vae.enable_slicing()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self.text_encoder = _load(T5EncoderModel, folder / "text_encoder", dtype=text_dtype).to(device).eval()
+        self.captions = load_caption_encoder(self.family, folder, device, text_dtype, max_text_tokens)
+        self.tokenizer, self.text_encoder = self.captions.tokenizer, self.captions.text_encoder
         self.timer = StageTimer(device)
 
     @torch.inference_mode()
@@ -69,37 +72,29 @@ class Encoders:
 
     @torch.inference_mode()
     def text(self, captions: Sequence[str]) -> list[Tensor]:
-        """Embeddings of the valid tokens of each caption, (L, D) on the CPU; L is 0 for an empty caption.
+        """Embeddings of each caption, (L, D) on the CPU: of its valid tokens, for CogVideoX of padding too.
 
-        float32 if both encoders are, else float16. Each caption is encoded alone, at its own length. So its embedding
-        does not depend on the other captions, to the bit, and no padding is computed.
+        float32 if both encoders are, else float16. L is 0 for an empty caption of Mochi. Each caption is encoded alone.
         """
-        dtype = torch.float32 if self.dtype == self.text_dtype == torch.float32 else torch.float16
         embeddings = []
         for caption in captions:
-            if not caption:
-                embeddings.append(torch.zeros(0, self.text_encoder.config.d_model, dtype=dtype))
-                continue
-            tokens = self.tokenizer(caption, truncation=True, max_length=self.max_text_tokens, return_tensors="pt")
             with self.timer(TEXT):
-                hidden = self.text_encoder(tokens.input_ids.to(self.device))[0][0]
+                hidden = self.captions.text(caption)
             with self.timer(COPY):
-                embeddings.append(hidden.to(dtype).cpu())
+                embeddings.append(hidden.to(self._stored_dtype).cpu())
         return embeddings
 
+    @torch.inference_mode()
+    def pooled(self, captions: Sequence[str]) -> list[Tensor | None]:
+        """Pooled embeddings of each caption, (D,) on the CPU in the dtype of `text`; None where the family has none."""
+        embeddings: list[Tensor | None] = []
+        for caption in captions:
+            with self.timer(TEXT):
+                pooled = self.captions.pooled(caption)
+            with self.timer(COPY):
+                embeddings.append(None if pooled is None else pooled.to(self._stored_dtype).cpu())
+        return embeddings
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
-    """Loads a model from safetensors. Missing weights are an error here; the libraries would use random ones."""
-    try:
-        model, facts = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded ({error}). Download or copy it again.") from error
-    wrong = sorted(map(str, [*facts["missing_keys"], *facts["mismatched_keys"]]))
-    if wrong:
-        raise ValueError(
-            f"the weights in {folder} do not fit its config: {len(wrong)} tensors are missing or of another shape, "
-            f"e.g. {wrong[0]}. Download or copy the base again."
-        )
-    return model
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == self.text_dtype == torch.float32 else torch.float16

@@ -28,10 +28,11 @@ class EncodedClip:
 
 @dataclass(frozen=True)
 class EncodedCaption:
-    """The embedding of a caption, (L, D); it comes before the first clip that uses it."""
+    """The embedding of a caption, (L, D), and its pooled one, (D,); it comes before the first clip that uses it."""
 
     digest: str
     text: Tensor
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,10 @@ class LatentShardWriter:
 
 def _sample(entry: EncodedClip | EncodedCaption, shard: ShardTask) -> TarSample:
     if isinstance(entry, EncodedCaption):
-        return {
-            "__key__": caption_key(entry.digest),
-            "safetensors": save_safetensors({"text": entry.text.contiguous()}),
-        }
+        texts = {"text": entry.text.contiguous()}
+        if entry.pooled is not None:
+            texts["pooled"] = entry.pooled.contiguous()
+        return {"__key__": caption_key(entry.digest), "safetensors": save_safetensors(texts)}
     clip, bucket, digest = entry.clip, shard.bucket, text_digest(entry.clip.caption)
     facts = {
         "caption": clip.caption, "text": digest, "frames": bucket.frames, "height": bucket.height,

@@ -7,6 +7,7 @@ from typing import Any
 from data.encode.clip_batches import ShardTask, open_shard
 from data.encode.leases import Leases
 from data.encode.output_folder import SETTINGS
+from data.families import MOCHI
 from data.files import temporaries
 from data.shards.folder import ShardFolder
 from data.shards.format import Fault, check_fault_share, record_name
@@ -46,6 +47,7 @@ class ShardQueue:
         store: reads the video shards.
         leases: of this process.
         max_fault_share: of all clips.
+        family: that the clips are encoded for.
 
     Raises:
         ValueError: if two sources hold shards of one name, whose latents would overwrite each other.
@@ -58,9 +60,10 @@ class ShardQueue:
         store: Store,
         leases: Leases,
         max_fault_share: float,
+        family: str = MOCHI.name,
     ) -> None:
         self.folder, self.sources, self.store, self.leases = folder, sources, store, leases
-        self.max_fault_share = max_fault_share
+        self.max_fault_share, self.family = max_fault_share, family
         self.entries: dict[str, Mapping[str, Any]] = {}
         self._source_folders: dict[str, str] = {}  # by shard name
         for source in sources:
@@ -110,7 +113,7 @@ class ShardQueue:
                 self.leases.release(lease_name(name))
                 continue
             self._remove_leftovers(name)
-            yield open_shard(self._source_folders[name], self.entries[name], self.store)
+            yield open_shard(self._source_folders[name], self.entries[name], self.store, self.family)
 
     def owns(self, task: ShardTask) -> bool:
         """Whether this process still owns the lease on a shard."""

@@ -96,6 +96,7 @@ def _summary(shards: str, sources: Sequence[IndexedShards]) -> Table:
     partial = any(sample_count([source]) < source.index["samples"] for source in sources)
     rows = {
         "format": index["format"],
+        "made for": sources[0].family.title,
         "folders": len(sources),
         "shards": len(entries),
         "samples": total,

@@ -63,13 +63,14 @@ def latent_table(
 ) -> tuple[Table, list[str]]:
     """Statistics per channel of normalised latents, and doubts about their normalisation."""
     reader, index = LatentReader(sources, store=store), sources[0].index
+    stride = sources[0].family.frame_stride
 
     def read(sample_location: SampleLocation) -> tuple[NDArray[np.float64], int, int]:
         shard, key, members = sample_location
         sample = reader.decode(key, reader.read_files(shard, members), Visit(0))
         values = sample.latent.double().flatten(1).numpy()
         moments = np.stack([values.mean(axis=1), np.square(values).mean(axis=1)])
-        return moments, len(sample.text), 6 * (sample.latent.shape[1] - 1) + 1
+        return moments, len(sample.text), stride * (sample.latent.shape[1] - 1) + 1
 
     results = list(track(_read_samples(chosen, read), description="latents", total=len(chosen), transient=True))
     readable = [result for result, fault in results if fault is None]

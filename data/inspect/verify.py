@@ -36,7 +36,7 @@ def verify_shards(
         check = _clip_check(pool) if videos else _latent_check(LatentReader(sources, store=store))
         for source in sources:
             for entry in source.index["shards"]:
-                yield from _verify_shard(source.folder, entry, store, check)
+                yield from _verify_shard(source.folder, entry, source.family.name, store, check)
                 progress.advance(task, entry["samples"])
 
 
@@ -44,10 +44,10 @@ def verify_shards(
 _Check = Callable[[str, Bucket, list[tuple[str, Members]], Store], Iterable[str]]
 
 
-def _verify_shard(folder: str, entry: Mapping[str, Any], store: Store, check: _Check) -> Iterator[str]:
+def _verify_shard(folder: str, entry: Mapping[str, Any], family: str, store: Store, check: _Check) -> Iterator[str]:
     shard = join(folder, entry["name"])
     try:
-        samples, bucket = read_samples(folder, entry["name"], store), Bucket.parse(entry["bucket"])
+        samples, bucket = read_samples(folder, entry["name"], store), Bucket.parse(entry["bucket"], family)
         with store.local(shard) as path:
             if sha256(path) != entry["sha256"]:
                 yield f"{shard}: its checksum differs from the index"

@@ -9,6 +9,7 @@ from typing import Any
 
 from data.batch import Batch, Sample
 from data.bucket import Bucket
+from data.families import VideoFamily, family_named
 from data.modules.shard_module import ShardDataModule
 from data.shards.format import LATENT_FORMAT
 from data.stream.latents import LatentReader, common_fields
@@ -19,16 +20,19 @@ from data.stream.shard_index import IndexedShards, bucket_names
 class BatchDataModule(ShardDataModule):
     """A data module whose batches are `data.batch.Batch`; its validation samples can serve as probes.
 
-    `check` sets `latent_shapes`, bucket name -> (C, F, H, W), and `text_width`.
+    `check` sets `latent_shapes`, bucket name -> (C, F, H, W), `text_width`, `pooled_width` (None for captions
+    without a pooled embedding), and `family`, the family of models that the latents are for.
     """
 
     latent_shapes: dict[str, tuple[int, int, int, int]]
     text_width: int
+    pooled_width: int | None
+    family: VideoFamily
 
     @property
     def probe_bucket(self) -> Bucket:
         """The bucket that probes come from: that of most validation samples, of equals the largest."""
-        groups = [(len(group), Bucket.parse(group.name)) for group in self.val_split.groups]
+        groups = [(len(group), Bucket.parse(group.name, self.family.name)) for group in self.val_split.groups]
         return max(groups, key=lambda g: (g[0], g[1].frames * g[1].height * g[1].width, g[1]))[1]
 
     def probe_samples(self, count: int) -> list[Sample]:
@@ -80,10 +84,11 @@ class LatentDataModule(BatchDataModule):
 
     def check_shards(self, shards: Sequence[IndexedShards]) -> None:
         fields = common_fields(shards)
+        self.family = family_named(fields["family"])
         self.latent_shapes = {
-            name: Bucket.parse(name).latent_shape(fields["channels"]) for name in bucket_names(shards)
+            name: Bucket.parse(name, self.family.name).latent_shape(fields["channels"]) for name in bucket_names(shards)
         }
-        self.text_width = fields["text_width"]
+        self.text_width, self.pooled_width = fields["text_width"], fields["pooled_width"]
 
     def make_reader(self, shards: Sequence[IndexedShards]) -> LatentReader:
         return LatentReader(

@@ -9,6 +9,7 @@ import torch
 from data.base_folder import read_base, resolve_base
 from data.batch import Batch, Sample
 from data.bucket import Bucket
+from data.encode.family_checks import check_sizes, check_text_tokens
 from data.modules.latents import BatchDataModule
 from data.shards.format import VIDEO_FORMAT
 from data.stream.clips import ClipBatch, ClipReader, ClipSample
@@ -26,8 +27,8 @@ class EncodingDataModule(BatchDataModule):
         base: diffusers pipeline folder with `vae`, `text_encoder` and `tokenizer`, or its downloaded hub id.
         sample_latents: draw latents from the VAE's posterior, as `LatentDataModule` does, instead of taking its mean.
         dtype: of the VAE: float32, bfloat16 or float16.
-        text_dtype: of T5, likewise; Mochi was trained with float32.
-        max_text_tokens: longer captions are cut.
+        text_dtype: of the text encoders, likewise; Mochi was trained with float32.
+        max_text_tokens: longer captions are cut; None takes the family's length.
         tiling: encode clip by clip and large frames in tiles: less memory, slightly other latents.
         deadline: seconds that decoding a clip may take.
         stream: the fields of `StreamConfig`; `shards` are video shards.
@@ -45,13 +46,15 @@ class EncodingDataModule(BatchDataModule):
         sample_latents: bool = False,
         dtype: str = "float32",
         text_dtype: str = "float32",
-        max_text_tokens: int = 256,
+        max_text_tokens: int | None = None,
         tiling: bool = False,
         deadline: float = 60.0,
         **stream: Any,
     ) -> None:
         super().__init__(**stream)
-        if not {dtype, text_dtype} <= {"float32", "bfloat16", "float16"} or max_text_tokens < 1:
+        if not {dtype, text_dtype} <= {"float32", "bfloat16", "float16"} or (
+            max_text_tokens is not None and max_text_tokens < 1
+        ):
             raise ValueError(
                 f"got dtype {dtype!r}, text_dtype {text_dtype!r}, max_text_tokens {max_text_tokens}; expected float32, "
                 "bfloat16 or float16, and 1 token or more."
@@ -64,8 +67,13 @@ class EncodingDataModule(BatchDataModule):
 
     def check_shards(self, shards: Sequence[IndexedShards]) -> None:
         facts = read_base(resolve_base(self.base))
-        self.latent_shapes = {name: Bucket.parse(name).latent_shape(facts.channels) for name in bucket_names(shards)}
-        self.text_width = facts.text_width
+        self.family = facts.family
+        self._text_tokens = check_text_tokens(facts.family, facts.text_tokens, self.max_text_tokens)
+        check_sizes(shards, facts.family)
+        self.latent_shapes = {
+            name: Bucket.parse(name, facts.family.name).latent_shape(facts.channels) for name in bucket_names(shards)
+        }
+        self.text_width, self.pooled_width = facts.text_width, facts.pooled_width
         self._normalise = Normaliser(facts.mean, facts.std, sample=self.sample_latents)
 
     def make_reader(self, shards: Sequence[IndexedShards]) -> ClipReader:
@@ -96,11 +104,12 @@ class EncodingDataModule(BatchDataModule):
         device = str(batch.videos.device)
         if self._encoders is None or self._encoders.device != device:
             self._encoders = Encoders(
-                Path(self.base), device, getattr(torch, self.dtype), self.max_text_tokens, self.tiling,
+                Path(self.base), device, getattr(torch, self.dtype), self._text_tokens, self.tiling,
                 getattr(torch, self.text_dtype),
             )  # fmt: skip
         means, logvars = self._encoders.latents(batch.videos)
-        texts = self._encoders.text([clip.caption for clip in batch.clips])
+        captions = [clip.caption for clip in batch.clips]
+        texts, pooled = self._encoders.text(captions), self._encoders.pooled(captions)
         return [
             Sample(
                 self._normalise(mean, logvar, clip.visit),
@@ -109,6 +118,7 @@ class EncodingDataModule(BatchDataModule):
                 clip.visit.uid,
                 clip.faults,
                 clip.counts,
+                None if whole is None else whole.float(),
             )
-            for clip, mean, logvar, text in zip(batch.clips, means, logvars, texts, strict=True)
+            for clip, mean, logvar, text, whole in zip(batch.clips, means, logvars, texts, pooled, strict=True)
         ]

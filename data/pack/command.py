@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.bucket import parse_buckets
+from data.families import MOCHI
 from data.files import temporaries
 from data.pack.entries import Columns
 from data.pack.exclusions import write_exclusions
@@ -40,6 +41,7 @@ def pack(
     out: Path,
     *,
     buckets: str | list[str] = ["19x64x64"],  # noqa: B006 - read only, and the command line shows it
+    family: str = "mochi",
     fps: float | None = None,
     window: Literal["first", "middle", "all"] = "first",
     split_scenes: bool = False,
@@ -68,6 +70,8 @@ def pack(
         out: folder of the shards.
         buckets: sizes of the samples, FRAMESxHEIGHTxWIDTH; each clip goes to the bucket that fits it best. Several as
             a list, or separated by commas.
+        family: of the models that the clips are for, which decides the numbers of frames: mochi (6 k + 1), wan or
+            hunyuan_video (4 k + 1), cogvideox (8 k + 1).
         fps: frames per second of a sample; without it, every frame is used.
         window: which part of a clip is used: the first, the middle, or all, as one sample after another.
         split_scenes: cut clips where the scene changes, and use each scene like a clip.
@@ -92,7 +96,7 @@ def pack(
     src, out = str(src), Path(out)
     processes = processes or os.cpu_count() or 1
     _check_options(shard_bytes, shard_samples, processes, deadline, max_fault_share, duplicates)
-    sizes = parse_buckets(buckets.split(",") if isinstance(buckets, str) else buckets)
+    sizes = parse_buckets(buckets.split(",") if isinstance(buckets, str) else buckets, family)
     windows = WindowSettings(tuple(sizes), fps, window, scene_threshold if split_scenes else None, upscale)
     store = Store()
     source = open_source(src, columns, store, out / "survey" / "archives", allow_pipe=allow_pipe)
@@ -113,6 +117,9 @@ def pack(
         "clips": summary.clips,
         "listing": summary.digest,
     }
+    # An index without a family is Mochi's, as it was before there were others.
+    named = {} if family == MOCHI.name else {"family": family}
+    settings |= named
     with _exclusive(out):
         journal = ClipJournal(out / "survey", {**settings, "src": _absolute(src)})
         limit = FaultLimit(journal, src, summary.clips, max_fault_share)
@@ -141,7 +148,7 @@ def pack(
         with _progress() as progress:
             task = progress.add_task("pack", total=plan.samples)
             shard_faults = writer.run(faults, limit, lambda count: progress.advance(task, count))
-        index = folder.finish(list(plan.shards), {"format": VIDEO_FORMAT}, faults)
+        index = folder.finish(list(plan.shards), {"format": VIDEO_FORMAT, **named}, faults)
         assert index is not None
         print("\n".join(_result_lines(out, index, filtered, plan, len(faults) + shard_faults)))
 

@@ -109,7 +109,7 @@ class ClipReader(ShardReader[ClipSample]):
         self._isolated_call = IsolatedCall(deadline)
 
     def decode(self, key: str, files: Mapping[str, bytes], visit: Visit, bucket: Bucket | None = None) -> ClipSample:
-        bucket = bucket or Bucket.parse(str(parse_facts(files["json"]).get("bucket")))
+        bucket = bucket or Bucket.parse(str(parse_facts(files["json"]).get("bucket")), self.buckets[0].family)
         video = self._decode(files, bucket.frames, bucket.height, bucket.width)
         return ClipSample(torch.from_numpy(video), files["txt"].decode(), key, visit)
 

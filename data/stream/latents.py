@@ -85,12 +85,14 @@ class LatentReader(ShardReader[Sample]):
         super().__init__(locations, LATENT_FORMAT, store=store, max_fault_share=max_fault_share)
         fields = common_fields(self.folders)
         self.text_width: int = fields["text_width"]
+        self.pooled_width: int | None = fields["pooled_width"]
         self.latent_shapes = {bucket.name: bucket.latent_shape(fields["channels"]) for bucket in set(self.buckets)}
         self._shapes = set(self.latent_shapes.values())
         self.normalise = Normaliser(fields["latents_mean"], fields["latents_std"], sample=sample_latents)
 
     def decode(self, key: str, files: Mapping[str, bytes], visit: Visit, bucket: Bucket | None = None) -> Sample:
-        tensors, text = load_safetensors(files["safetensors"]), load_safetensors(files["text"])["text"]
+        tensors, caption = load_safetensors(files["safetensors"]), load_safetensors(files["text"])
+        text, pooled = caption["text"], None if self.pooled_width is None else caption["pooled"].float()
         mean = tensors["mean"]
         shape = self.latent_shapes[bucket.name] if bucket else tuple(mean.shape)
         if (
@@ -103,25 +105,37 @@ class LatentReader(ShardReader[Sample]):
                 f"its latent is {tuple(mean.shape)} and its text {tuple(text.shape)}, expected "
                 f"{shape if bucket else sorted(self._shapes)} and (length, {self.text_width})"
             )
+        if pooled is not None and tuple(pooled.shape) != (self.pooled_width,):
+            raise ValueError(f"its pooled text is {tuple(pooled.shape)}, expected ({self.pooled_width},)")
         logvar = tensors["logvar"] if self.normalise.sample else None
         if logvar is not None and tuple(logvar.shape) != shape:
             raise ValueError(f"its logvar is {tuple(logvar.shape)}, expected {shape}")
         normalised, text = self.normalise(mean, logvar, visit), text.float()
-        if not (_finite(normalised) and _finite(text)):
+        if not (_finite(normalised) and _finite(text) and (pooled is None or _finite(pooled))):
             raise ValueError("it holds numbers that are not finite")
-        return Sample(latent=normalised, text=text, key=key, uid=visit.uid)
+        return Sample(latent=normalised, text=text, key=key, uid=visit.uid, pooled=pooled)
 
 
 def common_fields(folders: Sequence[IndexedShards]) -> dict[str, Any]:
-    """The fields of the index that all latent folders share: channels, text width, means and standard deviations.
+    """The fields of the index that all latent folders share: channels, widths, means and deviations, family.
 
     Raises:
         ValueError: if a field is missing, or differs between folders.
     """
-    found: list[dict[str, Any]] = [{field: folder.index.get(field) for field in _COMMON_FIELDS} for folder in folders]
+    found: list[dict[str, Any]] = [
+        {"family": folder.family.name} | {field: folder.index.get(field) for field in _COMMON_FIELDS}
+        for folder in folders
+    ]
     for folder, fields in zip(folders, found, strict=True):
-        for field in _COMMON_FIELDS:
-            if fields[field] is None:
+        fields["pooled_width"] = folder.index.get("pooled_width")
+        if folder.family.has_pooled and fields["pooled_width"] is None:
+            raise ValueError(
+                f"{folder.folder}/index.json lacks 'pooled_width': its captions have no pooled embedding, which "
+                f"{folder.family.title} needs. Make the shards again with `reblock encode`."
+            )
+    for folder, fields in zip(folders, found, strict=True):
+        for field in fields:
+            if fields[field] is None and field != "pooled_width":
                 raise ValueError(f"{folder.folder}/index.json lacks {field!r}; make it again with `reblock encode`.")
             if fields[field] != found[0][field]:
                 raise ValueError(

@@ -83,12 +83,15 @@ class ShardReader(ABC, Generic[T]):
             [shards for shards in locations if isinstance(shards, IndexedShards)]
             or find_shards(locations, format, self.store)
         )  # fmt: skip
+        families = [folder.family.name for folder in self.folders for _ in folder.index["shards"]]
         entries = [(folder.folder, entry) for folder in self.folders for entry in folder.index["shards"]]
         self.shards = [join(folder, entry["name"]) for folder, entry in entries]
         self.shard_sizes: list[int] = [entry["samples"] for _, entry in entries]
         self._digests = [entry.get("sha256") for _, entry in entries]
         self._locations = [(folder, entry["name"]) for folder, entry in entries]
-        self.buckets = [Bucket.parse(entry["bucket"]) for _, entry in entries]
+        self.buckets = [
+            Bucket.parse(entry["bucket"], family) for (_, entry), family in zip(entries, families, strict=True)
+        ]
         self.group_names = [b.name for b in sorted(set(self.buckets))] if self.grouped else ["all"]
         self.remote = any(is_remote(folder.folder) for folder in self.folders)
         self.faults = FaultLog(sum(self.shard_sizes), max_fault_share)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.families import VideoFamily, index_family
 from data.shards.format import read_index
 from data.storage.store import Store, expand, is_remote, join, local_path
 
@@ -25,6 +26,15 @@ class IndexedShards:
     folder: str
     index: Mapping[str, Any]
 
+    @property
+    def family(self) -> VideoFamily:
+        """The family of models that the shards were made for.
+
+        Raises:
+            ValueError: if this version does not know it.
+        """
+        return index_family(self.index)
+
 
 def find_shards(locations: str | Sequence[str], format: str, store: Store) -> list[IndexedShards]:
     """Finds folders of shards by path, URL, wildcard or braces; a `.tar` selects only that shard of its folder.
@@ -35,7 +45,8 @@ def find_shards(locations: str | Sequence[str], format: str, store: Store) -> li
         store: store that reads the index.
 
     Raises:
-        ValueError: if a location matches nothing, holds no shards of this format, or is given twice.
+        ValueError: if a location matches nothing, holds no shards of this format or of a family that is not known, or
+            is given twice.
         StoreError: if a store does not answer.
     """
     locations = [str(location) for location in ([locations] if isinstance(locations, (str, Path)) else locations)]
@@ -51,6 +62,12 @@ def find_shards(locations: str | Sequence[str], format: str, store: Store) -> li
             )
         used = [entry for entry in index["shards"] if names is None or entry["name"] in names]
         found.append(IndexedShards(folder, {**index, "shards": used}))
+        try:
+            index_family(index)
+        except ValueError as error:
+            raise ValueError(
+                f"{join(folder, 'index.json')}: {error} Update reblock, or make the shards again."
+            ) from error
     return found
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from data.base_folder import read_base, resolve_base
 from data.bucket import Bucket
 from data.encode.encoders import Encoders
+from data.families import MOCHI
 from data.shards.folder import TEXT, ShardFolder, TarSample
 from data.shards.format import LATENT_FORMAT, caption_key, shard_name, text_digest
 from data.synth.layered import choose_layered_scene
@@ -64,6 +65,8 @@ def synth_latents(
         )
     folder_of_base = resolve_base(base)
     facts = read_base(folder_of_base)
+    if facts.family is not MOCHI:
+        raise ValueError(f"got a base of {facts.family.title}, expected Mochi: these clips are drawn for it alone.")
     settings = {
         "scenes": "layered", "seed": seed, "size": size, "frames": frames, "shard_samples": shard_samples,
         "base": facts.fingerprint, "dtype": dtype,
@@ -80,8 +83,7 @@ def synth_latents(
             for name, indices in todo:
                 folder.write(name, bucket, _samples(encoders, bucket, seed, indices, batch_size), [])
                 progress.advance(task, len(indices))
-    head = {"format": LATENT_FORMAT, "channels": facts.channels, "latents_mean": facts.mean, "latents_std": facts.std}
-    index = folder.finish(names, {**head, "text_width": facts.text_width})
+    index = folder.finish(names, {"format": LATENT_FORMAT, **facts.index_fields()})
     whole = "all shards are finished" if index else "other parts are not finished; whoever is last writes the index"
     print(f"{out}: {sum(len(indices) for _, indices in todo)} clips made, {whole}")
 

@@ -212,6 +212,8 @@ def _clip_size(submission: Submission) -> list[str]:
     if "encode" not in submission.options.stage_list:
         return []
     sources = find_shards([str(submission.options.encode.shards)], VIDEO_FORMAT, Store())
-    buckets = [Bucket.parse(entry["bucket"]) for source in sources for entry in source.index["shards"]]
+    buckets = [
+        Bucket.parse(entry["bucket"], source.family.name) for source in sources for entry in source.index["shards"]
+    ]
     largest = max(buckets, key=lambda b: b.frames * b.height * b.width)
     return [f"--frames={largest.frames}", f"--height={largest.height}", f"--width={largest.width}"]

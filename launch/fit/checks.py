@@ -12,6 +12,8 @@ from data.modules.shard_module import ShardDataModule
 from launch.fit.lightning_private import precision_name
 from launch.fit.parser import class_at
 from trainer.callbacks.probe_callback import ProbeCallback
+from trainer.models.families import family_of
+from trainer.models.load import read_config, read_facts
 from trainer.module import RetrainBlocks, SurgeryConfig
 from trainer.parallel.combinations import check_trainer
 
@@ -51,6 +53,26 @@ def check_combination(config: Any) -> None:
     )
 
 
+def check_family(base: str, data: BatchDataModule) -> None:
+    """Checks that latents are of the base's family: those of several families have the same shape.
+
+    Raises:
+        ValueError: if they are not, or captions lack the pooled embedding that the base takes.
+    """
+    config = read_config(base)
+    expected, width = family_of(config).family, read_facts(config).pooled_width
+    if data.family.title != expected:
+        raise ValueError(
+            f"got latents of {data.family.title} for a base of {expected}: encode the clips with the base "
+            "(`reblock encode --base`)."
+        )
+    if data.pooled_width != width:
+        raise ValueError(
+            f"got pooled captions of width {data.pooled_width}, expected {width} as base {base!r} takes them: encode "
+            "the clips with the base."
+        )
+
+
 def check_fit(
     model: LightningModule,
     data: LightningDataModule,
@@ -86,6 +108,7 @@ def check_fit(
         for probes in {callback.prompts for callback in callbacks if isinstance(callback, ProbeCallback)}:
             attempt(partial(data.check_probes, probes))
         if isinstance(model, RetrainBlocks):
+            attempt(partial(check_family, model.base, data))
             for shape in data.latent_shapes.values():
                 attempt(partial(model.check_data, shape, data.text_width))
     if faults:

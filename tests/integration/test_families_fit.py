@@ -17,10 +17,13 @@ from tests.support.run_rows import assert_same_run, rows_of
 from tests.support.tiny_families import TINY, inputs, make
 from trainer.models.families import split_model_of
 
-NAMES = ["cogvideox-5b", "wan"]
+#: Family -> its name in shards, and a bucket of theirs.
+SHARDS = {
+    "cogvideox-5b": ("cogvideox", "9x32x32"), "hunyuan": ("hunyuan_video", "5x32x32"), "wan": ("wan", "5x32x32"),
+}  # fmt: skip
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=sorted(SHARDS))
 def family(request) -> str:
     return request.param
 
@@ -30,8 +33,10 @@ def recipe_of(family, tmp_path, write_recipe):
     """(folder) -> a recipe that retrains the last two blocks of the family's tiny base."""
     make(family, 3).save_pretrained(tmp_path / "base" / "transformer")
     generator = torch.Generator().manual_seed(0)
+    name, bucket = SHARDS[family]
     shards = write_latents(
-        tmp_path / "latents", [("7x32x32", 8)] * 5, channels=4, width=16,
+        tmp_path / "latents", [(bucket, 8)] * 5, channels=4, width=16, family=name,
+        pooled=(lambda i: torch.full((8,), i / 40)) if family == "hunyuan" else None,
         latent=lambda i, shape: torch.randn(shape, generator=generator),
         text=lambda i: torch.randn(5 if family.startswith("cogvideox") else 1 + i % 4, 16, generator=generator),
     )  # fmt: skip
@@ -41,7 +46,7 @@ def recipe_of(family, tmp_path, write_recipe):
         path = write_recipe(folder, base=tmp_path / "base", epochs=2)
         recipe = yaml.safe_load(path.read_text())
         recipe["data"]["init_args"]["shards"] = shards
-        recipe["model"]["init_args"]["caption_dropout"] = 0.0 if family == "wan" else 0.3
+        recipe["model"]["init_args"]["caption_dropout"] = 0.3 if family.startswith("cogvideox") else 0.0
         path.write_text(yaml.safe_dump(recipe))
         return path
 
@@ -82,8 +87,8 @@ def test_a_killed_run_of_another_family_goes_on_and_its_graft_is_exported(recipe
 def test_faults_name_the_family(recipe_of, family, tmp_path, capsys):
     recipe = recipe_of(tmp_path / "run")
     wrong, said = (
-        ("--model.init_args.caption_dropout=0.1", "with a base of the family Wan 2.1, expected 0")
-        if family == "wan"
+        ("--model.init_args.caption_dropout=0.1", "expected 0: its empty caption is what the text encoder makes")
+        if not family.startswith("cogvideox")
         else ("--model.init_args.surgery.reserved_channels=[0,1]", "sinks are planted in no other family")
     )
     with pytest.raises(SystemExit) as stop:

@@ -34,6 +34,8 @@ def write_latents(
     logvar: Callable[[int], float] = lambda i: 0.0,
     spoil: Mapping[int, Callable[[Entry], Entry]] | None = None,
     key: str = "clip-{:02d}",
+    family: str = "mochi",
+    pooled: Callable[[int], Tensor] | None = None,
     **head: Any,
 ) -> str:
     """A folder of shards, (bucket, samples) each; samples are numbered through, and so are their captions.
@@ -48,6 +50,8 @@ def write_latents(
         logvar: number -> log-variance everywhere.
         spoil: number -> what is done to its entry before it is written.
         key: of a sample, by its number.
+        family: that the shards are for.
+        pooled: number -> (D_pooled,) pooled embedding of its caption, for a family that takes one.
         head: fields of the index.
 
     Returns:
@@ -55,19 +59,25 @@ def write_latents(
     """
     writer, made, names = ShardFolder(folder, {}), 0, []
     for number, (bucket, count) in enumerate(shards):
-        shape = Bucket.parse(bucket).latent_shape(channels)
+        shape = Bucket.parse(bucket, family).latent_shape(channels)
         entries: list[Entry] = []
         for i in range(made, made + count):
             digest = text_digest(f"caption {i}")
-            rows = text(i) if text else torch.full((i % 4, width), float(i % 1000))
-            entries.append({"__key__": caption_key(digest), "safetensors": save({"text": rows})})
+            caption = {"text": text(i) if text else torch.full((i % 4, width), float(i % 1000))}
+            if pooled is not None:
+                caption["pooled"] = pooled(i)
+            entries.append({"__key__": caption_key(digest), "safetensors": save(caption)})
             tensors = {"mean": latent(i, shape).half(), "logvar": torch.full(shape, logvar(i)).half()}
             entry = {"__key__": key.format(i), "safetensors": save(tensors), "json": "{}", TEXT: digest}
             entries.append((spoil or {}).get(i, lambda entry: entry)(entry))
-        names.append(shard_name(Bucket.parse(bucket), number))
-        writer.write(names[-1], Bucket.parse(bucket), entries, [])
+        names.append(shard_name(Bucket.parse(bucket, family), number))
+        writer.write(names[-1], Bucket.parse(bucket, family), entries, [])
         made += count
     facts = {"channels": channels, "text_width": width, "latents_mean": [0.0] * channels}
     facts["latents_std"] = [1.0] * channels
+    if family != "mochi":
+        facts["family"] = family
+    if pooled is not None:
+        facts["pooled_width"] = len(pooled(0))
     assert writer.finish(names, {"format": LATENT_FORMAT, **facts, **head}) is not None
     return str(folder)

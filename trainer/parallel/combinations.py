@@ -33,11 +33,6 @@ def check_shards(base: str, latent_shape: tuple[int, ...], text_width: int) -> N
             f"({facts.channels}, F, H, W) with F, H and W multiples of {', '.join(map(str, facts.patch))}; encode the "
             "clips with this base's own VAE (`reblock encode`)."
         )
-    if facts.pooled_width is not None:
-        raise ValueError(
-            f"got latent shards for {base}, a {facts.family}, which also takes a pooled caption {facts.pooled_width} "
-            "wide; latent shards hold none, so it cannot be retrained yet."
-        )
     if text_width != facts.text_width:
         raise ValueError(
             f"the shards hold captions {text_width} wide, the base {base} takes {facts.text_width}; "

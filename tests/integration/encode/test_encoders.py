@@ -60,7 +60,8 @@ def test_numbers_that_are_not_finite_cost_their_clip(base):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"_class_name": "AutoencoderKLWan"}, "describes 'AutoencoderKLWan', expected 'AutoencoderKLMochi'"),
+        ({"_class_name": "AutoencoderKLLTX"}, "describes 'AutoencoderKLLTX', expected 'AutoencoderKLMochi' or 'Auto"),
+        ({"_class_name": "AutoencoderKLWan"}, "describes 'T5EncoderModel', expected 'UMT5EncoderModel'"),
         ({"temporal_expansions": [1, 2, 2]}, r"by \(4, 8\), expected Mochi's \(6, 8\)"),
         ({"latents_mean": [0.0]}, "has {'latents_mean': 1, 'latents_std': 12} values"),
     ],

@@ -43,3 +43,13 @@ def test_a_batch_sums_faults_and_lists_which_samples_count():
 def test_latents_of_two_shapes_are_refused():
     with pytest.raises(ValueError, match="latents of one shape"):
         Batch.collate([sample(1), sample(1, shape=(2, 1, 4, 6))])
+
+
+def test_pooled_captions_go_with_the_batch():
+    samples = [replace(sample(1), pooled=torch.full((3,), value)) for value in (1.0, 2.0)]
+    batch = Batch.collate(samples)
+    assert batch.pooled.tolist() == [[1.0] * 3, [2.0] * 3] and batch.to("meta").pooled.device.type == "meta"
+    assert batch.without_captions([True, False]).pooled.tolist() == [[0.0] * 3, [2.0] * 3]
+    assert Batch.collate([sample(1)]).pooled is None and Batch.collate([sample(1)]).to("meta").pooled is None
+    with pytest.raises(ValueError, match="for all samples or none; got 2 of 3"):
+        Batch.collate([*samples, sample(1)])

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.bucket import Bucket, choose_bucket, parse_buckets
+from data.families import VIDEO_FAMILIES
 
 BUCKETS = parse_buckets(["37x480x848", "37x848x480", "163x480x848", "37x640x640"])
 
@@ -45,6 +46,28 @@ def test_the_choice_fits_and_does_not_depend_on_the_order(height, width, frames,
 def test_wrong_names_are_refused(text):
     with pytest.raises(ValueError, match="expected"):
         Bucket.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("family", "frames", "latent", "near"),
+    [("wan", 81, 21, "5 or 9"), ("hunyuan_video", 129, 33, "5 or 9"), ("cogvideox", 49, 13, "1 or 9")],
+)
+def test_each_family_has_its_own_frames(family, frames, latent, near):
+    bucket = Bucket.parse(f"{frames}x480x720", family)
+    assert bucket.latent_shape(16) == (16, latent, 60, 90) and bucket.name == f"{frames}x480x720"
+    title, step = VIDEO_FAMILIES[family].title, VIDEO_FAMILIES[family].frame_step
+    with pytest.raises(ValueError, match=rf"got frames 7, expected {step} k \+ 1 for {title}, for example {near}"):
+        Bucket(7, 32, 32, family)
+    with pytest.raises(ValueError, match=f"got width 40, expected a multiple of 16 for {title}"):
+        parse_buckets(["9x32x40"], family)
+    with pytest.raises(ValueError, match="got family 'mocha', expected one of mochi, wan, hunyuan_video, cogvideox"):
+        Bucket(7, 32, 32, "mocha")
+
+
+def test_mochi_is_the_family_where_none_is_named():
+    assert Bucket(7, 32, 32) == Bucket(7, 32, 32, "mochi")
+    with pytest.raises(ValueError, match=r"^got frames 9, expected 6 k \+ 1, for example 7 or 13\.$"):
+        Bucket(9, 32, 32)
 
 
 def test_names_and_latents():

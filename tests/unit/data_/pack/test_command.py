@@ -13,6 +13,8 @@ from filelock import FileLock
 from data.bucket import Bucket, parse_buckets
 from data.pack.entries import VIDEO_EXTENSIONS, Columns
 from data.pack.filters import Filters
+from data.stream.clips import ClipReader
+from data.stream.reader import Visit
 from data.video.decode import decode_video
 from data.video.write import write_video
 from launch.main import main
@@ -234,3 +236,13 @@ def test_the_shipped_recipe_packs(clips, tmp_path):
     settings = json.loads((tmp_path / "out" / "index.json").read_text())["settings"]
     assert settings["window"] == "all" and settings["filters"]["min_caption"] == 8 and settings["fps"] == 12
     assert parse_buckets(yaml.safe_load(recipe.read_text())["buckets"])
+
+
+def test_clips_for_another_family_have_its_frames_and_the_index_names_it(clips, tmp_path):
+    index = pack_small(clips, tmp_path / "wan", buckets="5x32x32", family="wan")
+    assert index["family"] == index["settings"]["family"] == "wan" and list(index["buckets"]) == ["5x32x32"]
+    sample = ClipReader([str(tmp_path / "wan")]).try_load(0, 0, Visit(0))
+    assert sample is not None and sample.video.shape == (5, 32, 32, 3)
+    assert "family" not in pack_small(clips, tmp_path / "mochi")
+    with pytest.raises(ValueError, match=r"got frames 7, expected 4 k \+ 1 for Wan 2\.1, for example 5 or 9"):
+        pack_small(clips, tmp_path / "out", family="wan")
