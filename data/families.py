@@ -79,3 +79,8 @@ def index_family(index: Mapping[str, Any]) -> VideoFamily:
         ValueError: if this version does not know it.
     """
     return family_named(index.get("family", MOCHI.name))
+
+
+def family_titled(title: str) -> VideoFamily:
+    """The family of this title, as `ModelFacts.family` gives it."""
+    return next(family for family in VIDEO_FAMILIES.values() if family.title == title)

@@ -20,6 +20,7 @@ from data.modules.latents import LatentDataModule
 from trainer import run_files
 from trainer.attention import sink_statistics, sink_verdict
 from trainer.graft import apply_graft, check_graft_base, load_graft
+from trainer.models.from_scratch import check_plantable
 from trainer.models.layout import AttentionCall, dense_attention
 from trainer.models.planted_sinks import (
     PlantedHead,
@@ -270,6 +271,7 @@ def plant(
     module = _open(base)
     assert module.split_model is not None
     model = module.split_model.transformer
+    check_plantable(model)
     if not 1 <= last <= module.split_model.num_blocks:
         raise ValueError(f"got last {last}, expected 1 .. {module.split_model.num_blocks}, the blocks of {base}.")
     held_out = HeldOutSamples(shards, val_samples, module)

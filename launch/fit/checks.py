@@ -105,6 +105,10 @@ def check_fit(
     if not faults and isinstance(data, ShardDataModule) and ranks is not None:
         attempt(lambda: data.check_batches(ranks))
     if not faults and isinstance(data, BatchDataModule):
+        if isinstance(model, RetrainBlocks) and any(
+            callback.unconditional for callback in callbacks if isinstance(callback, ProbeCallback)
+        ):
+            attempt(read_facts(read_config(model.base)).check_unconditional)
         for probes in {callback.prompts for callback in callbacks if isinstance(callback, ProbeCallback)}:
             attempt(partial(data.check_probes, probes))
         if isinstance(model, RetrainBlocks):

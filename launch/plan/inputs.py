@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 
 from data.base_folder import resolve_base
 from data.bucket import Bucket
+from data.families import family_titled
 from data.modules.latents import BatchDataModule
 from data.modules.shard_module import ShardDataModule
 from data.storage.store import StoreError
@@ -153,6 +154,7 @@ def read_inputs(args: list[str], nodes: int | None = None) -> PlanInputs:
     if file is not None:
         module.base = str(file)
         attempt(lambda: module.retrained_blocks(read_facts(read_config(module.base)).num_blocks))
+        attempt(lambda: read_facts(read_config(module.base)).check_dropout(module.flow.caption_dropout))
         size = attempt(lambda: _size(config, data, module))
     if faults or size is None:
         raise ValueError("\n".join(faults))
@@ -230,7 +232,7 @@ def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
         raise ValueError(f"got text_tokens {tokens}, expected 1 to {longest}, the longest caption of the base.")
     text = {"text_tokens": tokens, "text_width": facts.text_width}
     if all(value is not None for value in given.values()):
-        latent = Bucket(**given).latent_shape(facts.channels)
+        latent = Bucket(**given, family=family_titled(facts.family).name).latent_shape(facts.channels)
         return {"latent": latent, "latent_from": "--frames, --height, --width", **text}
     if any(value is not None for value in given.values()):
         raise ValueError(f"got {given}, expected all three of --frames, --height and --width, or none of them.")

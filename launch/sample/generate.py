@@ -4,6 +4,7 @@ Legend: T frames, H W pixels, B batch, h heads, d head width, N vision tokens.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,12 @@ class VideoSampler:
     def __init__(self, folder: Path, config: SamplingConfig, device: str) -> None:
         self.config, self.device = config, torch.device(device)
         self.dtype = getattr(torch, config.dtype)
+        index = json.loads((folder / "model_index.json").read_text()) if (folder / "model_index.json").is_file() else {}
+        if index.get("_class_name", MochiPipeline.__name__) != MochiPipeline.__name__:
+            raise ValueError(
+                f"{folder} is a {index['_class_name']}, expected a MochiPipeline: `reblock sample` draws with no other "
+                f"family yet. Load the folder with diffusers' {index['_class_name']}.from_pretrained."
+            )
         diffusers_logging.disable_progress_bar()  # the bar for loading would disturb ours
         pipe = MochiPipeline.from_pretrained(folder, torch_dtype=self.dtype, local_files_only=True)
         self.pipe = pipe.to(device)

@@ -85,12 +85,14 @@ def test_a_killed_run_of_another_family_goes_on_and_its_graft_is_exported(recipe
 
 
 def test_faults_name_the_family(recipe_of, family, tmp_path, capsys):
-    recipe = recipe_of(tmp_path / "run")
-    wrong, said = (
-        ("--model.init_args.caption_dropout=0.1", "expected 0: its empty caption is what the text encoder makes")
-        if not family.startswith("cogvideox")
-        else ("--model.init_args.surgery.reserved_channels=[0,1]", "sinks are planted in no other family")
-    )
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(recipe), wrong])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    path = recipe_of(tmp_path / "run")
+    faults = {"--model.init_args.surgery.reserved_channels=[0,1]": "sinks are planted in no other family"}
+    if not family.startswith("cogvideox"):
+        faults = {
+            "--model.init_args.caption_dropout=0.1": "expected 0: its empty caption is what the text encoder makes",
+            "--trainer.callbacks.unconditional=true": "got unconditional: true with a base of the family",
+        }
+    for option, said in faults.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", str(path), option])
+        assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -41,6 +41,12 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+#: What numpy and zipfile raise for damaged files.
+_DAMAGE = (
+    OSError, EOFError, ValueError, TypeError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads a file that `save_arrays` wrote, without pickle, so no code in the file is executed.
 
@@ -50,7 +56,9 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except _DAMAGE as error:
         raise ValueError(
             f"{path} is damaged or truncated ({error}), expected the arrays of a measurement. Copy it again, or remove "
             "it: the measurement then counts as not made."

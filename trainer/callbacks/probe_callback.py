@@ -232,7 +232,7 @@ class ProbeCallback(Callback, ABC):
         self.check(module)
         weights = module.base_weights if stage == "base" else module.evaluation_weights
         with measurement_mode(module, module.device), weights(), trainer.precision_plugin.val_step_context():
-            probes = self._read_probes(group)
+            probes = self._read_probes(module, group)
             shape = (len(probes.samples), len(probes.sigmas))
             tables: dict[str, Tensor] = {}
             for batch, counts in probes.share(trainer.global_rank, trainer.world_size):
@@ -249,13 +249,15 @@ class ProbeCallback(Callback, ABC):
                 return None
             return self.summarise(module, probes, {name: table.cpu().numpy() for name, table in gathered.items()})
 
-    def _read_probes(self, group: _Group) -> ProbeSet:
+    def _read_probes(self, module: "RetrainBlocks", group: _Group) -> ProbeSet:
         dropped = group is UNCONDITIONAL
         if dropped not in self._probes:
             samples = self._source.probe_samples(self.prompts)
+            facts = module.split_model.facts(module.split_model.transformer.config)
             self._probes[dropped] = ProbeSet(
-                samples, self.sigmas, seed=self.seed, batch_size=self.batch_size, unconditional=dropped
-            )
+                samples, self.sigmas, seed=self.seed, batch_size=self.batch_size, unconditional=dropped,
+                keep_lengths=facts.empty_caption == "zeros",
+            )  # fmt: skip
         return self._probes[dropped]
 
     def _save(
@@ -282,5 +284,6 @@ class ProbeCallback(Callback, ABC):
         share, epoch = "", self._first_probe_callback._epoch_seconds
         if stage not in ("base", "epoch-000", "validate") and epoch is not None:
             share = f", {spent / epoch:.0%} of the previous epoch's {epoch:.1f} s"
-        line = f"{group.files}{self.kind} at {stage}: {len(self._read_probes(group))} probes, {spent:.1f} s{share}"
+        probes = len(self._probes[group is UNCONDITIONAL])
+        line = f"{group.files}{self.kind} at {stage}: {probes} probes, {spent:.1f} s{share}"
         rank_zero_info(f"{line} (passes of the trunk: {run} run, {cached} cached)")

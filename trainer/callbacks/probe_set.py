@@ -69,6 +69,7 @@ class ProbeSet:
         seed: seed of the noise, which also depends on each sample's uid.
         batch_size: number of probes per batch; None chooses it by the size of a latent.
         unconditional: whether to leave out the captions: zero embedding and zero mask, as training drops them.
+        keep_lengths: leave zeros in as many places, for a model that attends to padding.
 
     Raises:
         ValueError: if there are no samples.
@@ -82,11 +83,13 @@ class ProbeSet:
         seed: int,
         batch_size: int | None = None,
         unconditional: bool = False,
+        keep_lengths: bool = False,
     ) -> None:
         if not samples:
             raise ValueError("got no probe samples, expected at least one held-out sample; enlarge the validation set.")
         self._captioned = list(samples)
-        self.samples = [replace(s, text=s.text[:0]) for s in samples] if unconditional else list(samples)
+        bare = [replace(s, text=torch.zeros_like(s.text) if keep_lengths else s.text[:0]) for s in samples]
+        self.samples = bare if unconditional else list(samples)
         self.sigmas = tuple(sigmas)
         self.seed = seed
         self.batch_size = batch_size or max(1, _CELLS // math.prod(samples[0].latent.shape[1:]))

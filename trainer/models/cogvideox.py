@@ -3,7 +3,6 @@
 Legend: B batch, F latent frames, H W latent grid, N vision tokens, L text tokens, D width, h heads, d head width.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.models.layout import TokenLayout
 from trainer.models.process import DiscreteVelocity, Process
-from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State
+from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State, check_text_to_video
 
 
 class OneStreamAttention(ObservedAttention):
@@ -54,9 +53,8 @@ class OneStreamAttention(ObservedAttention):
         return out[:, :vision], out[:, vision:]
 
 
-@functools.cache
-def _process(shift: float) -> Process:
-    return DiscreteVelocity(shift)
+#: By whether positions are rotary: 2B, without, was trained with another signal-to-noise ratio (docs/models.md).
+_PROCESSES = {True: DiscreteVelocity(1.0), False: DiscreteVelocity(3.0)}
 
 
 class SplitCogVideoX(SplitModel):
@@ -69,11 +67,11 @@ class SplitCogVideoX(SplitModel):
 
     @property
     def process(self) -> Process:
-        # 2B, the one without rotary positions, was trained with another signal-to-noise ratio than 5B (docs/models.md).
-        return _process(1.0 if self.transformer.config.use_rotary_positional_embeddings else 3.0)
+        return _PROCESSES[self.transformer.config.use_rotary_positional_embeddings]
 
     @staticmethod
     def facts(config: Mapping[str, Any]) -> ModelFacts:
+        check_text_to_video(config, SplitCogVideoX.family)
         if config["patch_size_t"] is not None or config["ofs_embed_dim"] is not None:
             raise ValueError(
                 f"got patch_size_t {config['patch_size_t']} and ofs_embed_dim {config['ofs_embed_dim']}, expected a "

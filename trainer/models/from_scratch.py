@@ -95,8 +95,8 @@ def check_plantable(model: nn.Module) -> None:
     """Raises ValueError unless the model is a Mochi, whose layers this module knows."""
     if not isinstance(model, MochiTransformer3DModel):
         raise ValueError(
-            f"got reserved_channels or held_sinks for {type(model).__name__}, expected MochiTransformer3DModel: sinks "
-            "are planted in no other family by `reblock plant`."
+            f"got {type(model).__name__}, expected MochiTransformer3DModel for reserved_channels, held_sinks and "
+            "`reblock plant`: sinks are planted in no other family."
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.models.layout import TokenLayout
 from trainer.models.process import RectifiedFlow
-from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State
+from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State, check_text_to_video
 
 #: Guidance scale that the guidance-distilled model is told: the default of diffusers' and the authors' samplers.
 GUIDANCE = 6.0
@@ -88,6 +88,7 @@ class SplitHunyuanVideo(SplitModel):
 
     @staticmethod
     def facts(config: Mapping[str, Any]) -> ModelFacts:
+        check_text_to_video(config, SplitHunyuanVideo.family)
         if config["image_condition_type"] is not None:
             raise ValueError(
                 f"got image_condition_type {config['image_condition_type']!r}, expected none: a HunyuanVideo of text "

@@ -78,6 +78,8 @@ def read_planted(base: str | Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         for head in record["heads"]:
             head["layer"], head["head"] = int(head["layer"]), int(head["head"])
+        if "channels" in record:
+            record["channels"] = {name: int(record["channels"][name]) for name in ("constant", "marker")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no record of planted sinks ({type(error).__name__}: {error}), expected what `reblock plant` "

@@ -5,6 +5,7 @@ Legend: B batch.
 
 from typing import Protocol
 
+import torch
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
@@ -71,14 +72,15 @@ class DiscreteVelocity:
             beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
             snr_shift_scale=shift,
         )  # fmt: skip
-        self.signal = schedule.alphas_cumprod.float()  # a, (1000,)
+        #: a of each level. Numbers: a tensor that was made under a fake or inference mode would stay of that mode.
+        self.signal: list[float] = schedule.alphas_cumprod.tolist()
 
     def _level(self, sigma: Tensor) -> Tensor:
         return (1000.0 * sigma.float()).long().clamp(max=999)
 
     def _roots(self, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a) and sqrt(1 - a), to be broadcast over `like`."""
-        signal = self.signal.to(sigma.device)[self._level(sigma)]
+        signal = torch.tensor(self.signal, device=sigma.device)[self._level(sigma)]
         return _over(signal.sqrt(), like), _over((1 - signal).sqrt(), like)
 
     def mix(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -98,6 +98,18 @@ class ModelFacts:
     text_tokens: int | None = None
     pooled_width: int | None = None
 
+    def check_unconditional(self) -> None:
+        """Checks that probes without captions can be made from what latent shards hold.
+
+        Raises:
+            ValueError: if the family's empty caption is an encoded one.
+        """
+        if self.empty_caption == "encoded":
+            raise ValueError(
+                f"got unconditional: true with a base of the family {self.family}, expected false: its empty caption "
+                "is what the text encoder makes of an empty text, and latent shards hold none."
+            )
+
     def check_dropout(self, caption_dropout: float) -> None:
         """Checks that the family can be trained without captions from what latent shards hold.
 
@@ -141,6 +153,19 @@ class ObservedAttention:
             # Without the layer's number: a constant that differs would have torch.compile make a graph of every block.
             return fused_attention(q, k, v, layout.key_mask)
         return self.attend(q, k, v, AttentionCall(self.layer, layout))
+
+
+def check_text_to_video(config: Mapping[str, Any], family: str) -> None:
+    """Checks that a model takes as many channels as it predicts; one that takes an image has more.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if config["out_channels"] not in (None, config["in_channels"]):
+        raise ValueError(
+            f"got in_channels {config['in_channels']} and out_channels {config['out_channels']}, expected them equal: "
+            f"a {family} of text to video."
+        )
 
 
 def observed_attention(block: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.models.layout import TokenLayout
 from trainer.models.process import RectifiedFlow
-from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State
+from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State, check_text_to_video
 
 #: Text tokens that the cross-attention sees. Captions are padded to it with zeros, which take part.
 TEXT_TOKENS = 512
@@ -62,6 +62,7 @@ class SplitWan(SplitModel):
 
     @staticmethod
     def facts(config: Mapping[str, Any]) -> ModelFacts:
+        check_text_to_video(config, SplitWan.family)
         if config["image_dim"] is not None or config["added_kv_proj_dim"] is not None:
             raise ValueError(
                 f"got image_dim {config['image_dim']} and added_kv_proj_dim {config['added_kv_proj_dim']}, expected a "

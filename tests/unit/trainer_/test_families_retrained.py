@@ -233,3 +233,19 @@ def test_a_teacher_teaches_its_own_blocks_nothing_and_an_identity_everything(bas
         # A fresh block is the identity, whose error is the whole change, up to bfloat16's rounding.
         tolerance = 0.0 if expected == 0.0 and trunk_dtype == "float32" else 1e-5 if trunk_dtype == "float32" else 2e-3
         torch.testing.assert_close(losses, torch.full((3,), expected), rtol=0, atol=tolerance)
+
+
+def test_probes_without_captions_are_what_training_leaves_out(base):
+    module = build(base)
+    facts = module.split_model.facts(module.split_model.transformer.config)
+    drawn_samples = samples(module, 2)
+    if facts.empty_caption == "encoded":
+        with pytest.raises(ValueError, match=rf"unconditional: true with a base of the family {facts.family}"):
+            facts.check_unconditional()
+        return
+    facts.check_unconditional()
+    probes = ProbeSet(drawn_samples, SIGMAS, seed=1, unconditional=True, keep_lengths=facts.empty_caption == "zeros")
+    batch = next(probes.share(0, 1))[0].batch
+    module.flow.caption_dropout = 1.0
+    wanted = module.drop_captions(Batch.collate(drawn_samples), 0)
+    assert set(batch.text_lengths) == set(wanted.text_lengths) and not batch.text.any()

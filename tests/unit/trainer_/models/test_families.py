@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from tests.support.tiny_families import TINY, inputs, make, stock_forward
 from trainer.models.families import FAMILIES, family_of, split_model_of
@@ -147,6 +148,8 @@ def test_a_base_of_any_family_is_loaded_whole_or_refused(name, tmp_path):
         ("wan", {"image_dim": 8}, "expected a Wan 2.1 of text to video"),
         ("hunyuan", {"image_condition_type": "token_replace"}, "HunyuanVideo of text to video"),
         ("cogvideox-5b", {"patch_size_t": 2}, "CogVideoX 1.0 of text to video"),
+        ("wan", {"in_channels": 36}, "in_channels 36 and out_channels 4, expected them equal: a Wan 2.1 of text"),
+        ("cogvideox-2b", {"in_channels": 8}, "expected them equal: a CogVideoX of text to video"),
     ],
 )
 def test_variants_that_take_an_image_are_refused(name, change, message):
@@ -170,3 +173,12 @@ def test_inputs_that_do_not_fit_are_named(name, change, message):
     model = make(name)
     with pytest.raises(ValueError, match=message):
         split_model_of(model).embed(**inputs(model, (3, 3)) | change)
+
+
+def test_a_process_serves_real_tensors_after_fake_ones():
+    """`reblock plan` and a fit in one process: nothing made under a fake mode may be kept."""
+    split_model = split_model_of(make("cogvideox-2b"))
+    with FakeTensorMode():
+        split_model.process.mix(torch.empty(2, 3), torch.empty(2, 3), torch.empty(2))
+    z, noise = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(split_model.process.mix(z, noise, torch.ones(2)), noise)
