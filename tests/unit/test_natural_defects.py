@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "experiments"
-RUNS = json.loads((FOLDER / "natural-defects.json").read_text())
+PIECES = {name: json.loads((FOLDER / name).read_text()) for name in ("natural-defects.json", "natural-defects-2.json")}
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,14 @@ def test_the_interval_is_that_of_a_mean_over_prompts(analysis):
     assert (value - low, high - value) == pytest.approx((half, half), rel=0.1)
 
 
-def test_the_document_holds_the_table_of_the_committed_figures(analysis):
-    assert analysis.table(RUNS) in (FOLDER / "natural-defects.md").read_text()
+@pytest.mark.parametrize("runs", PIECES.values(), ids=PIECES)
+def test_the_document_holds_the_table_of_the_committed_figures(analysis, runs):
+    assert analysis.table(runs) in (FOLDER / "natural-defects.md").read_text()
 
 
-def test_the_figure_shows_every_run(analysis):
-    drawn = analysis.figure(RUNS)
+@pytest.mark.parametrize("runs", PIECES.values(), ids=PIECES)
+def test_the_figure_shows_every_run(analysis, runs):
+    drawn = analysis.figure(runs)
     assert len(drawn.axes) == 4
     names = {text.get_text().split(",")[0] for axes in drawn.axes for text in axes.get_legend().get_texts()}
-    assert names == {run["run"] for run in RUNS}
+    assert names == {run["run"] for run in runs}
