@@ -1,7 +1,7 @@
 """Masked generation of docs/experiments/natural-defects.md: how far samples with masked attention are from dense ones.
 
     python docs/experiments/natural_samples.py sample OUT LAYERS RATIOS PART/PARTS NAME=FOLDER [NAME=FOLDER ...]
-    python docs/experiments/natural_samples.py table OUT [OUT ...]
+    python docs/experiments/natural_samples.py table OUT [OUT ...]   (folders, or files of their rows)
     python docs/experiments/natural_samples.py figure OUT NAME PNG
 
 Each caption is sampled dense, with each of RATIOS (as in 0.5,0.7) of the smallest weights removed in LAYERS (as in
@@ -63,8 +63,9 @@ def sample(
 
 
 def read(out: Path) -> list[dict]:
-    """The rows of all parts."""
-    return [row for path in sorted(out.glob("samples-*.json")) for row in json.loads(path.read_text())]
+    """The rows of all parts in a folder, or of one file."""
+    paths = sorted(out.glob("samples-*.json")) if out.is_dir() else [out]
+    return [row for path in paths for row in json.loads(path.read_text())]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
