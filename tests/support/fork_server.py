@@ -241,8 +241,9 @@ if __name__ == "__main__":
         if len(threads) > 1:
             raise RuntimeError(f"got {len(threads)} threads after the imports, expected one: a fork would lose them.")
         gc.collect()
-        gc.freeze()  # pages stay shared with the children
+        # Children share the pages of what was imported and leave it out of their collections, the one at their end too:
+        # that alone would take as long as the rest of a short fit. What a program itself makes is collected as ever.
+        gc.freeze()
         program = serve(connection)
-    gc.unfreeze()  # what was imported is freed in the end, as ever
     own_main = sys.modules["__main__"]  # kept alive below its successor
     become(program)

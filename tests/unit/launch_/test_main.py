@@ -220,3 +220,17 @@ def test_an_unknown_option_in_a_file_is_named(echo, capsys, tmp_path):
     with pytest.raises(SystemExit):
         command.main(["echo", "a", "b", "--config", str(tmp_path / "options.yaml")])
     assert "clipz" in capsys.readouterr().err
+
+
+def test_what_a_command_imports_is_left_out_of_garbage_collection(tmp_path):
+    (tmp_path / "looks.py").write_text(
+        "import gc\nduring = gc.isenabled()\n"
+        "def run(argv): print(argv, during, gc.isenabled(), gc.get_freeze_count() > 0)\n"
+    )
+    code = "from launch import main as m; m.COMMANDS['fit'] = ('looks:run', ''); m.main()"
+    path = os.pathsep.join([str(tmp_path), str(Path(command.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code, "fit"], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "['fit'] False True True\n"), done.stderr
