@@ -235,6 +235,7 @@ def become(request: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as connection:
+        gc.disable()  # there is no garbage to find yet
         for name in PRELOADED:
             importlib.import_module(name)
         threads = os.listdir("/proc/self/task")
@@ -244,6 +245,7 @@ if __name__ == "__main__":
         # Children share the pages of what was imported and leave it out of their collections, the one at their end too:
         # that alone would take as long as the rest of a short fit. What a program itself makes is collected as ever.
         gc.freeze()
+        gc.enable()
         program = serve(connection)
     own_main = sys.modules["__main__"]  # kept alive below its successor
     become(program)
