@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.models.split_model import SplitModel, State
+from trainer.models.split_model import SplitModel
+from trainer.models.state import State
 
 #: A change below this share of a state's mean square counts as this share, against division by zero.
 _LEAST_CHANGE = 1e-6

@@ -12,7 +12,8 @@ from torch import Tensor
 from data.batch import Batch
 from trainer.distillation import ObjectivePhase, Teacher, block_losses
 from trainer.models.process import Process
-from trainer.models.split_model import SplitModel, State
+from trainer.models.split_model import SplitModel
+from trainer.models.state import State
 from trainer.objective import Flow
 from trainer.surgery import SurgeryConfig
 

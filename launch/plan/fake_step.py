@@ -21,7 +21,7 @@ from data.batch import Batch
 from launch.plan.inputs import PlanInputs
 from launch.plan.operations import Allocation, UsageCounter, make_empty
 from trainer.ema import Ema
-from trainer.models.split_model import State
+from trainer.models.state import State
 from trainer.module import RetrainBlocks
 from trainer.optimizer import adamw
 

@@ -24,7 +24,7 @@ from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeSet
 from trainer.callbacks.trunk_cache import GIB, TrunkCache
 from trainer.models.layout import AttentionCall, dense_attention
-from trainer.models.split_model import State
+from trainer.models.state import State
 from trainer.module import RetrainBlocks
 
 MEASUREMENT = "measurement"

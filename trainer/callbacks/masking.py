@@ -22,7 +22,7 @@ from trainer.callbacks.probe_callback import ProbeCallback
 from trainer.callbacks.probe_set import ProbeBatch, ProbeSet, refuse_key_mask
 from trainer.callbacks.trunk_cache import TrunkCache, TrunkForward
 from trainer.models.layout import AttentionCall, dense_attention
-from trainer.models.split_model import State
+from trainer.models.state import State
 
 if TYPE_CHECKING:
     from trainer.module import RetrainBlocks

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.callbacks.probe_set import ProbeBatch
 from trainer.callbacks.tensor_cache import CacheEntry, DiskCache, MemoryCache
 from trainer.models.layout import AttentionFunction, TokenLayout
-from trainer.models.split_model import State
+from trainer.models.state import State
 from trainer.versions import package_versions, source_digest
 
 if TYPE_CHECKING:

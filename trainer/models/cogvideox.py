@@ -13,9 +13,11 @@ from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embe
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
+from trainer.models.facts import ModelFacts, check_text_to_video
 from trainer.models.layout import TokenLayout
 from trainer.models.process import DiscreteVelocity, Process
-from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State, check_text_to_video
+from trainer.models.split_model import ObservedAttention, SplitModel
+from trainer.models.state import State
 
 
 class OneStreamAttention(ObservedAttention):

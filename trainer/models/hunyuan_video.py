@@ -13,9 +13,11 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor, nn
 
+from trainer.models.facts import ModelFacts, check_text_to_video
 from trainer.models.layout import TokenLayout
 from trainer.models.process import RectifiedFlow
-from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State, check_text_to_video
+from trainer.models.split_model import ObservedAttention, SplitModel
+from trainer.models.state import State
 
 #: Guidance scale that the guidance-distilled model is told: the default of diffusers' and the authors' samplers.
 GUIDANCE = 6.0

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from data.base_folder import read_class_config, resolve_base, weight_files
+from trainer.models.facts import ModelFacts
 from trainer.models.families import FAMILIES, family_of
-from trainer.models.split_model import ModelFacts
 
 _WEIGHTS = "diffusion_pytorch_model"
 

@@ -12,10 +12,12 @@ from diffusers import MochiTransformer3DModel
 from diffusers.models.attention_processor import MochiAttention, MochiAttnProcessor2_0
 from torch import Tensor, nn
 
+from trainer.models.facts import ModelFacts
 from trainer.models.from_scratch import draw_frequencies
 from trainer.models.layout import TokenLayout, text_lengths_of
 from trainer.models.process import RectifiedFlow
-from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State
+from trainer.models.split_model import ObservedAttention, SplitModel
+from trainer.models.state import State
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

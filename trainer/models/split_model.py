@@ -13,127 +13,16 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from trainer.models.facts import ModelFacts
 from trainer.models.layout import AttentionCall, AttentionFunction, TokenLayout, dense_attention, fused_attention
 from trainer.models.process import Process
-
-#: Pixels of a latent cell's side, the same in the VAEs of all families.
-VAE_STRIDE = 8
-
-
-@dataclass(frozen=True)
-class State:
-    """The activations between two blocks.
-
-    Args:
-        vision: (B, N, D) vision stream.
-        text: (B, L, D_text) text stream.
-        temb: (B, ...) what modulates every block: the timestep, and what a family adds to it.
-        rope: rotary tables, float32; empty for a family whose positions are added to the tokens.
-        layout: token order of the batch.
-        size: (F, H, W) of the latent, needed to put patches back.
-        out_temb: (B, D) what modulates the output norm, where that is not `temb`.
-    """
-
-    vision: Tensor
-    text: Tensor
-    temb: Tensor
-    rope: tuple[Tensor, ...]
-    layout: TokenLayout
-    size: tuple[int, int, int]
-    out_temb: Tensor | None = None
-
-    def with_streams(self, vision: Tensor, text: Tensor) -> "State":
-        """The state after a block."""
-        return replace(self, vision=vision, text=text)
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "State":
-        """The same state with `fn` applied to its tensors."""
-        mask = self.layout.key_mask
-        return replace(
-            self,
-            vision=fn(self.vision),
-            text=fn(self.text),
-            temb=fn(self.temb),
-            rope=tuple(fn(table) for table in self.rope),
-            layout=replace(self.layout, key_mask=None if mask is None else fn(mask)),
-            out_temb=None if self.out_temb is None else fn(self.out_temb),
-        )
-
-    def detach(self) -> "State":
-        """The same state, detached from the autograd graph."""
-        return self.map(Tensor.detach)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a transformer's config says, in the words of all families.
-
-    Args:
-        family: its name in messages.
-        num_blocks: transformer blocks.
-        channels: C, channels of a latent.
-        text_width: width of a caption embedding.
-        patch: (t, h, w) latent cells of a token.
-        empty_caption: what a sample trained without its caption has in its place: `nothing`, no tokens at all; `zeros`,
-            as many tokens as ever; `encoded`, what the text encoder makes of an empty text.
-        longest_caption: most tokens of a caption.
-        text_tokens: tokens that every caption has, where padding takes part as other tokens do; None where it does not.
-        pooled_width: width of a caption's pooled embedding, a second input; None for a family without one.
-    """
-
-    family: str
-    num_blocks: int
-    channels: int
-    text_width: int
-    patch: tuple[int, int, int]
-    empty_caption: Literal["nothing", "zeros", "encoded"]
-    longest_caption: int
-    text_tokens: int | None = None
-    pooled_width: int | None = None
-
-    def check_unconditional(self) -> None:
-        """Checks that probes without captions can be made from what latent shards hold.
-
-        Raises:
-            ValueError: if the family's empty caption is an encoded one.
-        """
-        if self.empty_caption == "encoded":
-            raise ValueError(
-                f"got unconditional: true with a base of the family {self.family}, expected false: its empty caption "
-                "is what the text encoder makes of an empty text, and latent shards hold none."
-            )
-
-    def check_dropout(self, caption_dropout: float) -> None:
-        """Checks that the family can be trained without captions from what latent shards hold.
-
-        Raises:
-            ValueError: if captions are to be dropped, and the family's empty caption is an encoded one.
-        """
-        if caption_dropout and self.empty_caption == "encoded":
-            raise ValueError(
-                f"got model.caption_dropout {caption_dropout:g} with a base of the family {self.family}, expected 0: "
-                "its empty caption is what the text encoder makes of an empty text, and latent shards hold none."
-            )
-
-    def check_latent(self, frames: int, height: int, width: int) -> None:
-        """Checks that patches divide a latent.
-
-        Raises:
-            ValueError: if they do not.
-        """
-        if any(size % patch for size, patch in zip((frames, height, width), self.patch, strict=True)):
-            raise ValueError(
-                f"got a latent of {frames} x {height} x {width}, expected multiples of "
-                f"{' x '.join(map(str, self.patch))}: use frames whose height and width are multiples of "
-                f"{VAE_STRIDE * self.patch[1]} and {VAE_STRIDE * self.patch[2]} pixels."
-            )
+from trainer.models.state import State
 
 
 class ObservedAttention:
@@ -153,19 +42,6 @@ class ObservedAttention:
             # Without the layer's number: a constant that differs would have torch.compile make a graph of every block.
             return fused_attention(q, k, v, layout.key_mask)
         return self.attend(q, k, v, AttentionCall(self.layer, layout))
-
-
-def check_text_to_video(config: Mapping[str, Any], family: str) -> None:
-    """Checks that a model takes as many channels as it predicts; one that takes an image has more.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    if config["out_channels"] not in (None, config["in_channels"]):
-        raise ValueError(
-            f"got in_channels {config['in_channels']} and out_channels {config['out_channels']}, expected them equal: "
-            f"a {family} of text to video."
-        )
 
 
 def observed_attention(block: Any) -> Any:

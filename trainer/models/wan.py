@@ -12,9 +12,11 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
+from trainer.models.facts import ModelFacts, check_text_to_video
 from trainer.models.layout import TokenLayout
 from trainer.models.process import RectifiedFlow
-from trainer.models.split_model import ModelFacts, ObservedAttention, SplitModel, State, check_text_to_video
+from trainer.models.split_model import ObservedAttention, SplitModel
+from trainer.models.state import State
 
 #: Text tokens that the cross-attention sees. Captions are padded to it with zeros, which take part.
 TEXT_TOKENS = 512
