@@ -43,7 +43,7 @@ class TrunkHeadLosses(LightningModule):
     def drop_captions(self, batch: Batch, epoch: int) -> Batch:
         """The batch with the captions that this epoch leaves out removed, as the family has them left out."""
         assert self.split_model is not None
-        keep_lengths = self.split_model.facts(self.split_model.transformer.config).empty_caption == "zeros"
+        keep_lengths = self.split_model.own_facts.empty_caption == "zeros"
         return batch.without_captions(self.flow.dropped(epoch, batch.uids), keep_lengths=keep_lengths)
 
     def trunk(self, x: Tensor, sigma: Tensor, batch: Batch) -> State:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.models.from_scratch import reserve_channels
-from trainer.models.planted_sinks import hold_sinks, parse_heads, read_planted
+from trainer.models.planted_record import read_planted
+from trainer.models.planted_sinks import hold_sinks, parse_heads
 from trainer.models.split_model import SplitModel
 from trainer.parallel.sharded_tensors import full_tensor
 

@@ -22,13 +22,13 @@ from trainer.attention import sink_statistics, sink_verdict
 from trainer.graft import apply_graft, check_graft_base, load_graft
 from trainer.models.from_scratch import check_plantable
 from trainer.models.layout import AttentionCall, dense_attention
+from trainer.models.planted_record import read_planted
 from trainer.models.planted_sinks import (
     PlantedHead,
     held_entries,
     largest_markers,
     parse_heads,
     plant_sinks,
-    read_planted,
 )
 from trainer.module import RetrainBlocks, SurgeryConfig
 

@@ -11,6 +11,7 @@ from typing import Any
 from launch.report.comparisons import MaskingComparison, SinkComparison
 from launch.report.stages import Head, MaskingStage, SinkStage
 from launch.run_folder import RunFolder
+from trainer.models.planted_record import read_planted
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def read_results(run: RunFolder) -> RunResults:
             f"{run.path} holds neither config.yaml nor metrics.csv; expected a folder that `reblock fit` wrote."
         )
     base = _base(run)
-    planted = _read_json(Path(base) / "planted.json") if base else None
+    planted = read_planted(base) if base else None
     samples = _read_json(run.samples_index) or []
     return RunResults(
         run=run,

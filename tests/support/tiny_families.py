@@ -10,6 +10,7 @@ from diffusers import (
     MochiTransformer3DModel,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from torch import Tensor, nn
 
 from trainer.models.families import FAMILIES
@@ -99,8 +100,6 @@ def stock_forward(split_model: SplitModel, x: Tensor, timestep: Tensor, text: Te
             x, encoder_hidden_states=text, encoder_attention_mask=text_mask, pooled_projections=pooled,
             guidance=guidance, **how,
         )[0]  # fmt: skip
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
-
     rope = None
     if model.config.use_rotary_positional_embeddings:
 

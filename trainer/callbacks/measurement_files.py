@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from data.files import write_bytes
-from trainer.models.planted_sinks import read_planted
+from trainer.models.planted_record import read_planted
 from trainer.run_files import FIGURES, MEASUREMENTS
 
 

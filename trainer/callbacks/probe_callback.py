@@ -253,7 +253,7 @@ class ProbeCallback(Callback, ABC):
         dropped = group is UNCONDITIONAL
         if dropped not in self._probes:
             samples = self._source.probe_samples(self.prompts)
-            facts = module.split_model.facts(module.split_model.transformer.config)
+            facts = module.split_model.own_facts
             self._probes[dropped] = ProbeSet(
                 samples, self.sigmas, seed=self.seed, batch_size=self.batch_size, unconditional=dropped,
                 keep_lengths=facts.empty_caption == "zeros",

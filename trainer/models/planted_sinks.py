@@ -13,12 +13,9 @@ Legend: h heads, d head width, D width.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import MochiTransformer3DModel
@@ -63,29 +60,6 @@ def parse_heads(heads: Sequence[str]) -> list[tuple[int, int]]:
         return [(int(layer), int(head)) for layer, head in (text.split(":") for text in heads)]
     except ValueError as error:
         raise ValueError(f"got heads {list(heads)}, expected LAYER:HEAD each, such as 7:1.") from error
-
-
-def read_planted(base: str | Path) -> dict[str, Any] | None:
-    """The record of the sinks planted in a base, planted.json as `reblock plant` writes it; None for other bases.
-
-    Raises:
-        ValueError: if the file is no such record.
-    """
-    path = Path(base) / "planted.json"
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for head in record["heads"]:
-            head["layer"], head["head"] = int(head["layer"]), int(head["head"])
-        if "channels" in record:
-            record["channels"] = {name: int(record["channels"][name]) for name in ("constant", "marker")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no record of planted sinks ({type(error).__name__}: {error}), expected what `reblock plant` "
-            "writes: copy it again with its base."
-        ) from error
-    return record
 
 
 def _check_places(model: MochiTransformer3DModel, places: Sequence[tuple[int, int]]) -> None:

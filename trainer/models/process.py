@@ -80,7 +80,7 @@ class DiscreteVelocity:
 
     def _roots(self, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a) and sqrt(1 - a), to be broadcast over `like`."""
-        signal = torch.tensor(self.signal, device=sigma.device)[self._level(sigma)]
+        signal = torch.tensor(self.signal).to(sigma.device, non_blocking=True)[self._level(sigma)]
         return _over(signal.sqrt(), like), _over((1 - signal).sqrt(), like)
 
     def mix(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

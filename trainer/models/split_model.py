@@ -159,19 +159,24 @@ class SplitModel(nn.Module, ABC):
         return self.transformer.config.num_attention_heads
 
     @property
+    def own_facts(self) -> ModelFacts:
+        """What the transformer's config says."""
+        return self.facts(self.transformer.config)
+
+    @property
     def patch(self) -> tuple[int, int, int]:
         """(t, h, w) latent cells of a token."""
-        return self.facts(self.transformer.config).patch
+        return self.own_facts.patch
 
     @property
     def latent_channels(self) -> int:
         """C, channels of the latents that the model takes."""
-        return self.facts(self.transformer.config).channels
+        return self.own_facts.channels
 
     @property
     def text_width(self) -> int:
         """Width of the caption embeddings that the model takes."""
-        return self.facts(self.transformer.config).text_width
+        return self.own_facts.text_width
 
     def draw_positions(self, seed: int) -> None:
         """Gives a model made from scratch the positions that training would not; most families have nothing to draw."""
@@ -192,7 +197,7 @@ class SplitModel(nn.Module, ABC):
             ValueError: if a length does not fit the batch, patches do not divide the latent, or the captions are not
                 those of the family's encoder.
         """
-        facts = self.facts(self.transformer.config)
+        facts = self.own_facts
         batch, _, frames, height, width = x.shape
         if len(text_lengths) != batch or max(text_lengths) > text.shape[1]:
             raise ValueError(

@@ -41,7 +41,7 @@ def build(base, init="keep", **how):
 
 def samples(module, number, marks=(), seed=0):
     """Samples that fit a module's base; `marks` gives those with one patch that stands out, and where."""
-    facts, generator = module.split_model.facts(module.split_model.transformer.config), torch.Generator()
+    facts, generator = module.split_model.own_facts, torch.Generator()
     generator.manual_seed(seed)
     mark = 30.0 * torch.randn(facts.channels, 2, 2, generator=generator)
     found = []
@@ -178,7 +178,7 @@ def test_masking_is_that_of_stored_float64_weights(base):
 
 def test_captions_are_dropped_as_the_family_has_it(base):
     module = build(base)
-    facts = module.split_model.facts(module.split_model.transformer.config)
+    facts = module.split_model.own_facts
     module.flow.caption_dropout = 1.0
     batch = Batch.collate(samples(module, 2))
     if facts.empty_caption == "encoded":
@@ -237,7 +237,7 @@ def test_a_teacher_teaches_its_own_blocks_nothing_and_an_identity_everything(bas
 
 def test_probes_without_captions_are_what_training_leaves_out(base):
     module = build(base)
-    facts = module.split_model.facts(module.split_model.transformer.config)
+    facts = module.split_model.own_facts
     drawn_samples = samples(module, 2)
     if facts.empty_caption == "encoded":
         with pytest.raises(ValueError, match=rf"unconditional: true with a base of the family {facts.family}"):
