@@ -56,8 +56,12 @@ class ObjectivePhase:
 FLOW_ALONE = (ObjectivePhase(flow=1.0),)
 
 
-def check_phases(phases: Sequence[ObjectivePhase]) -> None:
-    """Checks that each phase but the last has an end, and that each has something to learn.
+def check_phases(phases: Sequence[ObjectivePhase], *, trains_trunk: bool = False) -> None:
+    """Checks that each phase but the last has an end, that each learns something, with a teacher where it needs one.
+
+    Args:
+        phases: of a run, in order.
+        trains_trunk: whether the run trains the trunk too.
 
     Raises:
         ValueError: naming every fault.
@@ -70,6 +74,11 @@ def check_phases(phases: Sequence[ObjectivePhase]) -> None:
         weights = {"flow": phase.flow, "velocity": phase.velocity, "blocks": phase.blocks}
         if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
             faults.append(f"got weights {weights} in phase {number}, expected all at least 0 and one above.")
+        if phase.needs_teacher and trains_trunk:
+            faults.append(
+                f"got weights {weights} in phase {number} with surgery.train_outside, expected flow alone: a teacher "
+                "needs a trunk that stays as it is."
+            )
     if faults:
         raise ValueError("\n".join(f"model.objective: {fault}" for fault in faults))
 

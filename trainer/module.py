@@ -53,6 +53,7 @@ class RetrainBlocks(TrunkHeadLosses):
         optim: optimiser and schedule.
         objective: the losses of each phase of the run; the flow loss throughout if none is given.
         sigma: distribution of sigma.
+        sigma_shift: c of s <- c s / (1 + (c - 1) s), which moves drawn sigmas towards noise, as a sampler's shift does.
         caption_dropout: share of samples trained without caption.
         seed: of sigma, noise and caption dropout in training. The noise of validation is always the same.
         ema_decay: decay of the average used for validation and export.
@@ -72,6 +73,7 @@ class RetrainBlocks(TrunkHeadLosses):
         optim: OptimConfig | None = None,
         objective: tuple[ObjectivePhase, ...] | None = None,
         sigma: SigmaSampler = "uniform",
+        sigma_shift: float = 1.0,
         caption_dropout: float = 0.1,
         seed: int = 0,
         ema_decay: float = 0.999,
@@ -93,17 +95,12 @@ class RetrainBlocks(TrunkHeadLosses):
             )
         check_decay(ema_decay)
         self.phases = FLOW_ALONE if objective is None else tuple(objective)
-        check_phases(self.phases)
-        if self.needs_teacher and surgery.train_outside:
-            raise ValueError(
-                "got model.objective with velocity or blocks and surgery.train_outside, expected flow alone: a teacher "
-                "needs a trunk that stays as it is."
-            )
+        check_phases(self.phases, trains_trunk=surgery.train_outside)
         self.base = base
         self.surgery = surgery
         self.optim = optim or OptimConfig()
         check_held(surgery, self.optim.weight_decay)
-        self.flow = Flow(sigma=sigma, caption_dropout=caption_dropout, seed=seed)
+        self.flow = Flow(sigma=sigma, sigma_shift=sigma_shift, caption_dropout=caption_dropout, seed=seed)
         self.ema_decay = ema_decay
         self.trunk_dtype = getattr(torch, trunk_dtype)
         self.checkpoint_head = checkpoint_head

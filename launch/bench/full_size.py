@@ -10,7 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from data.batch import Batch, Sample
+from data.bucket import Bucket
+from data.families import family_titled
 from launch.bench.result import BenchResult, choose_device
+from trainer.models.facts import ModelFacts
 from trainer.models.load import read_config, read_facts
 from trainer.module import RetrainBlocks, SurgeryConfig
 
@@ -18,25 +21,13 @@ _GIB = 2**30
 _RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-def latent_shape(channels: int, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Shape (C, F, H, W) of the latent of a clip.
-
-    Raises:
-        ValueError: if Mochi's VAE and patches do not support the clip's size.
-    """
-    if frames < 1 or frames % 6 != 1 or height % 16 or width % 16 or height < 16 or width < 16:
-        raise ValueError(
-            f"got a clip of {frames} frames at {height} x {width}, expected 6k + 1 frames and multiples of 16."
-        )
-    return channels, (frames - 1) // 6 + 1, height // 8, width // 8
-
-
-def random_batch(shape: tuple[int, ...], text_tokens: int, text_width: int, uid: int) -> Batch:
-    """A batch with one sample, whose latent and caption embedding are noise."""
+def random_batch(shape: tuple[int, ...], text_tokens: int, facts: ModelFacts, uid: int) -> Batch:
+    """A batch with one sample, whose latent (C, F, H, W) and caption embeddings are noise."""
     generator = torch.Generator().manual_seed(uid)
     latent = torch.randn(shape, generator=generator)
-    text = torch.randn(text_tokens, text_width, generator=generator)
-    return Batch.collate([Sample(latent=latent, text=text, key=f"random-{uid}", uid=uid)])
+    text = torch.randn(text_tokens, facts.text_width, generator=generator)
+    pooled = None if facts.pooled_width is None else torch.randn(facts.pooled_width, generator=generator)
+    return Batch.collate([Sample(latent=latent, text=text, key=f"random-{uid}", uid=uid, pooled=pooled)])
 
 
 class StepClock(Callback):
@@ -79,11 +70,11 @@ def _peak_gib(device: torch.device) -> float:
 def run(
     *,
     device: str = "auto",
-    config_json: Path = _RECIPES / "mochi1_transformer.json",
+    config_json: Path = _RECIPES / "transformers" / "mochi_1.json",
     frames: tuple[int, ...] = (37, 163),
     height: int = 480,
     width: int = 848,
-    text_tokens: int = 256,
+    text_tokens: int | None = None,
     steps: int = 5,
     last: int = 4,
 ) -> BenchResult:
@@ -91,17 +82,19 @@ def run(
 
     Args:
         device: `cpu`, `cuda`, or `auto` for cuda if there is a GPU.
-        config_json: JSON file with the transformer's config.
-        frames: clip lengths in frames, each 6k + 1.
+        config_json: JSON file with the transformer's config, of any family.
+        frames: clip lengths in frames, as the family's VAE takes them: 6k + 1 for Mochi.
         height: height of the clips in pixels, a multiple of 16.
         width: width of the clips in pixels, a multiple of 16.
-        text_tokens: number of tokens of a caption.
+        text_tokens: number of tokens of a caption; the family's longest by default.
         steps: number of training steps at each clip length.
         last: number of last blocks to retrain.
     """
     device = choose_device(device)
     facts = read_facts(read_config(str(config_json)))
-    shapes = [latent_shape(facts.channels, count, height, width) for count in frames]
+    family = family_titled(facts.family).name
+    shapes = [Bucket(count, height, width, family).latent_shape(facts.channels) for count in frames]
+    text_tokens = facts.longest_caption if text_tokens is None else text_tokens
     module = RetrainBlocks(
         base=str(config_json),
         surgery=SurgeryConfig(last=last),
@@ -109,7 +102,7 @@ def run(
         checkpoint_head=True,
         caption_dropout=0.0,
     )
-    batches = [random_batch(shape, text_tokens, facts.text_width, uid) for shape in shapes for uid in range(steps)]
+    batches = [random_batch(shape, text_tokens, facts, uid) for shape in shapes for uid in range(steps)]
     clock = StepClock()
     trainer = Trainer(
         accelerator="gpu" if device.startswith("cuda") else device, devices=1,
@@ -132,7 +125,8 @@ def run(
     every = sum(p.numel() for p in module.split_model.transformer.parameters())
     retrained = sum(p.numel() for p in module.retrained_parameters().values())
     return BenchResult(
-        title=f"Training step, {facts.num_blocks} blocks, last {last} retrained, {height} x {width}, batch 1",
+        title=f"Training step of {config_json.stem}, {facts.num_blocks} blocks, last {last} retrained, "
+        f"{height} x {width}, batch 1",
         columns=("frames", "tokens (vision + text)", "best s/step", "each step (s)", "peak memory (GiB)"),
         rows=rows,
         notes=(

@@ -81,6 +81,7 @@ def fake_batch(inputs: PlanInputs, size: int) -> tuple[Batch, Tensor, Tensor]:
         keys=("",) * size,
         uids=tuple(range(size)),
         counts=(True,) * size,
+        pooled=None if inputs.pooled_width is None else torch.empty(size, inputs.pooled_width),
     )
     return batch, torch.empty(size, *inputs.latent), torch.empty(size)
 

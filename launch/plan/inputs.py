@@ -1,5 +1,6 @@
 """Reads a plan's inputs from a recipe, with the parser of `fit` but without a Trainer, device or weights."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,9 +23,8 @@ from launch.plan.sharding import Sharding, read_sharding
 from trainer.models.load import read_config, read_facts
 from trainer.module import RetrainBlocks
 
-#: The reference base. A plan needs no download of it, since its config is in `recipes/`.
-REFERENCE = "genmo/mochi-1-preview"
-_REFERENCE_CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "mochi1_transformer.json"
+#: Configs of the published bases, whose hub ids they say: a plan needs no download of these.
+_PUBLISHED = Path(__file__).resolve().parents[2] / "recipes" / "transformers"
 
 #: Lightning's name of a precision -> dtype of autocast.
 _PRECISIONS = {"32": None, "32-true": None, "bf16-mixed": torch.bfloat16}
@@ -80,6 +80,7 @@ class PlanInputs:
         latent_from: source of the latent's size.
         text_tokens: number of tokens of a caption.
         text_width: width of the caption embeddings.
+        pooled_width: width of the pooled caption embeddings; None for a family without.
         callbacks: callbacks of the recipe.
         hardware: the assumed hardware.
         json: JSON file to write all figures to; None writes none.
@@ -101,6 +102,7 @@ class PlanInputs:
     latent_from: str
     text_tokens: int
     text_width: int
+    pooled_width: int | None
     callbacks: list[Callback] = field(default_factory=list)
     hardware: Hardware = field(default_factory=Hardware)
     json: Path | None = None
@@ -183,8 +185,9 @@ def base_config(base: str) -> Path:
     try:
         path = resolve_base(base)
     except ValueError as error:
-        if base == REFERENCE:
-            return _REFERENCE_CONFIG
+        for config in sorted(_PUBLISHED.glob("*.json")):
+            if json.loads(config.read_text()).get("_name_or_path") == base:
+                return config
         raise ValueError(f"{error} A plan needs its transformer/config.json only: --model.base FILE.") from error
     read_config(base)  # raises if the config is invalid
     if path.is_file():
@@ -230,7 +233,7 @@ def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
     tokens = longest if config.text_tokens is None else config.text_tokens
     if not 0 < tokens <= longest:
         raise ValueError(f"got text_tokens {tokens}, expected 1 to {longest}, the longest caption of the base.")
-    text = {"text_tokens": tokens, "text_width": facts.text_width}
+    text = {"text_tokens": tokens, "text_width": facts.text_width, "pooled_width": facts.pooled_width}
     if all(value is not None for value in given.values()):
         latent = Bucket(**given, family=family_titled(facts.family).name).latent_shape(facts.channels)
         return {"latent": latent, "latent_from": "--frames, --height, --width", **text}

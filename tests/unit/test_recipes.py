@@ -1,6 +1,7 @@
 """Every recipe in the repository builds its model, alone and under every overlay."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from launch import main as command
 from launch.demo.train_vae import TrainVae
 from launch.fit.cli import recipe_cli
 from launch.flat_recipe import flatten
+from trainer.models.load import load_transformer
 from trainer.module import RetrainBlocks
 from trainer.parallel.strategies import ShardedStrategy
 
@@ -26,6 +28,11 @@ PACK_OPTIONS = sorted(path.stem for path in (ROOT / "recipes" / "data").glob("*.
 OVERLAYS = sorted(path.stem for path in (ROOT / "recipes" / "cluster").glob("*.yaml"))
 OBJECTIVES = sorted(path.stem for path in (ROOT / "recipes" / "objectives").glob("*.yaml"))
 CONTROLS = sorted(path.stem for path in (ROOT / "recipes" / "controls").glob("*.yaml"))
+#: Hub id of a published base -> its config.
+PUBLISHED = {
+    json.loads(path.read_text())["_name_or_path"]: str(path.relative_to(ROOT))
+    for path in (ROOT / "recipes" / "transformers").glob("*.json")
+}
 ZERO = [name for name in OVERLAYS if name.startswith("zero")]
 
 
@@ -43,8 +50,8 @@ def recipe(name: str, tmp_path: Path, *more: str, overlay: str | None = None):
     config = yaml.safe_load((ROOT / "recipes" / name).read_text())
     base = config["model"]["init_args"].get("base")
     if base and not Path(base).exists():
-        stand_in = "mochi1_transformer" if base.startswith("genmo/") else "demo_base_config"
-        more = ("--model.init_args.base", f"recipes/{stand_in}.json", *more)
+        stand_in = PUBLISHED.get(base, "recipes/demo_base_config.json")
+        more = ("--model.init_args.base", stand_in, *more)
     plain = [] if overlay else ["--trainer.strategy", "auto", "--trainer.precision", "32-true"]
     configs = [f"recipes/{name}"] + ([f"recipes/cluster/{overlay}.yaml"] if overlay else [])
     return recipe_cli(
@@ -117,6 +124,22 @@ def test_every_recipe_builds_its_model(name, tmp_path):
     retrained = sum(p.numel() for p in cli.model.retrained_parameters().values())
     assert 0 < retrained <= sum(p.numel() for p in cli.model.split_model.transformer.parameters())
     assert sorted({type(c).__name__ for c in cli.trainer.callbacks} & {"RandomStateCheckpoint", "LastCheckpoint"})
+
+
+def test_the_configs_are_those_of_the_published_models():
+    """Millions of parameters as docs/models.md has them, counted by diffusers' classes."""
+    counted = {
+        name: round(sum(p.numel() for p in load_transformer(path, device="meta").parameters()) / 1e6)
+        for name, path in PUBLISHED.items()
+    }
+    assert counted == {
+        "genmo/mochi-1-preview": 10_028,
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_419,
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288,
+        "hunyuanvideo-community/HunyuanVideo": 12_821,
+        "THUDM/CogVideoX-2b": 1_694,
+        "THUDM/CogVideoX-5b": 5_570,
+    }
 
 
 def test_the_reference_job_retrains_792_8_million_of_10_billion(tmp_path):

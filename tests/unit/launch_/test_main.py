@@ -175,6 +175,15 @@ def test_starting_imports_no_heavy_package():
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
+def test_what_a_command_prints_ends_with_its_own_words():
+    """Without a report of leaks by triton's bindings, whose objects are left out of garbage collection."""
+    pytest.importorskip("triton")
+    code = "import sys, launch.main\nlaunch.main._import_for_good('triton')\nprint('said', file=sys.stderr)"
+    root = Path(command.__file__).parent.parent
+    ended = subprocess.run([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "said\n")
+
+
 @pytest.mark.parametrize("own, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
 def test_threads_that_wait_do_not_spin_unless_the_user_says_so(own, policy):
     code = "import os, sys\nfrom launch.main import main\nsys.argv = ['reblock', 'none']\ntry:\n    main()\n" + (

@@ -146,6 +146,14 @@ def test_phases_that_cannot_be_are_refused(phases, fault):
         check_phases(phases)
 
 
+def test_a_teacher_needs_a_trunk_that_stays(make_module):
+    with pytest.raises(ValueError, match=r"in phase 1 with surgery.train_outside, expected flow alone"):
+        make_module(
+            objective=(ObjectivePhase(flow=1, steps=5), ObjectivePhase(flow=1, blocks=1)),
+            surgery=SurgeryConfig(last=2, train_outside=True),
+        )
+
+
 def test_an_empty_list_of_phases_is_not_the_default(make_module):
     assert make_module(objective=None).phases == (FLOW,)
     with pytest.raises(ValueError, match="phases of \\[\\] steps"):

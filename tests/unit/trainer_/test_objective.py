@@ -54,6 +54,17 @@ def test_sampler_has_its_distribution(name):
     assert all(distance(draws.clamp(1e-6, 1 - 1e-6), CLOSED_FORMS[other]) > 5 * critical for other in others)
 
 
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
+def test_a_shift_is_that_of_the_samplers(name, shift):
+    plain = Flow(sigma=name).sigma(3, range(64)).sort(descending=True).values
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=plain.tolist())
+    drawn = Flow(sigma=name, sigma_shift=shift).sigma(3, range(64)).sort(descending=True).values
+    torch.testing.assert_close(drawn, scheduler.sigmas[:-1], rtol=1e-6, atol=0)  # it adds a 0 at the end
+    assert torch.equal(drawn, plain) or shift > 1
+
+
 def test_linear_quadratic_meets_the_pipeline_steps():
     sampler = Flow(sigma="linear_quadratic").sampler
     table = torch.tensor([*linear_quadratic_schedule(64, 0.025), 0.0])
@@ -144,6 +155,9 @@ def test_unknown_settings_are_named():
     for share in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="caption_dropout"):
             Flow(caption_dropout=share)
+    for shift in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"got sigma_shift .*, expected a number above 0"):
+            Flow(sigma_shift=shift)
 
 
 class ExactVelocity(ModelMixin):

@@ -7,8 +7,6 @@ import pytest
 
 from launch.bench import step as bench_step
 from launch.bench.command import BENCHMARKS, run
-from launch.bench.full_size import latent_shape
-from trainer.models.load import read_config
 
 TINY = {**bench_step.CONFIG, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "text_embed_dim": 16}
 
@@ -83,23 +81,9 @@ def test_full_prints_seconds_and_memory_for_each_length(tmp_path, capsys, config
     assert "8 + 5" in out and "16 + 5" in out and "torch" in out
 
 
-def test_full_size_config_and_latents():
-    config = read_config("recipes/mochi1_transformer.json")
-    assert config["num_layers"] == 48 and config["num_attention_heads"] * config["attention_head_dim"] == 3072
-    tokens = {37: 11_130, 85: 23_850, 163: 44_520}
-    for frames, want in tokens.items():
-        shape = latent_shape(12, frames, 480, 848)
-        assert shape[1] * shape[2] * shape[3] // 4 == want
-    for clip in ((36, 480, 848), (37, 481, 848), (37, 480, 840), (0, 16, 16)):
-        with pytest.raises(ValueError, match=r"6k \+ 1 frames and multiples of 16"):
-            latent_shape(12, *clip)
-
-
-def test_full_size_parameters(tmp_path):
-    """The published counts: about 10 B in all, 792.8 M in the last four blocks."""
-    from trainer.models.load import load_transformer
-
-    model = load_transformer("recipes/mochi1_transformer.json", device="meta")
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer_blocks]
-    assert round(sum(blocks) / 1e9, 2) == 9.93 and round(sum(blocks[-4:]) / 1e6, 1) == 792.8
-    assert len(set(blocks[:-1])) == 1 and blocks[-1] < blocks[0]
+def test_full_refuses_a_clip_that_the_family_does_not_take():
+    with pytest.raises(ValueError, match=r"got frames 36, expected 6 k \+ 1"):
+        run(["bench", "full", "--device", "cpu", "--frames", "[36]"])
+    wan = "recipes/transformers/wan_1.3b.json"
+    with pytest.raises(ValueError, match=r"got frames 83, expected 4 k \+ 1 for Wan 2.1"):
+        run(["bench", "full", "--device", "cpu", "--config_json", wan, "--frames", "[83]"])
