@@ -9,11 +9,13 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from data.base_folder import resolve_base
+from data.families import VideoFamily
 from data.files import write_json
 from data.video.decode import decode_video
 from data.video.write import write_video
 from launch.sample.contact_sheet import write_contact_sheet
 from launch.sample.generate import SamplingConfig, VideoSampler, bottom_masked, psnr_and_ssim
+from launch.sample.pipelines import check_pipeline
 from launch.sample.variants import (
     BASE,
     BASE_MASKED,
@@ -57,16 +59,6 @@ class SampleVariant:
         return seed + _NEXT_SEED if self.name == OTHER_SEED else seed
 
 
-def _pipeline_folder(name: Path, option: str) -> Path:
-    folder = resolve_base(str(name))
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"got {option} {folder}, which holds no model_index.json; expected a complete diffusers pipeline folder "
-            "(transformer, vae, text_encoder, tokenizer, scheduler), as `reblock export` writes it."
-        )
-    return folder
-
-
 def _retrained_blocks(folder: Path) -> list[int]:
     path = folder / "reblock.json"
     blocks = json.loads(path.read_text()).get("blocks") if path.is_file() else None
@@ -91,13 +83,15 @@ def _read_entries(path: Path) -> list[dict]:
         return []
 
 
-def _variants(base: Path, retrained: Path | None, mask_ratio: float) -> list[SampleVariant]:
+def _variants(base: Path, family: VideoFamily, retrained: Path | None, mask_ratio: float) -> list[SampleVariant]:
     if not 0.0 <= mask_ratio < 1.0 or (mask_ratio and retrained is None):
         raise ValueError(f"got mask_ratio {mask_ratio}, expected 0 <= ratio < 1, and a retrained folder if above 0.")
-    base = _pipeline_folder(base, "base")
     if retrained is None:
         return [SampleVariant(BASE, base), SampleVariant(OTHER_SEED, base)]
-    folder = _pipeline_folder(retrained, "retrained")
+    folder = resolve_base(str(retrained))
+    own = check_pipeline(folder).family
+    if own is not family:
+        raise ValueError(f"got a base of {family.title} and a retrained model of {own.title}, expected one family.")
     functions = dict.fromkeys(_retrained_blocks(folder), bottom_masked(mask_ratio)) if mask_ratio else {}
     masked = [SampleVariant(BASE_MASKED, base, mask_ratio, functions)] if mask_ratio else []
     retrained_masked = [SampleVariant(RETRAINED_MASKED, folder, mask_ratio, functions)] if mask_ratio else []
@@ -114,10 +108,10 @@ def sample(
     retrained: Path | None = None,
     captions: list[str] | None = None,
     seed: int = 0,
-    steps: int = 32,
-    guidance: float = 4.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     mask_ratio: float = 0.0,
-    frames: int = 19,
+    frames: int | None = None,
     height: int = 64,
     width: int = 64,
     fps: int = 12,
@@ -126,6 +120,7 @@ def sample(
 ) -> None:
     """Samples the same captions and seeds from base and retrained model, and draws a contact sheet of all videos.
 
+    Each family (Mochi, Wan 2.1, HunyuanVideo, CogVideoX) is sampled by its own diffusers pipeline and scheduler.
     Writes one mp4 per caption and variant (base, base-masked, base-other-seed, retrained, retrained-masked),
     samples.json and contact-sheet.png. Masked videos are compared with the same model's dense ones; the base's other
     seed and the retrained model with the base: two seeds differ by as much as one caption leaves open. Videos that
@@ -137,22 +132,33 @@ def sample(
         retrained: pipeline folder written by `reblock export`; without it only the base is sampled.
         captions: texts to sample; three captions of the synthetic clips by default.
         seed: seed of the first caption's noise; caption i uses seed + i in every variant.
-        steps: number of denoising steps.
-        guidance: classifier-free guidance scale; 1 turns it off.
+        steps: number of denoising steps; by default 32, for CogVideoX 40 (best a divisor of 1000).
+        guidance: scale of classifier-free guidance against the empty caption, 1 turns it off; for HunyuanVideo the
+            guidance that is an input of the model. By default 4.5 for Mochi, 5 for Wan 2.1, 6 for the others.
         mask_ratio: share of the attention weights removed in the retrained blocks, smallest first; 0 leaves the masked
-            variants out.
-        frames: number of frames per video, 6k + 1.
+            variants out. Of Wan 2.1 self-attention is masked, cross-attention is not.
+        frames: number of frames per video: 6k + 1 for Mochi (19 by default), 4k + 1 for Wan 2.1 and HunyuanVideo,
+            8k + 1 for CogVideoX (17 by default).
         height: height in pixels, a multiple of 16.
         width: width in pixels, a multiple of 16.
         fps: frames per second of the files.
         device: torch device to sample on.
         dtype: dtype of the weights, float32 or bfloat16; latents stay float32 between steps.
     """
+    folder = resolve_base(str(base))
+    use = check_pipeline(folder)
     config = SamplingConfig(
-        seed=seed, steps=steps, guidance=guidance, frames=frames, height=height, width=width, fps=fps, dtype=dtype
+        seed=seed,
+        steps=use.steps if steps is None else steps,
+        guidance=use.guidance if guidance is None else guidance,
+        frames=use.frames if frames is None else frames,
+        height=height,
+        width=width,
+        fps=fps,
+        dtype=dtype,
     )
-    config.check()
-    variants = _variants(base, retrained, mask_ratio)
+    config.check(use.family)
+    variants = _variants(folder, use.family, retrained, mask_ratio)
     texts = list(CAPTIONS) if captions is None else captions
     if not texts:
         raise ValueError("got no captions, expected at least one; leave the option out for the default ones.")

@@ -3,20 +3,22 @@
 Legend: T frames, H W pixels, B batch, h heads, d head width, N vision tokens.
 """
 
-import contextlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import MochiPipeline
 from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from transformers.utils import logging as transformers_logging
 
+from data.bucket import check_size
+from data.families import VideoFamily
+from launch.sample.pipelines import load_pipeline, pipeline_use
 from trainer.attention import masked_attention, pooled_quantiles
 from trainer.models.families import split_model_of
 from trainer.models.layout import AttentionCall, AttentionFunction
@@ -34,8 +36,8 @@ class SamplingConfig:
     Args:
         seed: noise seed of the first caption.
         steps: number of denoising steps.
-        guidance: classifier-free guidance scale; 1 turns it off.
-        frames: number of frames per video, 6k + 1.
+        guidance: scale of classifier-free guidance, 1 turns it off; for HunyuanVideo of the embedded guidance.
+        frames: number of frames per video, a multiple of the family's step and 1 more.
         height: height in pixels, a multiple of 16.
         width: width in pixels, a multiple of 16.
         fps: frames per second of the file.
@@ -51,25 +53,31 @@ class SamplingConfig:
     fps: int
     dtype: str
 
-    def check(self) -> None:
-        """Raises a ValueError that names all invalid settings."""
+    def check(self, family: VideoFamily) -> None:
+        """Checks the settings for a family.
+
+        Raises:
+            ValueError: if it does not take them; it names all invalid ones.
+        """
         faults = []
-        if self.frames < 1 or self.frames % 6 != 1:
-            faults.append(f"frames {self.frames} (expected 6k + 1: 7, 13, 19, ...)")
-        if self.height < 16 or self.width < 16 or self.height % 16 or self.width % 16:
-            faults.append(f"size {self.height} x {self.width} (expected multiples of 16)")
+        try:
+            check_size(self.frames, self.height, self.width, family.name)
+        except ValueError as error:
+            faults.append(str(error).removesuffix("."))
         if self.steps < 2:
-            faults.append(f"steps {self.steps} (expected at least 2)")
+            faults.append(f"got steps {self.steps}, expected at least 2")
         if self.dtype not in ("float32", "bfloat16"):
-            faults.append(f"dtype {self.dtype!r} (expected 'float32' or 'bfloat16')")
+            faults.append(f"got dtype {self.dtype!r}, expected 'float32' or 'bfloat16'")
         if faults:
-            raise ValueError("got " + "; ".join(faults) + ".")
+            raise ValueError(f"with a base of {family.title}: " + "; ".join(faults) + ".")
 
 
 def bottom_masked(ratio: float) -> AttentionFunction:
     """Attention function that removes the share `ratio` of each head's smallest weights.
 
-    Each call measures the thresholds, for each sample by itself and over its valid tokens only, without padded text.
+    Each call measures the thresholds, for each sample by itself and over all weights between its tokens. Text that is
+    padded is left out where it is no key (Mochi, HunyuanVideo), and counts where it is (CogVideoX). Wan's layers are
+    masked in self-attention; cross-attention stays dense.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -97,25 +105,19 @@ class VideoSampler:
     """Samples videos from one pipeline folder, which is loaded once.
 
     Args:
-        folder: folder of a complete diffusers Mochi pipeline.
+        folder: complete diffusers pipeline folder of any family.
         config: settings of every video.
         device: torch device to sample on.
     """
 
     def __init__(self, folder: Path, config: SamplingConfig, device: str) -> None:
         self.config, self.device = config, torch.device(device)
-        self.dtype = getattr(torch, config.dtype)
-        index = json.loads((folder / "model_index.json").read_text()) if (folder / "model_index.json").is_file() else {}
-        if index.get("_class_name", MochiPipeline.__name__) != MochiPipeline.__name__:
-            raise ValueError(
-                f"{folder} is a {index['_class_name']}, expected a MochiPipeline: `reblock sample` draws with no other "
-                f"family yet. Load the folder with diffusers' {index['_class_name']}.from_pretrained."
-            )
-        diffusers_logging.disable_progress_bar()  # the bar for loading would disturb ours
-        pipe = MochiPipeline.from_pretrained(folder, torch_dtype=self.dtype, local_files_only=True)
-        self.pipe = pipe.to(device)
+        diffusers_logging.disable_progress_bar()  # the bars for loading would disturb ours
+        transformers_logging.disable_progress_bar()
+        self.use = pipeline_use(folder)
+        self.pipe = load_pipeline(folder, getattr(torch, config.dtype), self.device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.vae.enable_tiling()  # no effect up to 256 pixels; larger frames need it to fit into memory
+        self.pipe.vae.enable_tiling()  # no effect on small frames; larger ones need it to fit into memory
         self.split_model = split_model_of(self.pipe.transformer)
 
     @torch.no_grad()
@@ -132,31 +134,17 @@ class VideoSampler:
         """
         config = self.config
 
-        def after_step(pipe: MochiPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
+        def after_step(pipe: Any, step: int, timestep: Tensor, tensors: dict) -> dict:
             on_step()
             return {}
 
-        text, mask, _, _ = self.pipe.encode_prompt(caption, do_classifier_free_guidance=False)
-        if not caption:
-            mask = torch.zeros_like(mask)
-        # The pipeline keeps latents and timesteps in the dtype of the embeddings, which should always be float32.
-        text = text.float() * mask[..., None]
-        narrow = self.dtype != torch.float32
-        with (
-            torch.autocast(self.device.type, self.dtype) if narrow else contextlib.nullcontext(),
-            self.split_model.attention(functions),
-        ):
+        with self.split_model.attention(functions):
             video = self.pipe(
-                prompt_embeds=text,
-                prompt_attention_mask=mask,
-                # The empty caption, as in training with dropped captions: zero embedding, zero mask.
-                negative_prompt_embeds=torch.zeros_like(text),
-                negative_prompt_attention_mask=torch.zeros_like(mask),
+                **self.use.arguments(self.pipe, caption, config.guidance),
                 num_frames=config.frames,
                 height=config.height,
                 width=config.width,
                 num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
                 generator=torch.Generator().manual_seed(seed),
                 callback_on_step_end=after_step,
                 output_type="np",
