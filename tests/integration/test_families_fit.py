@@ -1,5 +1,6 @@
-"""The commands on a base of another family: fit, killed and resumed, then validate, export and report."""
+"""The commands on a base of another family: fit, killed and resumed, then export, sample and report."""
 
+import json
 import os
 import signal
 import threading
@@ -12,9 +13,10 @@ import yaml
 
 from launch.main import main
 from launch.run_folder import RunFolder
+from tests.support.family_bases import COGVIDEOX_TOKENS, make_pipeline
 from tests.support.latent_shards import write_latents
 from tests.support.run_rows import assert_same_run, rows_of
-from tests.support.tiny_families import TINY, inputs, make
+from tests.support.tiny_families import TINY, inputs
 from trainer.models.families import split_model_of
 
 #: Family -> its name in shards, and a bucket of theirs.
@@ -31,14 +33,15 @@ def family(request) -> str:
 @pytest.fixture
 def recipe_of(family, tmp_path, write_recipe):
     """(folder) -> a recipe that retrains the last two blocks of the family's tiny base."""
-    make(family, 3).save_pretrained(tmp_path / "base" / "transformer")
     generator = torch.Generator().manual_seed(0)
     name, bucket = SHARDS[family]
+    make_pipeline(name, 3).save_pretrained(tmp_path / "base")
+    tokens = COGVIDEOX_TOKENS if name == "cogvideox" else None
     shards = write_latents(
-        tmp_path / "latents", [(bucket, 8)] * 5, channels=4, width=16, family=name,
+        tmp_path / "latents", [(bucket, 8)] * 5, channels=16, width=16, family=name,
         pooled=(lambda i: torch.full((8,), i / 40)) if family == "hunyuan" else None,
         latent=lambda i, shape: torch.randn(shape, generator=generator),
-        text=lambda i: torch.randn(5 if family.startswith("cogvideox") else 1 + i % 4, 16, generator=generator),
+        text=lambda i: torch.randn(tokens or 1 + i % 4, 16, generator=generator),
     )  # fmt: skip
 
     def write(folder: Path) -> Path:
@@ -73,13 +76,26 @@ def test_a_killed_run_of_another_family_goes_on_and_its_graft_is_exported(recipe
     ended = RunFolder(other).read_graft()
     assert all(torch.equal(ended.ema[name], value) for name, value in graft.ema.items())
     main(["export", str(run), str(tmp_path / "out")])
-    exported = TINY[family][0].from_pretrained(tmp_path / "out" / "transformer").eval()
-    own = make(family, 3)
+    exported, own, base = (
+        TINY[family][0].from_pretrained(folder / "transformer").eval()
+        for folder in (tmp_path / "out", tmp_path / "base", tmp_path / "base")
+    )
     own.load_state_dict(own.state_dict() | dict(graft.ema))
     arguments = inputs(own, (3, 3))
     with torch.no_grad():
         assert torch.equal(split_model_of(exported)(**arguments), split_model_of(own)(**arguments))
-        assert not torch.equal(split_model_of(own)(**arguments), split_model_of(make(family, 3))(**arguments))
+        assert not torch.equal(split_model_of(own)(**arguments), split_model_of(base)(**arguments))
+
+    size = ("--steps", "2", "--frames", "9", "--height", "32", "--width", "32", "--mask_ratio", "0.9")
+    folders = ("--base", str(tmp_path / "base"), "--retrained", str(tmp_path / "out"))
+    main(["sample", str(RunFolder(run).samples), *folders, "--captions", "[a red circle]", *size])
+    drawn = {entry["variant"]: entry for entry in json.loads((RunFolder(run).samples / "samples.json").read_text())}
+    assert list(drawn) == ["base", "base-masked", "base-other-seed", "retrained", "retrained-masked"]
+    assert all(drawn[name]["psnr_to_base"] < 60 for name in ("base-other-seed", "retrained"))
+    assert all(drawn[name]["psnr_to_dense"] < 80 for name in ("base-masked", "retrained-masked"))
+    guidance = 5.0 if family == "wan" else 6.0
+    assert {entry["settings"]["guidance"] for entry in drawn.values()} == {guidance}
+    assert (RunFolder(run).samples / "contact-sheet.png").stat().st_size > 10_000
     main(["report", str(run)])
     assert (run / "report.html").stat().st_size > 10_000
 
