@@ -22,7 +22,7 @@ def export(
     weights: Literal["ema", "raw"] = "ema",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> None:
-    """Writes a complete diffusers pipeline folder that `MochiPipeline.from_pretrained` loads.
+    """Writes a complete diffusers pipeline folder that the pipeline of the base's family loads.
 
     Args:
         run: run folder with a graft.safetensors, or the graft file itself.
