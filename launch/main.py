@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("launch.export:export", "graft -> a pipeline folder that diffusers loads"),
     "sample": ("launch.sample.command:sample", "videos: base, retrained, retrained and masked, same seeds"),
     "report": ("launch.report.command:report", "one self-contained page about a run"),
+    "study": ("launch.study.command:run", "one finding about attention, measured on a checkpoint with its controls"),
     "compare": ("launch.compare.command:compare", "one page about several runs: controls, seeds, objectives"),
     "bench": ("launch.bench.command:run", "the benchmarks"),
     "demo": ("launch.demo.command:demo", "the whole road on a tiny model, in minutes"),
@@ -52,7 +53,7 @@ KNOWN_WARNINGS = (
 ADVERTISEMENTS = (("lightning.pytorch.utilities.rank_zero", "💡 Tip:"),)
 
 #: Commands that parse their own arguments, with LightningCLI or with the options of a benchmark.
-RAW = ("plan", "fit", "validate", "submit", "bench")
+RAW = ("study", "plan", "fit", "validate", "submit", "bench")
 
 
 def check_packages() -> None:

@@ -1,0 +1,1 @@
+"""`reblock study`: repeats findings about attention on any checkpoint, with their controls."""
