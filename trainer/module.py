@@ -133,7 +133,6 @@ class RetrainBlocks(TrunkHeadLosses):
         """
         facts = read_facts(check_base(self.base))
         self.retrained_blocks(facts.num_blocks)
-        facts.check_dropout(self.flow.caption_dropout)
         check_planted(self.surgery, self.base)
 
     def check_data(self, latent_shape: tuple[int, ...], text_width: int) -> None:

@@ -70,7 +70,7 @@ class Flow:
     Args:
         sigma: distribution of sigma: `uniform` on (0, 1), `logit_normal` (sigmoid of a standard normal), or
             `linear_quadratic` (Mochi's 64-step sampling schedule, threshold 0.025).
-        caption_dropout: share of samples trained without their caption (zero embedding and zero mask).
+        caption_dropout: share of samples trained without their caption.
         seed: for sigma, noise and dropout.
     """
 

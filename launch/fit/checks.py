@@ -73,6 +73,29 @@ def check_family(base: str, data: BatchDataModule) -> None:
         )
 
 
+def check_empty_caption(model: RetrainBlocks, data: BatchDataModule, callbacks: Sequence[Callback]) -> None:
+    """Checks that the data hold the encoded empty caption where the run leaves out captions of a family that has one.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    facts = read_facts(read_config(model.base))
+    asked = {
+        f"model.caption_dropout {model.flow.caption_dropout:g}": model.flow.caption_dropout > 0,
+        "unconditional: true": any(c.unconditional for c in callbacks if isinstance(c, ProbeCallback)),
+    }
+    if facts.empty_caption != "encoded" or not any(asked.values()):
+        return
+    try:
+        data.check_empty_caption()
+    except ValueError as error:
+        said = " and ".join(option for option, needs in asked.items() if needs)
+        raise ValueError(
+            f"got {said} with a base of {facts.family}, whose empty caption is what the text encoder makes of an empty "
+            f"text: {error} Or set caption_dropout: 0 and unconditional: false."
+        ) from error
+
+
 def check_fit(
     model: LightningModule,
     data: LightningDataModule,
@@ -105,14 +128,11 @@ def check_fit(
     if not faults and isinstance(data, ShardDataModule) and ranks is not None:
         attempt(lambda: data.check_batches(ranks))
     if not faults and isinstance(data, BatchDataModule):
-        if isinstance(model, RetrainBlocks) and any(
-            callback.unconditional for callback in callbacks if isinstance(callback, ProbeCallback)
-        ):
-            attempt(read_facts(read_config(model.base)).check_unconditional)
         for probes in {callback.prompts for callback in callbacks if isinstance(callback, ProbeCallback)}:
             attempt(partial(data.check_probes, probes))
         if isinstance(model, RetrainBlocks):
             attempt(partial(check_family, model.base, data))
+            attempt(partial(check_empty_caption, model, data, callbacks))
             for shape in data.latent_shapes.values():
                 attempt(partial(model.check_data, shape, data.text_width))
     if faults:
