@@ -22,13 +22,15 @@ class BatchDataModule(ShardDataModule):
     """A data module whose batches are `data.batch.Batch`; its validation samples can serve as probes.
 
     `check` sets `latent_shapes`, bucket name -> (C, F, H, W), `text_width`, `pooled_width` (None for captions
-    without a pooled embedding), and `family`, the family of models that the latents are for.
+    without a pooled embedding), `family`, the family of models that the latents are for, and `normalisation`, mean and
+    deviation per channel by which raw latents were normalised.
     """
 
     latent_shapes: dict[str, tuple[int, int, int, int]]
     text_width: int
     pooled_width: int | None
     family: VideoFamily
+    normalisation: tuple[list[float], list[float]]
 
     @property
     def probe_bucket(self) -> Bucket:
@@ -106,6 +108,7 @@ class LatentDataModule(BatchDataModule):
             name: Bucket.parse(name, self.family.name).latent_shape(fields["channels"]) for name in bucket_names(shards)
         }
         self.text_width, self.pooled_width = fields["text_width"], fields["pooled_width"]
+        self.normalisation = fields["latents_mean"], fields["latents_std"]
         self._folders = list(shards)
 
     def make_reader(self, shards: Sequence[IndexedShards]) -> LatentReader:

@@ -74,6 +74,7 @@ class EncodingDataModule(BatchDataModule):
             name: Bucket.parse(name, facts.family.name).latent_shape(facts.channels) for name in bucket_names(shards)
         }
         self.text_width, self.pooled_width = facts.text_width, facts.pooled_width
+        self.normalisation = facts.mean, facts.std
         self._normalise = Normaliser(facts.mean, facts.std, sample=self.sample_latents)
 
     def make_reader(self, shards: Sequence[IndexedShards]) -> ClipReader:
