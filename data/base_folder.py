@@ -170,6 +170,18 @@ def read_base(base: Path) -> BaseFacts:
     return BaseFacts(len(mean), mean, std, text_width, fingerprint, family, text_tokens, pooled_width)
 
 
+def vae_normalisation(base: Path) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation per channel of raw latents, by the VAE's config; None where a base has none.
+
+    Raises:
+        ValueError: if the VAE is of no known family, or its config lacks them.
+    """
+    if not (base / "vae" / "config.json").is_file():
+        return None
+    family = base_family(base)
+    return _normalisation(base, family, _encoder_config(base, "vae", family.vae))
+
+
 def _compression(family: VideoFamily, vae: dict[str, Any]) -> tuple[int, int]:
     """How many times fewer frames, and how many times smaller sides, the VAE's latents have."""
     if family is MOCHI:

@@ -34,6 +34,19 @@ class Sample:
     pooled: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class EmptyCaption:
+    """What the text encoders make of an empty text: in place of a caption, in a family trained so.
+
+    Args:
+        text: (length, D) float32 on the host, length 1 or more.
+        pooled: (D_pooled,) float32, for a family that takes a pooled embedding.
+    """
+
+    text: Tensor
+    pooled: Tensor | None = None
+
+
 @dataclass
 class Batch:
     """A collated batch.
@@ -128,6 +141,28 @@ class Batch:
             text_lengths=tuple(0 if drop else n for drop, n in zip(dropped, self.text_lengths, strict=True)),
         )
 
+    def with_empty_captions(self, dropped: Sequence[bool], empty: EmptyCaption) -> "Batch":
+        """The batch with the captions of `dropped` samples replaced by the encoded empty one."""
+        if not any(dropped):
+            return self
+        device, length = self.text.device, len(empty.text)
+        longest = max(length, self.text.shape[1])
+        lengths = tuple(length if drop else n for drop, n in zip(dropped, self.text_lengths, strict=True))
+        rows = torch.tensor(dropped).to(device, non_blocking=True)
+        mask = (torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]).to(device, non_blocking=True)
+        new, text = (_padded(t.to(device, non_blocking=True), longest) for t in (empty.text, self.text))
+        pooled = self.pooled
+        if pooled is not None:
+            assert empty.pooled is not None
+            pooled = torch.where(rows[:, None], empty.pooled.to(device, non_blocking=True), pooled)
+        text = torch.where(rows[:, None, None], new, text)
+        return replace(self, text=text, text_mask=mask, text_lengths=lengths, pooled=pooled)
+
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         pooled = None if self.pooled is None else fn(self.pooled)
         return replace(self, latents=fn(self.latents), text=fn(self.text), text_mask=fn(self.text_mask), pooled=pooled)
+
+
+def _padded(text: Tensor, length: int) -> Tensor:
+    """Embeddings (..., L, D) padded with zeros to (..., length, D)."""
+    return torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[-2]))

@@ -22,6 +22,8 @@ class VideoFamily:
         frame_stride: the VAE makes one latent frame of so many frames, after the first. Sides shrink by 8 in all
             families.
         text_tokens: of the longest caption.
+        encodes_empty: whether a sample without its caption has an encoded empty caption in its place;
+            `empty_caption` of its class in `trainer.models` says what the others have.
     """
 
     name: str
@@ -32,6 +34,7 @@ class VideoFamily:
     frame_step: int
     frame_stride: int
     text_tokens: int
+    encodes_empty: bool = False
 
     @property
     def has_pooled(self) -> bool:
@@ -47,10 +50,13 @@ class VideoFamily:
 MOCHI = VideoFamily(
     "mochi", "Mochi", "MochiPipeline", "AutoencoderKLMochi", {"text_encoder": "T5EncoderModel"}, 6, 6, 256
 )  # fmt: skip
-WAN = VideoFamily("wan", "Wan 2.1", "WanPipeline", "AutoencoderKLWan", {"text_encoder": "UMT5EncoderModel"}, 4, 4, 512)
+WAN = VideoFamily(
+    "wan", "Wan 2.1", "WanPipeline", "AutoencoderKLWan", {"text_encoder": "UMT5EncoderModel"}, 4, 4, 512,
+    encodes_empty=True,
+)  # fmt: skip
 HUNYUAN_VIDEO = VideoFamily(
     "hunyuan_video", "HunyuanVideo", "HunyuanVideoPipeline", "AutoencoderKLHunyuanVideo",
-    {"text_encoder": "LlamaModel", "text_encoder_2": "CLIPTextModel"}, 4, 4, 256,
+    {"text_encoder": "LlamaModel", "text_encoder_2": "CLIPTextModel"}, 4, 4, 256, encodes_empty=True,
 )  # fmt: skip
 #: Its VAE also takes 4 k + 1 frames, but works in pieces of 8 and is made for 8 k + 1.
 COGVIDEOX = VideoFamily(

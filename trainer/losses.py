@@ -4,18 +4,29 @@ Legend: B batch, C channels, F latent frames, H W latent grid.
 """
 
 import contextlib
+import functools
+from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, EmptyCaption
 from trainer.distillation import ObjectivePhase, Teacher, block_losses
 from trainer.models.process import Process
 from trainer.models.split_model import SplitModel
 from trainer.models.state import State
 from trainer.objective import Flow
 from trainer.surgery import SurgeryConfig
+
+
+@runtime_checkable
+class EmptyCaptionSource(Protocol):
+    """What a data module must offer for a family whose empty caption is an encoded one."""
+
+    def empty_caption(self) -> EmptyCaption:
+        """What the text encoders make of an empty text, the same on every rank and in every epoch."""
+        ...
 
 
 class TrunkHeadLosses(LightningModule):
@@ -43,8 +54,25 @@ class TrunkHeadLosses(LightningModule):
     def drop_captions(self, batch: Batch, epoch: int) -> Batch:
         """The batch with the captions that this epoch leaves out removed, as the family has them left out."""
         assert self.split_model is not None
-        keep_lengths = self.split_model.own_facts.empty_caption == "zeros"
-        return batch.without_captions(self.flow.dropped(epoch, batch.uids), keep_lengths=keep_lengths)
+        dropped, kind = self.flow.dropped(epoch, batch.uids), self.split_model.own_facts.empty_caption
+        if kind == "encoded":
+            return batch.with_empty_captions(dropped, self.empty_caption) if any(dropped) else batch
+        return batch.without_captions(dropped, keep_lengths=kind == "zeros")
+
+    @functools.cached_property
+    def empty_caption(self) -> EmptyCaption:
+        """The data module's encoded empty caption, on the host; read at the first use.
+
+        Raises:
+            ValueError: if the data are of a kind that has none.
+        """
+        source = getattr(self.trainer, "datamodule", None)
+        if not isinstance(source, EmptyCaptionSource):
+            raise ValueError(
+                f"got data from {type(source).__name__} to train or measure without captions, expected a data module "
+                "with empty_caption(). Use the latent data module, or set caption_dropout: 0 and unconditional: false."
+            )
+        return source.empty_caption()
 
     def trunk(self, x: Tensor, sigma: Tensor, batch: Batch) -> State:
         """Runs everything before the first retrained block, without autograd.

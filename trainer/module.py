@@ -20,7 +20,7 @@ from trainer.ema import Ema, check_decay, swapped_values
 from trainer.graft import base_block_weights
 from trainer.losses import TrunkHeadLosses
 from trainer.models.families import split_model_of
-from trainer.models.load import check_base, load_transformer, read_config, read_facts
+from trainer.models.load import check_base, load_transformer, read_config, read_facts, read_scheduler
 from trainer.models.split_model import SplitModel
 from trainer.objective import Flow, SigmaSampler
 from trainer.optimizer import OptimConfig, adamw, clip_or_drop, learning_rate, scale_gradients
@@ -130,7 +130,6 @@ class RetrainBlocks(TrunkHeadLosses):
         """
         facts = read_facts(check_base(self.base))
         self.retrained_blocks(facts.num_blocks)
-        facts.check_dropout(self.flow.caption_dropout)
         check_planted(self.surgery, self.base)
 
     def check_data(self, latent_shape: tuple[int, ...], text_width: int) -> None:
@@ -171,8 +170,9 @@ class RetrainBlocks(TrunkHeadLosses):
         )
         model.train()  # as Lightning expects a module under training; Mochi has no dropout
         self.split_model = split_model_of(
-            model, stock_attention=self.stock_attention, checkpoint_blocks=self.checkpoint_head
-        )
+            model, scheduler=read_scheduler(self.base), stock_attention=self.stock_attention,
+            checkpoint_blocks=self.checkpoint_head,
+        )  # fmt: skip
         if self.needs_teacher:
             self.teacher = Teacher(self.split_model, self.blocks, self.trunk_dtype)
             if self.compile_part in ("trunk", "both"):

@@ -72,7 +72,7 @@ class Flow:
             `linear_quadratic` (Mochi's 64-step sampling schedule, threshold 0.025).
         sigma_shift: c > 0 of s <- c s / (1 + (c - 1) s), applied to what `sigma` draws: the time shift of Esser et al.,
             "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), eq. 23. 1 changes nothing.
-        caption_dropout: share of samples trained without their caption (zero embedding and zero mask).
+        caption_dropout: share of samples trained without their caption.
         seed: for sigma, noise and dropout.
     """
 

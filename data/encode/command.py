@@ -5,19 +5,22 @@ A latent shard holds the VAE's posterior of every clip and the embedding of ever
 next shard that no other process encodes.
 """
 
+import functools
 from pathlib import Path
 
 import torch
 
 from data.base_folder import read_base, resolve_base
 from data.encode.device import choose_device, default_processes
+from data.encode.empty_caption import add_empty_caption
 from data.encode.encode_loop import encode_queue
-from data.encode.encoders import Encoders
+from data.encode.encoders import Encoders, TextEncoders
 from data.encode.family_checks import check_sizes, check_text_tokens
 from data.encode.leases import Leases
 from data.encode.output_folder import SETTINGS, check_output_folder, register_settings
 from data.encode.shard_queue import ShardQueue
 from data.files import settings_hash
+from data.shards.empty_caption import FIELD
 from data.shards.folder import ShardFolder
 from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT
 from data.storage.store import Store
@@ -51,7 +54,8 @@ def encode(
 
     Start one process per device, on any number of hosts that share `out`. Each process takes the next shard that no
     other process encodes, and takes over the shards of killed processes. The process that finds all shards finished
-    writes the index.
+    writes the index. Families whose empty caption is an encoded one get it in a file of its own; a folder that lacks
+    it gets it, and its shards are kept.
 
     Args:
         shards: video shards: a folder, a `.tar` file of one, or several of them by quoted wildcards or
@@ -104,10 +108,15 @@ def encode(
         print(f"{out}: {finished} of {len(queue.entries)} shards are finished already and are kept")
     register_settings(folder, leases)
 
+    weights = getattr(torch, dtype), getattr(torch, text_dtype)
+
     def load() -> Encoders:
         # Again, now that this process has a lease: before, another process could remove the folder as unused.
         register_settings(folder, leases)
-        return Encoders(base_folder, device, getattr(torch, dtype), max_text_tokens, tiling, getattr(torch, text_dtype))
+        encoders = Encoders(base_folder, device, weights[0], max_text_tokens, tiling, weights[1])
+        if facts.family.encodes_empty:
+            add_empty_caption(folder, lambda: encoders)
+        return encoders
 
     try:
         with leases:
@@ -127,7 +136,11 @@ def encode(
         print(f"{out}: done here; others hold {len(queue.unfinished)} shards, and whoever is last writes the index")
         print("\n".join(queue.describe_owners()))
         return
-    index = queue.write_index({"format": LATENT_FORMAT, **facts.index_fields()})
+    head = {"format": LATENT_FORMAT, **facts.index_fields()}
+    if facts.family.encodes_empty:  # missing where all shards were finished by a version that did not write it
+        load_text = functools.partial(TextEncoders, base_folder, device, weights[0], max_text_tokens, weights[1])
+        head[FIELD] = add_empty_caption(folder, load_text)
+    index = queue.write_index(head)
     print(f"{out}: {index['samples']} latents in {len(index['shards'])} shards, {index['faults']} faults")
 
 

@@ -12,6 +12,7 @@ from data.inspect.choose_samples import choose_samples
 from data.inspect.contact_sheet import draw_latents, draw_videos
 from data.inspect.statistics import latent_table, two_columns, video_table
 from data.inspect.verify import verify_shards
+from data.shards.empty_caption import FIELD
 from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT, read_index
 from data.storage.store import Store, expand, join
 from data.stream.shard_index import IndexedShards, find_shards, sample_count
@@ -78,7 +79,7 @@ def inspect(
             faults += 1
         if faults:
             raise ValueError(f"{faults} faults in {shards}, named above; make the shards they lie in again.")
-        checksums = sum(len(source.index["shards"]) for source in sources)
+        checksums = sum(len(source.index["shards"]) + (FIELD in source.index) for source in sources)
         console.print(f"verified: {checksums} checksums, {sample_count(sources)} samples")
 
 
@@ -108,6 +109,10 @@ def _summary(shards: str, sources: Sequence[IndexedShards]) -> Table:
         rows[f"bucket {name}"] = f"{sum(counts)} samples ({sum(counts) / total:.1%}) in {len(counts)} shards"
     if index["format"] == LATENT_FORMAT:
         rows |= {"latent channels": index["channels"], "text width": index["text_width"]}
+        if sources[0].family.encodes_empty:
+            missing = sum(FIELD not in source.index for source in sources)
+            said = f"not in {missing} of {len(sources)} folders: `reblock encode` adds it"
+            rows["empty caption"] = said if missing else "encoded"
     return two_columns(shards, rows)
 
 

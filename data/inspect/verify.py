@@ -11,6 +11,7 @@ from data.bucket import Bucket
 from data.files import sha256
 from data.inspect.sample_clips import check_clip
 from data.shards.archive import Members, Scan, scan_tar
+from data.shards.empty_caption import FIELD, read_empty_caption
 from data.shards.format import VIDEO_FORMAT, read_samples
 from data.storage.store import Store, join
 from data.stream.latents import LatentReader
@@ -35,9 +36,18 @@ def verify_shards(
         videos = sources[0].index["format"] == VIDEO_FORMAT
         check = _clip_check(pool) if videos else _latent_check(LatentReader(sources, store=store))
         for source in sources:
+            if FIELD in source.index:
+                yield from _empty_caption_faults(source, store)
             for entry in source.index["shards"]:
                 yield from _verify_shard(source.folder, entry, source.family.name, store, check)
                 progress.advance(task, entry["samples"])
+
+
+def _empty_caption_faults(source: IndexedShards, store: Store) -> Iterator[str]:
+    try:
+        read_empty_caption(source.folder, source.index, store)
+    except (ValueError, OSError) as error:
+        yield str(error)
 
 
 #: (local copy of a shard, its bucket, its samples, store) -> messages.

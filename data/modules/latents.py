@@ -7,10 +7,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from data.batch import Batch, Sample
+from data.batch import Batch, EmptyCaption, Sample
 from data.bucket import Bucket
 from data.families import VideoFamily, family_named
 from data.modules.shard_module import ShardDataModule
+from data.shards.empty_caption import read_empty_caption
 from data.shards.format import LATENT_FORMAT
 from data.stream.latents import LatentReader, common_fields
 from data.stream.order import BatchGroup
@@ -21,13 +22,15 @@ class BatchDataModule(ShardDataModule):
     """A data module whose batches are `data.batch.Batch`; its validation samples can serve as probes.
 
     `check` sets `latent_shapes`, bucket name -> (C, F, H, W), `text_width`, `pooled_width` (None for captions
-    without a pooled embedding), and `family`, the family of models that the latents are for.
+    without a pooled embedding), `family`, the family of models that the latents are for, and `normalisation`, mean and
+    deviation per channel by which raw latents were normalised.
     """
 
     latent_shapes: dict[str, tuple[int, int, int, int]]
     text_width: int
     pooled_width: int | None
     family: VideoFamily
+    normalisation: tuple[list[float], list[float]]
 
     @property
     def probe_bucket(self) -> Bucket:
@@ -62,6 +65,22 @@ class BatchDataModule(ShardDataModule):
             )
         return group
 
+    def check_empty_caption(self) -> None:
+        """Checks that `empty_caption` gives one, before a model is loaded.
+
+        Raises:
+            ValueError: if it does not.
+            StoreError: if a store does not answer.
+        """
+
+    @abstractmethod
+    def empty_caption(self) -> EmptyCaption:
+        """What the text encoders make of an empty text: the same on every rank and in every epoch.
+
+        Raises:
+            ValueError: if the shards hold none.
+        """
+
     @abstractmethod
     def held_out_samples(self, positions: Sequence[int]) -> list[Sample]:
         """Validation samples by position."""
@@ -89,6 +108,8 @@ class LatentDataModule(BatchDataModule):
             name: Bucket.parse(name, self.family.name).latent_shape(fields["channels"]) for name in bucket_names(shards)
         }
         self.text_width, self.pooled_width = fields["text_width"], fields["pooled_width"]
+        self.normalisation = fields["latents_mean"], fields["latents_std"]
+        self._folders = list(shards)
 
     def make_reader(self, shards: Sequence[IndexedShards]) -> LatentReader:
         return LatentReader(
@@ -101,3 +122,19 @@ class LatentDataModule(BatchDataModule):
 
     def held_out_samples(self, positions: Sequence[int]) -> list[Sample]:
         return self.val_split.__getitems__(list(positions))
+
+    def check_empty_caption(self) -> None:
+        self.empty_caption()
+
+    def empty_caption(self) -> EmptyCaption:
+        self.check()
+        captions = [read_empty_caption(source.folder, source.index, self.store) for source in self._folders]
+        # Of several folders the first one's: precisions may differ, the number of tokens of one encoder does not.
+        for source, caption in zip(self._folders, captions, strict=True):
+            if caption.text.shape != captions[0].text.shape:
+                raise ValueError(
+                    f"the empty caption of {source.folder} has {len(caption.text)} tokens, that of "
+                    f"{self._folders[0].folder} {len(captions[0].text)}; latent shards that are trained on together "
+                    "must agree. Encode the clips with one base."
+                )
+        return captions[0]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from data.base_folder import read_base, resolve_base
-from data.batch import Batch, Sample
+from data.batch import Batch, EmptyCaption, Sample
 from data.bucket import Bucket
 from data.encode.family_checks import check_sizes, check_text_tokens
 from data.modules.latents import BatchDataModule
@@ -74,6 +74,7 @@ class EncodingDataModule(BatchDataModule):
             name: Bucket.parse(name, facts.family.name).latent_shape(facts.channels) for name in bucket_names(shards)
         }
         self.text_width, self.pooled_width = facts.text_width, facts.pooled_width
+        self.normalisation = facts.mean, facts.std
         self._normalise = Normaliser(facts.mean, facts.std, sample=self.sample_latents)
 
     def make_reader(self, shards: Sequence[IndexedShards]) -> ClipReader:
@@ -85,9 +86,19 @@ class EncodingDataModule(BatchDataModule):
     def collate(samples: Sequence[ClipSample]) -> ClipBatch:
         return ClipBatch.collate(samples)
 
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def empty_caption(self) -> EmptyCaption:
+        self.check()
+        encoders = self._encoders_on(str(self._device))
+        (text,), (pooled,) = encoders.text([""]), encoders.pooled([""])
+        # Copies: the encoders' tensors are of the inference mode.
+        return EmptyCaption(text.float().clone(), None if pooled is None else pooled.float().clone())
+
     def held_out_samples(self, positions: Sequence[int]) -> list[Sample]:
-        clips = self.val_split.__getitems__(list(positions))
-        device = self.trainer.strategy.root_device if self.trainer else "cpu"
+        clips, device = self.val_split.__getitems__(list(positions)), self._device
         size = self.config.val_batch_size
         parts = [ClipBatch.collate(clips[first : first + size]) for first in range(0, len(clips), size)]
         return [sample for part in parts for sample in self._encode(part.to(device))]
@@ -98,18 +109,21 @@ class EncodingDataModule(BatchDataModule):
             return batch
         return Batch.collate(self._encode(batch)).to(batch.videos.device)
 
-    def _encode(self, batch: ClipBatch) -> list[Sample]:
+    def _encoders_on(self, device: str) -> Any:
         from data.encode.encoders import Encoders  # diffusers and transformers, which nothing else here needs
 
-        device = str(batch.videos.device)
         if self._encoders is None or self._encoders.device != device:
             self._encoders = Encoders(
                 Path(self.base), device, getattr(torch, self.dtype), self._text_tokens, self.tiling,
                 getattr(torch, self.text_dtype),
             )  # fmt: skip
-        means, logvars = self._encoders.latents(batch.videos)
+        return self._encoders
+
+    def _encode(self, batch: ClipBatch) -> list[Sample]:
+        encoders = self._encoders_on(str(batch.videos.device))
+        means, logvars = encoders.latents(batch.videos)
         captions = [clip.caption for clip in batch.clips]
-        texts, pooled = self._encoders.text(captions), self._encoders.pooled(captions)
+        texts, pooled = encoders.text(captions), encoders.pooled(captions)
         return [
             Sample(
                 self._normalise(mean, logvar, clip.visit),

@@ -1,5 +1,6 @@
 """Checks of a whole recipe, before anything is loaded."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from data.base_folder import resolve_base, vae_normalisation
 from data.modules.latents import BatchDataModule
 from data.modules.shard_module import ShardDataModule
 from launch.fit.lightning_private import precision_name
@@ -57,7 +59,8 @@ def check_family(base: str, data: BatchDataModule) -> None:
     """Checks that latents are of the base's family: those of several families have the same shape.
 
     Raises:
-        ValueError: if they are not, or captions lack the pooled embedding that the base takes.
+        ValueError: if they are not, captions lack the pooled embedding that the base takes, or latents are of another
+            VAE.
     """
     config = read_config(base)
     expected, width = family_of(config).family, read_facts(config).pooled_width
@@ -68,9 +71,57 @@ def check_family(base: str, data: BatchDataModule) -> None:
         )
     if data.pooled_width != width:
         raise ValueError(
-            f"got pooled captions of width {data.pooled_width}, expected {width} as base {base!r} takes them: encode "
-            "the clips with the base."
+            f"got pooled captions of width {data.pooled_width}, expected {width} as base {base!r} of {expected} takes "
+            "them: encode the clips with the base."
         )
+    check_normalisation(base, data)
+
+
+def check_normalisation(base: str, data: BatchDataModule) -> None:
+    """Checks that latents are normalised as by the base's VAE, where the base has one: 2B and 5B of CogVideoX differ.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    path = resolve_base(base)
+    expected = vae_normalisation(path) if path.is_dir() else None
+    if expected is None:
+        return
+    pairs = [zip(*normalisation, strict=True) for normalisation in (data.normalisation, expected)]
+    for channel, (got, own) in enumerate(zip(*pairs, strict=False)):
+        if not all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip(got, own, strict=True)):
+            raise ValueError(
+                f"got latents of {data.family.title} of another VAE than that of base {base!r}: channel {channel} is "
+                f"normalised by {_normalised_by(*got)}, expected {_normalised_by(*own)}. Encode the clips with "
+                "the base (`reblock encode --base`)."
+            )
+
+
+def _normalised_by(mean: float, std: float) -> str:
+    return f"mean {mean:g} and deviation {std:g}" + ("" if mean else f" (scaling factor {1 / std:g})")
+
+
+def check_empty_caption(model: RetrainBlocks, data: BatchDataModule, callbacks: Sequence[Callback]) -> None:
+    """Checks that the data hold the encoded empty caption where the run leaves out captions of a family that has one.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    facts = read_facts(read_config(model.base))
+    asked = {
+        f"model.caption_dropout {model.flow.caption_dropout:g}": model.flow.caption_dropout > 0,
+        "unconditional: true": any(c.unconditional for c in callbacks if isinstance(c, ProbeCallback)),
+    }
+    if facts.empty_caption != "encoded" or not any(asked.values()):
+        return
+    try:
+        data.check_empty_caption()
+    except ValueError as error:
+        said = " and ".join(option for option, needs in asked.items() if needs)
+        raise ValueError(
+            f"got {said} with a base of {facts.family}, whose empty caption is what the text encoder makes of an empty "
+            f"text: {error} Or set caption_dropout: 0 and unconditional: false."
+        ) from error
 
 
 def check_fit(
@@ -105,14 +156,11 @@ def check_fit(
     if not faults and isinstance(data, ShardDataModule) and ranks is not None:
         attempt(lambda: data.check_batches(ranks))
     if not faults and isinstance(data, BatchDataModule):
-        if isinstance(model, RetrainBlocks) and any(
-            callback.unconditional for callback in callbacks if isinstance(callback, ProbeCallback)
-        ):
-            attempt(read_facts(read_config(model.base)).check_unconditional)
         for probes in {callback.prompts for callback in callbacks if isinstance(callback, ProbeCallback)}:
             attempt(partial(data.check_probes, probes))
         if isinstance(model, RetrainBlocks):
             attempt(partial(check_family, model.base, data))
+            attempt(partial(check_empty_caption, model, data, callbacks))
             for shape in data.latent_shapes.values():
                 attempt(partial(model.check_data, shape, data.text_width))
     if faults:

@@ -156,7 +156,6 @@ def read_inputs(args: list[str], nodes: int | None = None) -> PlanInputs:
     if file is not None:
         module.base = str(file)
         attempt(lambda: module.retrained_blocks(read_facts(read_config(module.base)).num_blocks))
-        attempt(lambda: read_facts(read_config(module.base)).check_dropout(module.flow.caption_dropout))
         size = attempt(lambda: _size(config, data, module))
     if faults or size is None:
         raise ValueError("\n".join(faults))

@@ -17,7 +17,7 @@ from tests.support.family_bases import COGVIDEOX_TOKENS, make_pipeline
 from tests.support.latent_shards import write_latents
 from tests.support.run_rows import assert_same_run, rows_of
 from tests.support.tiny_families import TINY, inputs
-from trainer.models.families import split_model_of
+from trainer.models.families import FAMILIES, split_model_of
 
 #: Family -> its name in shards, and a bucket of theirs.
 SHARDS = {
@@ -34,6 +34,8 @@ def family(request) -> str:
 def recipe_of(family, tmp_path, write_recipe):
     """(folder) -> a recipe that retrains the last two blocks of the family's tiny base."""
     generator = torch.Generator().manual_seed(0)
+    empty = {"text": torch.randn(6, 16, generator=torch.Generator().manual_seed(1)), "pooled": torch.full((8,), -1.0)}
+    needed = {"wan": ["text"], "hunyuan": ["text", "pooled"]}.get(family)
     name, bucket = SHARDS[family]
     make_pipeline(name, 3).save_pretrained(tmp_path / "base")
     tokens = COGVIDEOX_TOKENS if name == "cogvideox" else None
@@ -42,6 +44,7 @@ def recipe_of(family, tmp_path, write_recipe):
         pooled=(lambda i: torch.full((8,), i / 40)) if family == "hunyuan" else None,
         latent=lambda i, shape: torch.randn(shape, generator=generator),
         text=lambda i: torch.randn(tokens or 1 + i % 4, 16, generator=generator),
+        empty=None if needed is None else {name: empty[name] for name in needed},
     )  # fmt: skip
 
     def write(folder: Path) -> Path:
@@ -49,7 +52,8 @@ def recipe_of(family, tmp_path, write_recipe):
         path = write_recipe(folder, base=tmp_path / "base", epochs=2)
         recipe = yaml.safe_load(path.read_text())
         recipe["data"]["init_args"]["shards"] = shards
-        recipe["model"]["init_args"]["caption_dropout"] = 0.3 if family.startswith("cogvideox") else 0.0
+        for callback in recipe["trainer"]["callbacks"]:
+            callback["init_args"]["unconditional"] = True
         path.write_text(yaml.safe_dump(recipe))
         return path
 
@@ -71,6 +75,8 @@ def test_a_killed_run_of_another_family_goes_on_and_its_graft_is_exported(recipe
     status = reblock(log, "fit", "--config", cut, "--run.resume", "true").wait(timeout=240)
     assert status == 0, log.read_text()[-3000:]
     assert_same_run(other, run)
+    measured = {path.name for path in (run / "measurements").iterdir()}
+    assert {f"unconditional-{kind}-epoch-002.npz" for kind in ("sinks", "masking")} <= measured
 
     graft = RunFolder(run).read_graft()
     ended = RunFolder(other).read_graft()
@@ -101,14 +107,20 @@ def test_a_killed_run_of_another_family_goes_on_and_its_graft_is_exported(recipe
 
 
 def test_faults_name_the_family(recipe_of, family, tmp_path, capsys):
-    path = recipe_of(tmp_path / "run")
-    faults = {"--model.init_args.surgery.reserved_channels=[0,1]": "sinks are planted in no other family"}
+    path, index = recipe_of(tmp_path / "run"), tmp_path / "latents" / "index.json"
+    fields = json.loads(index.read_text())
+    fields.pop("empty_caption", None)
+    index.write_text(json.dumps(fields))  # as an earlier version wrote it
+    title = FAMILIES[TINY[family][0].__name__].family
+    faults = {"--model.init_args.surgery.reserved_channels=[0,1]": ["sinks are planted in no other family"]}
     if not family.startswith("cogvideox"):
+        mend = "holds no encoded empty caption. Run the `reblock encode` that made it once more"
         faults = {
-            "--model.init_args.caption_dropout=0.1": "expected 0: its empty caption is what the text encoder makes",
-            "--trainer.callbacks.unconditional=true": "got unconditional: true with a base of the family",
+            "--trainer.callbacks=[]": [f"got model.caption_dropout 0.3 with a base of {title}, whose empty", mend],
+            "--model.init_args.caption_dropout=0": [f"got unconditional: true with a base of {title}, whose", mend],
         }
     for option, said in faults.items():
         with pytest.raises(SystemExit) as stop:
             main(["fit", "--config", str(path), option])
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and all(part in message for part in said), message

@@ -77,7 +77,10 @@ def _cogvideox():
     )
     return CogVideoXPipeline(
         tokenizer=tokenizer, text_encoder=_t5(T5Config, T5EncoderModel, tokenizer), vae=vae, transformer=transformer,
-        scheduler=CogVideoXDDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing"),
+        scheduler=CogVideoXDDIMScheduler(
+            prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True,
+            snr_shift_scale=1.0,
+        ),
     )  # fmt: skip
 
 

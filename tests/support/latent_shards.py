@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data.bucket import Bucket
+from data.shards.empty_caption import FIELD, empty_caption_entry, write_empty_caption
 from data.shards.folder import TEXT, ShardFolder
 from data.shards.format import LATENT_FORMAT, caption_key, shard_name, text_digest
 
@@ -36,6 +37,7 @@ def write_latents(
     key: str = "clip-{:02d}",
     family: str = "mochi",
     pooled: Callable[[int], Tensor] | None = None,
+    empty: Mapping[str, Tensor] | None = None,
     **head: Any,
 ) -> str:
     """A folder of shards, (bucket, samples) each; samples are numbered through, and so are their captions.
@@ -52,6 +54,7 @@ def write_latents(
         key: of a sample, by its number.
         family: that the shards are for.
         pooled: number -> (D_pooled,) pooled embedding of its caption, for a family that takes one.
+        empty: `text` and `pooled` of the encoded empty caption, for a family that has one.
         head: fields of the index.
 
     Returns:
@@ -73,11 +76,14 @@ def write_latents(
         names.append(shard_name(Bucket.parse(bucket, family), number))
         writer.write(names[-1], Bucket.parse(bucket, family), entries, [])
         made += count
-    facts = {"channels": channels, "text_width": width, "latents_mean": [0.0] * channels}
+    facts: dict[str, Any] = {"channels": channels, "text_width": width, "latents_mean": [0.0] * channels}
     facts["latents_std"] = [1.0] * channels
     if family != "mochi":
         facts["family"] = family
     if pooled is not None:
         facts["pooled_width"] = len(pooled(0))
+    if empty is not None:
+        write_empty_caption(folder, writer.hash, empty["text"], empty.get("pooled"))
+        facts[FIELD] = empty_caption_entry(folder)
     assert writer.finish(names, {"format": LATENT_FORMAT, **facts, **head}) is not None
     return str(folder)

@@ -253,10 +253,10 @@ class ProbeCallback(Callback, ABC):
         dropped = group is UNCONDITIONAL
         if dropped not in self._probes:
             samples = self._source.probe_samples(self.prompts)
-            facts = module.split_model.own_facts
+            kind = module.split_model.own_facts.empty_caption
             self._probes[dropped] = ProbeSet(
                 samples, self.sigmas, seed=self.seed, batch_size=self.batch_size, unconditional=dropped,
-                keep_lengths=facts.empty_caption == "zeros",
+                keep_lengths=kind == "zeros", empty=module.empty_caption if dropped and kind == "encoded" else None,
             )  # fmt: skip
         return self._probes[dropped]
 

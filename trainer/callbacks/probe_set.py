@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Sample
+from data.batch import Batch, EmptyCaption, Sample
 from trainer.models.layout import AttentionCall
 from trainer.objective import keyed_noise
 from trainer.surgery import fingerprint
@@ -68,8 +68,10 @@ class ProbeSet:
         sigmas: the S noise levels.
         seed: seed of the noise, which also depends on each sample's uid.
         batch_size: number of probes per batch; None chooses it by the size of a latent.
-        unconditional: whether to leave out the captions: zero embedding and zero mask, as training drops them.
+        unconditional: whether to leave out the captions, as training drops them: no tokens, unless one of the next two
+            says otherwise.
         keep_lengths: leave zeros in as many places, for a model that attends to padding.
+        empty: takes the place of captions that are left out, for a family whose empty caption is an encoded one.
 
     Raises:
         ValueError: if there are no samples.
@@ -84,12 +86,12 @@ class ProbeSet:
         batch_size: int | None = None,
         unconditional: bool = False,
         keep_lengths: bool = False,
+        empty: EmptyCaption | None = None,
     ) -> None:
         if not samples:
             raise ValueError("got no probe samples, expected at least one held-out sample; enlarge the validation set.")
         self._captioned = list(samples)
-        bare = [replace(s, text=torch.zeros_like(s.text) if keep_lengths else s.text[:0]) for s in samples]
-        self.samples = bare if unconditional else list(samples)
+        self.samples = [_bare(s, keep_lengths, empty) for s in samples] if unconditional else list(samples)
         self.sigmas = tuple(sigmas)
         self.seed = seed
         self.batch_size = batch_size or max(1, _CELLS // math.prod(samples[0].latent.shape[1:]))
@@ -147,8 +149,16 @@ class ProbeSet:
         return ProbeBatch(prompts, strata, batch, noise, sigma, _identity(batch, noise, sigma))
 
 
+def _bare(sample: Sample, keep_lengths: bool, empty: EmptyCaption | None) -> Sample:
+    if empty is not None:
+        return replace(sample, text=empty.text, pooled=empty.pooled)
+    return replace(sample, text=torch.zeros_like(sample.text) if keep_lengths else sample.text[:0])
+
+
 def _identity(batch: Batch, noise: Tensor, sigma: Tensor) -> str:
     named = {"latents": batch.latents, "text": batch.text, "mask": batch.text_mask, "noise": noise, "sigma": sigma}
+    if batch.pooled is not None:
+        named["pooled"] = batch.pooled
     return f"{fingerprint(named.items())} {batch.text_lengths}"
 
 

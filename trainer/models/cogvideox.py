@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
@@ -56,7 +56,18 @@ class OneStreamAttention(ObservedAttention):
 
 
 #: By whether positions are rotary: 2B, without, was trained with another signal-to-noise ratio (docs/models.md).
-_PROCESSES = {True: DiscreteVelocity(1.0), False: DiscreteVelocity(3.0)}
+_SHIFTS = {True: 1.0, False: 3.0}
+_PROCESSES = {shift: DiscreteVelocity(shift) for shift in _SHIFTS.values()}
+#: Fields of a scheduler's config that `DiscreteVelocity` stands for.
+_SCHEDULE = {
+    "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "trained_betas": None,
+}  # fmt: skip
+
+
+def _whole_schedule(scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A scheduler's config with the defaults of what it leaves out; both schedulers of CogVideoX have the same."""
+    return CogVideoXDDIMScheduler().config | dict(scheduler)
 
 
 class SplitCogVideoX(SplitModel):
@@ -67,9 +78,37 @@ class SplitCogVideoX(SplitModel):
     processor_class = OneStreamAttention
     stock_processor_class = CogVideoXAttnProcessor2_0
 
+    def __init__(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        *,
+        scheduler: Mapping[str, Any] | None = None,
+        stock_attention: bool = False,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        super().__init__(transformer, stock_attention=stock_attention, checkpoint_blocks=checkpoint_blocks)
+        shift = _SHIFTS[transformer.config.use_rotary_positional_embeddings]
+        if scheduler is not None:
+            shift = _whole_schedule(scheduler)["snr_shift_scale"]
+        self._process = _PROCESSES.get(shift) or DiscreteVelocity(shift)
+
     @property
     def process(self) -> Process:
-        return _PROCESSES[self.transformer.config.use_rotary_positional_embeddings]
+        return self._process
+
+    @staticmethod
+    def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+        found = _whole_schedule(scheduler)
+        odd = {name: repr(value) for name, value in _SCHEDULE.items() if found[name] != value}
+        shift = found["snr_shift_scale"]
+        if not isinstance(shift, int | float) or not shift > 0:
+            odd["snr_shift_scale"] = "a number above 0"
+        if odd:
+            named = " and ".join(f"{name} {found[name]!r}, expected {value}" for name, value in odd.items())
+            raise ValueError(
+                f"got {named} in the scheduler's config of a {SplitCogVideoX.family}: of the published models' noise "
+                "only snr_shift_scale may differ. Copy or download the base's scheduler again."
+            )
 
     @staticmethod
     def facts(config: Mapping[str, Any]) -> ModelFacts:

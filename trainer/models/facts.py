@@ -38,30 +38,6 @@ class ModelFacts:
     text_tokens: int | None = None
     pooled_width: int | None = None
 
-    def check_unconditional(self) -> None:
-        """Checks that probes without captions can be made from what latent shards hold.
-
-        Raises:
-            ValueError: if the family's empty caption is an encoded one.
-        """
-        if self.empty_caption == "encoded":
-            raise ValueError(
-                f"got unconditional: true with a base of the family {self.family}, expected false: its empty caption "
-                "is what the text encoder makes of an empty text, and latent shards hold none."
-            )
-
-    def check_dropout(self, caption_dropout: float) -> None:
-        """Checks that the family can be trained without captions from what latent shards hold.
-
-        Raises:
-            ValueError: if captions are to be dropped, and the family's empty caption is an encoded one.
-        """
-        if caption_dropout and self.empty_caption == "encoded":
-            raise ValueError(
-                f"got model.caption_dropout {caption_dropout:g} with a base of the family {self.family}, expected 0: "
-                "its empty caption is what the text encoder makes of an empty text, and latent shards hold none."
-            )
-
     def check_latent(self, frames: int, height: int, width: int) -> None:
         """Checks that patches divide a latent.
 

@@ -20,7 +20,15 @@ def family_of(config: Mapping[str, Any]) -> type[SplitModel]:
     return FAMILIES[config["_class_name"]]
 
 
-def split_model_of(transformer: Any, *, stock_attention: bool = False, checkpoint_blocks: bool = False) -> SplitModel:
+def split_model_of(
+    transformer: Any,
+    *,
+    scheduler: Mapping[str, Any] | None = None,
+    stock_attention: bool = False,
+    checkpoint_blocks: bool = False,
+) -> SplitModel:
     """A transformer of any family, to be run in parts; arguments as of `SplitModel`."""
     family = FAMILIES[type(transformer).__name__]
-    return family(transformer, stock_attention=stock_attention, checkpoint_blocks=checkpoint_blocks)
+    return family(
+        transformer, scheduler=scheduler, stock_attention=stock_attention, checkpoint_blocks=checkpoint_blocks
+    )

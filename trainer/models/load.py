@@ -1,6 +1,7 @@
 """Loading a base: a diffusers folder, a hub id, or a bare `config.json` with random weights."""
 
 import inspect
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,34 @@ def read_config(base: str) -> dict:
     return _transformer_config(config)
 
 
+def read_scheduler(base: str) -> dict[str, Any] | None:
+    """The config of a base's scheduler; None for a base that is a transformer or a config alone.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    path = resolve_base(base) / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or download the base again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is a {type(config).__name__}, expected an object; copy or download the base again.")
+    return config
+
+
 def check_base(base: str) -> dict:
-    """Like `read_config`, and the weight files are there and whole (headers only: seconds, whatever their size)."""
+    """Like `read_config`, and the weight files are there and whole (headers only: seconds, whatever their size).
+
+    Raises:
+        ValueError: if they are not, or the base's scheduler is for other noise than the family's.
+    """
     fields = read_config(base)
+    scheduler = read_scheduler(base)
+    if scheduler is not None:
+        family_of(fields).check_scheduler(scheduler)
     if resolve_base(base).is_dir():
         _check_weights(base, fields)
     return fields

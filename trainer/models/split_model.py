@@ -54,6 +54,7 @@ class SplitModel(nn.Module, ABC):
 
     Args:
         transformer: diffusers' model; its weights are used in place, never copied.
+        scheduler: config of the base's scheduler, where it is known; for a family whose noise differs between bases.
         stock_attention: keep diffusers' own attention processor (bit-equal to its forward; slower, cannot be observed).
         checkpoint_blocks: recompute a block's activations in the backward pass instead of keeping them.
     """
@@ -69,7 +70,14 @@ class SplitModel(nn.Module, ABC):
     #: Names of parameters outside the blocks that are never trained.
     never_trained: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, transformer: Any, *, stock_attention: bool = False, checkpoint_blocks: bool = False) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        *,
+        scheduler: Mapping[str, Any] | None = None,
+        stock_attention: bool = False,
+        checkpoint_blocks: bool = False,
+    ) -> None:
         super().__init__()
         self.transformer = transformer
         self.checkpoint_blocks = checkpoint_blocks
@@ -93,6 +101,14 @@ class SplitModel(nn.Module, ABC):
     @abstractmethod
     def process(self) -> Process:
         """What noise does to a latent, and what the model predicts of it."""
+
+    @staticmethod
+    def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+        """Checks that `process` can be what a base's scheduler is for; for most families its config says nothing of it.
+
+        Raises:
+            ValueError: if it cannot.
+        """
 
     @staticmethod
     @abstractmethod

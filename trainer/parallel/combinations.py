@@ -29,13 +29,13 @@ def check_shards(base: str, latent_shape: tuple[int, ...], text_width: int) -> N
         size % patch for size, patch in zip(latent_shape[1:], facts.patch, strict=True)
     ):
         raise ValueError(
-            f"the shards hold latents of shape {tuple(latent_shape)}, the base {base} takes "
+            f"the shards hold latents of shape {tuple(latent_shape)}, the base {base} of {facts.family} takes "
             f"({facts.channels}, F, H, W) with F, H and W multiples of {', '.join(map(str, facts.patch))}; encode the "
             "clips with this base's own VAE (`reblock encode`)."
         )
     if text_width != facts.text_width:
         raise ValueError(
-            f"the shards hold captions {text_width} wide, the base {base} takes {facts.text_width}; "
+            f"the shards hold captions {text_width} wide, the base {base} of {facts.family} takes {facts.text_width}; "
             "encode them with this base's own text encoder (`reblock encode`)."
         )
 

@@ -9,17 +9,23 @@ import torch
 from data.base_folder import read_base
 from data.bucket import Bucket
 from data.encode.command import encode
-from data.families import VIDEO_FAMILIES
+from data.families import VIDEO_FAMILIES, family_titled
 from data.inspect.command import inspect
 from data.modules.latents import LatentDataModule
+from data.modules.online import EncodingDataModule
+from data.shards.empty_caption import write_empty_caption
 from data.stream.latents import LatentReader
 from data.stream.reader import Visit
 from data.video.decode import decode_video
-from launch.fit.checks import check_family
+from launch.fit.checks import check_family, check_fit
 from tests.support.clip_shards import write_video_shards
 from tests.support.encoded_shards import files
 from tests.support.family_bases import COGVIDEOX_TOKENS, POOLED_WIDTH, TEXT_WIDTH, make_pipeline
+from tests.support.tiny_families import make
+from trainer.callbacks.probe_set import ProbeSet
 from trainer.models.families import FAMILIES
+from trainer.models.hunyuan_video import GUIDANCE
+from trainer.module import RetrainBlocks, SurgeryConfig
 
 #: Also right for Wan and HunyuanVideo, whose step is 4.
 SIZE = (9, 32, 48)
@@ -129,6 +135,87 @@ def test_the_index_names_the_family_and_batches_hold_what_it_needs(encoded):
     inspect(str(folder / "latents"), verify=True)
 
 
+@torch.no_grad()
+def test_a_dropped_caption_is_what_the_pipeline_makes_of_an_empty_prompt(encoded):
+    """In training and in a probe without caption, and what the transformer makes of it."""
+    family, pipeline, folder = encoded
+    data = LatentDataModule(shards=str(folder / "latents"), val_samples=1, batch_size=2)
+    module = RetrainBlocks(base=str(folder / "base"), surgery=SurgeryConfig(last=1, init="keep"), caption_dropout=1.0)
+    check_fit(module, data)
+    module.build("cpu")
+    if family == "cogvideox":
+        assert not (folder / "latents" / "empty_caption.safetensors").exists()
+        assert "empty_caption" not in json.loads((folder / "latents" / "index.json").read_text())
+        return
+    module.empty_caption = data.empty_caption()
+    online = EncodingDataModule(shards=str(folder / "video"), base=str(folder / "base"), val_samples=1).empty_caption()
+    assert torch.equal(online.text, module.empty_caption.text)
+    batch = module.drop_captions(next(iter(data.train_dataloader())), 0)
+    probes = ProbeSet(data.probe_samples(1), (0.5,), seed=1, unconditional=True, empty=module.empty_caption)
+    probe = next(probes.share(0, 1))[0].batch
+    extra = {}
+    if family == "wan":
+        whole, _ = pipeline.encode_prompt("", do_classifier_free_guidance=False, max_sequence_length=512)
+        text = whole[0]
+    else:
+        whole, pooled, mask = pipeline.encode_prompt("")
+        text = whole[0][mask[0].bool()]
+        assert batch.text_lengths == (len(text), len(text))
+        for part in (batch, probe):
+            torch.testing.assert_close(part.pooled, pooled.expand(len(part), -1), atol=1e-6, rtol=1e-5)
+        extra = {"pooled_projections": pooled.expand(2, -1), "encoder_attention_mask": mask.expand(2, -1)}
+        extra["guidance"] = torch.full((2,), 1000.0 * GUIDANCE)
+    for part in (batch, probe):
+        for embedding, length in zip(part.text, part.text_lengths, strict=True):
+            assert length >= 1 and not text[length:].any()
+            torch.testing.assert_close(embedding[:length], text[:length], atol=1e-6, rtol=1e-5)
+    noise, sigma = torch.randn(batch.latents.shape), torch.tensor([0.3, 0.6])
+    x, timestep = module.process.mix(batch.latents, noise, sigma), module.process.timestep(sigma)
+    expected = pipeline.transformer(
+        x, timestep=timestep, encoder_hidden_states=whole.expand(2, -1, -1), return_dict=False, **extra
+    )[0]
+    torch.testing.assert_close(module.velocity(x, sigma, batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_without_its_empty_caption_gets_it_and_keeps_its_shards(encoded, tmp_path, capsys, monkeypatch):
+    family, _, folder = encoded
+    if family == "cogvideox":
+        return
+    old, name = shutil.copytree(folder / "latents", tmp_path / "old"), "empty_caption.safetensors"
+    whole = (old / name).read_bytes()
+    (old / name).unlink()
+    index = json.loads((old / "index.json").read_text())
+    del index["empty_caption"]
+    (old / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="holds no encoded empty caption"):
+        LatentDataModule(shards=str(old), val_samples=1).check_empty_caption()
+    inspect(str(old), verify=True)
+    assert "`reblock encode` adds it" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("data.encode.command.Encoders", None)  # the VAE is not needed
+    stamps = {path: path.stat().st_mtime_ns for path in old.glob("*.tar")}
+
+    def again():
+        encode(str(folder / "video"), old, base=folder / "base", batch_size=2)
+        assert files(old) == files(folder / "latents")
+
+    again()
+    for spoilt in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), None):  # cut; another number; absent
+        (old / name).unlink()
+        if spoilt is not None:
+            (old / name).write_bytes(spoilt)
+        with pytest.raises(ValueError, match=r"empty_caption\.safetensors"):
+            LatentDataModule(shards=str(old), val_samples=1).check_empty_caption()
+        with pytest.raises(ValueError, match="1 faults in"):
+            inspect(str(old), verify=True)
+        if spoilt is not None and len(spoilt) == len(whole):
+            (old / name).unlink()  # as the message says
+        again()
+    (old / name).unlink()
+    write_empty_caption(old, "other settings", torch.zeros(1, TEXT_WIDTH), None)  # left by a run that was given up
+    again()
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+
+
 def test_shards_of_another_family_or_without_a_pooled_embedding_are_refused(encoded, tmp_path):
     family, _, folder = encoded
     other = shutil.copytree(folder / "latents", tmp_path / "other")
@@ -185,3 +272,7 @@ def test_a_fit_takes_latents_of_its_own_family_only(encoded):
 
 def test_titles_are_those_of_the_transformers():
     assert [family.title for family in VIDEO_FAMILIES.values()] == [split.family for split in FAMILIES.values()]
+    for name in ("mochi", "wan", "hunyuan", "cogvideox-5b"):
+        model = make(name)
+        facts = FAMILIES[type(model).__name__].facts(model.config)
+        assert family_titled(facts.family).encodes_empty == (facts.empty_caption == "encoded")

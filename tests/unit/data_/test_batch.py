@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.batch import Batch, Sample
+from data.batch import Batch, EmptyCaption, Sample
 
 
 def sample(length, *, shape=(2, 1, 4, 4), uid=0):
@@ -53,3 +53,21 @@ def test_pooled_captions_go_with_the_batch():
     assert Batch.collate([sample(1)]).pooled is None and Batch.collate([sample(1)]).to("meta").pooled is None
     with pytest.raises(ValueError, match="for all samples or none; got 2 of 3"):
         Batch.collate([*samples, sample(1)])
+
+
+def test_an_encoded_empty_caption_takes_the_place_of_those_that_are_dropped():
+    samples = [replace(sample(n), pooled=torch.full((3,), float(n))) for n in (1, 3, 2)]
+    batch, drop = Batch.collate(samples), [False, True, True]
+    width = batch.text.shape[2]
+    for length in (2, 5):  # shorter and longer than the longest caption
+        empty = EmptyCaption(torch.randn(length, width), torch.full((3,), -1.0))
+        got = batch.with_empty_captions(drop, empty)
+        expected = Batch.collate(
+            [replace(s, text=empty.text, pooled=empty.pooled) if d else s for s, d in zip(samples, drop, strict=True)]
+        )
+        assert got.text_lengths == expected.text_lengths == (1, length, length)
+        for name in ("text", "text_mask"):
+            assert not getattr(got, name)[:, expected.text.shape[1] :].any()
+            assert torch.equal(getattr(got, name)[:, : expected.text.shape[1]], getattr(expected, name))
+        assert torch.equal(got.pooled, expected.pooled) and torch.equal(got.latents, batch.latents)
+    assert batch.with_empty_captions([False] * 3, empty) is batch

@@ -3,12 +3,22 @@
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from data import files
-from data.files import append_line, atomic_file, atomic_folder, temporaries, temporary_path, write_json, write_text
+from data.files import (
+    append_line,
+    atomic_file,
+    atomic_folder,
+    temporaries,
+    temporary_path,
+    write_bytes_once,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -136,3 +146,20 @@ def test_lines_are_appended_and_a_half_line_swallows_none(tmp_path):
     append_line(path, '{"c": 3}')
     lines = path.read_text().splitlines()
     assert [json.loads(lines[i]) for i in (0, 2, 3)] == [{"a": 1}, {"b": 2}, {"c": 3}] and lines[1] == '{"half'
+
+
+def test_of_several_writers_at_once_the_first_ones_content_stays(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "a"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_bytes_once(path, bytes([i]) * 1000), range(8)))
+    kept = path.read_bytes()
+    assert len(kept) == 1000 and len(set(kept)) == 1 and names(path.parent) == ["a"]
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    write_bytes_once(path, b"later")
+    write_bytes_once(path.with_name("b"), b"new")
+    assert path.read_bytes() == kept and path.with_name("b").read_bytes() == b"new"
+    assert names(path.parent) == ["a", "b"]

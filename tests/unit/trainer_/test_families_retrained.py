@@ -1,12 +1,13 @@
 """The main job on every family: retraining learns and resumes, sinks are found, masking does what it says."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from data.batch import Batch, Sample
+from data.batch import Batch, EmptyCaption, Sample
 from tests.support.masking_brute_force import brute_force
 from tests.support.tiny_families import TINY, make
 from trainer.callbacks.masking import MaskingRobustness
@@ -37,6 +38,15 @@ def build(base, init="keep", **how):
     module.check()
     module.build("cpu")
     return module
+
+
+def encoded_empty(module):
+    """An encoded empty caption, longer than those of `samples`; None for a family without one."""
+    facts, generator = module.split_model.own_facts, torch.Generator().manual_seed(9)
+    if facts.empty_caption != "encoded":
+        return None
+    pooled = None if facts.pooled_width is None else torch.randn(facts.pooled_width, generator=generator)
+    return EmptyCaption(torch.randn(5, facts.text_width, generator=generator), pooled)
 
 
 def samples(module, number, marks=(), seed=0):
@@ -180,16 +190,17 @@ def test_captions_are_dropped_as_the_family_has_it(base):
     module = build(base)
     facts = module.split_model.own_facts
     module.flow.caption_dropout = 1.0
-    batch = Batch.collate(samples(module, 2))
-    if facts.empty_caption == "encoded":
-        with pytest.raises(
-            ValueError, match=rf"caption_dropout 0\.1 with a base of the family {facts.family}, expected 0"
-        ):
-            build(base, caption_dropout=0.1)
-        return
+    batch, empty = Batch.collate(samples(module, 2)), encoded_empty(module)
+    module.empty_caption = empty
     dropped = module.drop_captions(batch, 0)
-    assert not dropped.text.any() and batch.text.any()
-    assert dropped.text_lengths == ((0, 0) if facts.empty_caption == "nothing" else batch.text_lengths)
+    if empty is None:
+        assert not dropped.text.any() and batch.text.any()
+        assert dropped.text_lengths == ((0, 0) if facts.empty_caption == "nothing" else batch.text_lengths)
+    else:
+        expected = Batch.collate([replace(s, text=empty.text, pooled=empty.pooled) for s in samples(module, 2)])
+        noise, sigma = torch.randn(batch.latents.shape), torch.tensor([0.3, 0.6])
+        assert torch.equal(module.losses(dropped, noise, sigma), module.losses(expected, noise, sigma))
+        assert not torch.equal(module.losses(dropped, noise, sigma), module.losses(batch, noise, sigma))
     assert torch.isfinite(module.losses(dropped, torch.randn(batch.latents.shape), torch.tensor([0.3, 0.6]))).all()
 
 
@@ -239,13 +250,14 @@ def test_probes_without_captions_are_what_training_leaves_out(base):
     module = build(base)
     facts = module.split_model.own_facts
     drawn_samples = samples(module, 2)
-    if facts.empty_caption == "encoded":
-        with pytest.raises(ValueError, match=rf"unconditional: true with a base of the family {facts.family}"):
-            facts.check_unconditional()
-        return
-    facts.check_unconditional()
-    probes = ProbeSet(drawn_samples, SIGMAS, seed=1, unconditional=True, keep_lengths=facts.empty_caption == "zeros")
+    module.empty_caption = empty = encoded_empty(module)
+    probes = ProbeSet(
+        drawn_samples, SIGMAS, seed=1, unconditional=True, keep_lengths=facts.empty_caption == "zeros", empty=empty
+    )
     batch = next(probes.share(0, 1))[0].batch
     module.flow.caption_dropout = 1.0
     wanted = module.drop_captions(Batch.collate(drawn_samples), 0)
-    assert set(batch.text_lengths) == set(wanted.text_lengths) and not batch.text.any()
+    assert set(batch.text_lengths) == set(wanted.text_lengths) and bool(batch.text.any()) == (empty is not None)
+    if empty is not None:
+        assert torch.equal(batch.text[0], wanted.text[0])
+        assert wanted.pooled is None or torch.equal(batch.pooled[0], wanted.pooled[0])
