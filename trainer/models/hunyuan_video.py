@@ -4,7 +4,7 @@ Legend: B batch, F latent frames, H W latent grid, N vision tokens, L text token
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from torch import Tensor, nn
 
 from trainer.models.facts import ModelFacts, check_text_to_video
-from trainer.models.layout import TokenLayout
+from trainer.models.layout import Site, TokenLayout
 from trainer.models.process import RectifiedFlow
 from trainer.models.split_model import ObservedAttention, SplitModel
 from trainer.models.state import State
@@ -84,6 +84,7 @@ class SplitHunyuanVideo(SplitModel):
 
     family = "HunyuanVideo"
     transformer_class = HunyuanVideoTransformer3DModel
+    attention_sites: ClassVar[Mapping[Site, str]] = {"joint": "attn"}
     processor_class = DualAndSingleAttention
     stock_processor_class = HunyuanVideoAttnProcessor2_0
     process = RectifiedFlow(towards_data=False)

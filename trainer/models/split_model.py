@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from trainer.models.facts import ModelFacts
-from trainer.models.layout import AttentionCall, AttentionFunction, TokenLayout, dense_attention, fused_attention
+from trainer.models.layout import AttentionCall, AttentionFunction, Site, TokenLayout, dense_attention, fused_attention
 from trainer.models.process import Process
 from trainer.models.state import State
 
@@ -30,23 +30,20 @@ class ObservedAttention:
 
     Args:
         layer: index of the block.
+        site: where in the block.
     """
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, site: Site) -> None:
         self.layer = layer
+        self.site: Site = site
         self.attend: AttentionFunction = dense_attention
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """What the softmax makes of q, k and v, each (B, h, N + L, d) in the order of `layout`."""
+        """What the softmax makes of q, k and v in the order of `layout`; shapes as of `AttentionFunction`."""
         if self.attend is dense_attention:
             # Without the layer's number: a constant that differs would have torch.compile make a graph of every block.
             return fused_attention(q, k, v, layout.key_mask)
-        return self.attend(q, k, v, AttentionCall(self.layer, layout))
-
-
-def observed_attention(block: Any) -> Any:
-    """The attention module of a block whose processor is an `ObservedAttention`."""
-    return block.attn1 if hasattr(block, "attn1") else block.attn
+        return self.attend(q, k, v, AttentionCall(self.layer, layout, self.site))
 
 
 class SplitModel(nn.Module, ABC):
@@ -62,6 +59,8 @@ class SplitModel(nn.Module, ABC):
     family: ClassVar[str]
     #: diffusers' class of the transformer.
     transformer_class: ClassVar[Any]
+    #: Where a block has attention -> its module's name. The first site is where measurements look.
+    attention_sites: ClassVar[Mapping[Site, str]] = {"joint": "attn1"}
     #: The processor that observes attention.
     processor_class: ClassVar[type[ObservedAttention]]
     #: diffusers' own processor, which `stock_attention` keeps.
@@ -74,13 +73,14 @@ class SplitModel(nn.Module, ABC):
         self.transformer = transformer
         self.checkpoint_blocks = checkpoint_blocks
         self.stock_attention = stock_attention
-        self._processors: list[ObservedAttention] = []
+        self._processors: dict[tuple[Site, int], ObservedAttention] = {}
         for layer, block in enumerate(self.blocks):
-            if stock_attention:
-                observed_attention(block).processor = self.stock_processor_class()
-            else:
-                self._processors.append(self.processor_class(layer))
-                observed_attention(block).processor = self._processors[-1]
+            for site in self.attention_sites:
+                module = self.attention_module(block, site)
+                if stock_attention:
+                    module.processor = self.stock_processor_class()
+                else:
+                    module.processor = self._processors[site, layer] = self.processor_class(layer, site)
 
     # -- what a family says ----------------------------------------------------------------------------------------
 
@@ -237,7 +237,8 @@ class SplitModel(nn.Module, ABC):
         """
         if self.stock_attention:
             return contextlib.nullcontext(), contextlib.nullcontext()
-        return contextlib.nullcontext(), self.attention({layer: self._processors[layer].attend})
+        own = {(site, layer): self._processors[site, layer].attend for site in self.attention_sites}
+        return contextlib.nullcontext(), self._attending(own)
 
     def forward(
         self,
@@ -252,35 +253,57 @@ class SplitModel(nn.Module, ABC):
         state = self.embed(x, timestep, text, text_mask, text_lengths, pooled)
         return self.finish(self.run(state, 0, self.num_blocks))
 
-    @contextlib.contextmanager
-    def attention(self, functions: Mapping[int, AttentionFunction]) -> Iterator[None]:
+    def attention(
+        self, functions: Mapping[int, AttentionFunction], *, site: Site | None = None
+    ) -> AbstractContextManager[None]:
         """Inside, the blocks named by `functions` use them as their attention.
 
         Afterwards, also when something raises, they use what they had before.
 
+        Args:
+            functions: by layer.
+            site: one of `attention_sites`; None: the first of them, joint attention or self-attention.
+
         Raises:
-            ValueError: if a layer does not exist or the stock processor is in place.
+            ValueError: if the family has no such site, a layer does not exist, or the stock processor is in place.
         """
+        chosen = next(iter(self.attention_sites)) if site is None else site
+        if chosen not in self.attention_sites:
+            raise ValueError(
+                f"got attention site {site!r} for the family {self.family}, expected one of "
+                f"{list(self.attention_sites)}."
+            )
         if self.stock_attention:
             raise ValueError("attention cannot be observed with stock_attention=True; build the SplitModel without it.")
         unknown = sorted(set(functions) - set(range(self.num_blocks)))
         if unknown:
             raise ValueError(f"got attention functions for layers {unknown}, expected 0 .. {self.num_blocks - 1}.")
-        before = {layer: self._processors[layer].attend for layer in functions}
+        return self._attending({(chosen, layer): function for layer, function in functions.items()})
+
+    @contextlib.contextmanager
+    def _attending(self, functions: Mapping[tuple[Site, int], AttentionFunction]) -> Iterator[None]:
+        """`attention` by (site, layer), unchecked."""
+        before = {where: self._processors[where].attend for where in functions}
         try:
-            for layer, function in functions.items():
-                self._processors[layer].attend = function
+            for where, function in functions.items():
+                self._processors[where].attend = function
             yield
         finally:
-            for layer, function in before.items():
-                self._processors[layer].attend = function
+            for where, function in before.items():
+                self._processors[where].attend = function
+
+    @classmethod
+    def attention_module(cls, block: Any, site: Site | None = None) -> Any:
+        """diffusers' attention module of a block at a site; None: the first of `attention_sites`."""
+        names = cls.attention_sites
+        return getattr(block, names[next(iter(names)) if site is None else site])
 
     def output_projection(self, layer: int) -> Tensor:
         """The vision output projection split by head, (h, d, D): the attention output is sum_h v_h @ W_h + bias."""
         weight = self.vision_output(self.blocks[layer]).weight  # (D, h * d)
         return weight.detach().T.unflatten(0, (self.num_heads, -1))
 
-    @staticmethod
-    def vision_output(block: Any) -> nn.Linear:
+    @classmethod
+    def vision_output(cls, block: Any) -> nn.Linear:
         """The linear layer that takes a block's attention output of vision tokens."""
-        return observed_attention(block).to_out[0]
+        return cls.attention_module(block).to_out[0]

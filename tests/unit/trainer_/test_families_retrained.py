@@ -14,7 +14,6 @@ from trainer.callbacks.probe_set import ProbeSet
 from trainer.callbacks.sinks import SinkFrequency
 from trainer.distillation import ObjectivePhase
 from trainer.models.families import FAMILIES
-from trainer.models.split_model import observed_attention
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
 NAMES = sorted(TINY)
@@ -104,7 +103,7 @@ def plant(module, marked):
     """
     split_model = module.split_model
     block = split_model.blocks[LAYER]
-    attn = observed_attention(block)
+    attn = split_model.attention_module(block)
     inputs, targets = [], []
 
     def see(_, args, kwargs):
