@@ -186,6 +186,11 @@ class SplitModel(nn.Module, ABC):
         """Of a block's parameters that belong to neither a linear layer nor a norm: name -> its fresh float32 value."""
         return {}
 
+    @classmethod
+    def keeps_float32(cls, name: str) -> bool:
+        """Whether diffusers loads a parameter, named within the model or within a block, in float32 in any case."""
+        return not set(cls.transformer_class._keep_in_fp32_modules or ()).isdisjoint(name.split("."))
+
     def changes_text(self, layer: int) -> bool:
         """Whether a block changes the text stream."""
         return True
