@@ -19,6 +19,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from trainer.models.captions import Captions
 from trainer.models.facts import ModelFacts
 from trainer.models.layout import AttentionCall, AttentionFunction, Site, TokenLayout, dense_attention, fused_attention
 from trainer.models.process import Process
@@ -110,24 +111,13 @@ class SplitModel(nn.Module, ABC):
         """Whether a linear layer of a block is zero in a fresh one, so that the block starts as the identity."""
 
     @abstractmethod
-    def embed(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> State:
+    def embed(self, x: Tensor, timestep: Tensor, captions: Captions) -> State:
         """Embeds patches, timestep and captions, and makes the rotary tables.
 
         Args:
             x: (B, C, F, H, W) noisy latents.
             timestep: (B,) float32, as `process.timestep` gives it.
-            text: (B, L, D_text) caption embeddings.
-            text_mask: (B, L) bool.
-            text_lengths: valid text tokens per sample, on the host.
-            pooled: (B, D_pooled) pooled caption embeddings, for a family that takes them.
+            captions: of the family's text encoders.
 
         Raises:
             ValueError: if captions or latent do not fit the model.
@@ -195,24 +185,24 @@ class SplitModel(nn.Module, ABC):
         """Whether a block changes the text stream."""
         return True
 
-    def check_sizes(self, x: Tensor, text: Tensor, text_lengths: tuple[int, ...], pooled: Tensor | None = None) -> None:
+    def check_sizes(self, x: Tensor, captions: Captions) -> None:
         """Checks the arguments of `embed`.
 
         Raises:
             ValueError: if a length does not fit the batch, patches do not divide the latent, or the captions are not
                 those of the family's encoder.
         """
-        facts = self.own_facts
+        facts, lengths, pooled = self.own_facts, captions.lengths, captions.pooled
         batch, _, frames, height, width = x.shape
-        if len(text_lengths) != batch or max(text_lengths) > text.shape[1]:
+        if len(lengths) != batch or max(lengths) > captions.text.shape[1]:
             raise ValueError(
-                f"got text lengths {text_lengths} for {batch} samples of {text.shape[1]} text tokens; "
+                f"got text lengths {lengths} for {batch} samples of {captions.text.shape[1]} text tokens; "
                 "expected one length per sample, none above the padded length."
             )
         facts.check_latent(frames, height, width)
-        if facts.text_tokens is not None and set(text_lengths) != {facts.text_tokens}:
+        if facts.text_tokens is not None and set(lengths) != {facts.text_tokens}:
             raise ValueError(
-                f"got captions of {sorted(set(text_lengths))} tokens, expected {facts.text_tokens} each: {self.family} "
+                f"got captions of {sorted(set(lengths))} tokens, expected {facts.text_tokens} each: {self.family} "
                 "attends to padded tokens too, so captions are encoded with their padding."
             )
         if facts.pooled_width is not None and (pooled is None or pooled.shape[1] != facts.pooled_width):
@@ -245,17 +235,9 @@ class SplitModel(nn.Module, ABC):
         own = {(site, layer): self._processors[site, layer].attend for site in self.attention_sites}
         return contextlib.nullcontext(), self._attending(own)
 
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, captions: Captions) -> Tensor:
         """Runs the whole model: embed, every block, finish; gives the prediction (B, C, F, H, W)."""
-        state = self.embed(x, timestep, text, text_mask, text_lengths, pooled)
+        state = self.embed(x, timestep, captions)
         return self.finish(self.run(state, 0, self.num_blocks))
 
     def attention(

@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
+from trainer.models.captions import Captions
 from trainer.models.facts import ModelFacts, check_text_to_video
 from trainer.models.layout import Site, TokenLayout
 from trainer.models.process import RectifiedFlow
@@ -117,16 +118,9 @@ class SplitWan(SplitModel):
     def changes_text(self, layer: int) -> bool:
         return False
 
-    def embed(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> State:
-        self.check_sizes(x, text, text_lengths)
+    def embed(self, x: Tensor, timestep: Tensor, captions: Captions) -> State:
+        self.check_sizes(x, captions)
+        text = captions.text
         if text.shape[1] > TEXT_TOKENS:
             raise ValueError(f"got captions padded to {text.shape[1]} tokens, expected at most {TEXT_TOKENS}.")
         transformer = self.transformer
@@ -139,7 +133,7 @@ class SplitWan(SplitModel):
             text=text,
             temb=modulation.unflatten(1, (6, -1)),
             rope=tuple(cos_sin),
-            layout=TokenLayout((frames // p_t, height // p_h, width // p_w), text_lengths, 0, None),
+            layout=TokenLayout((frames // p_t, height // p_h, width // p_w), captions.lengths, 0, None),
             size=(frames, height, width),
             out_temb=temb,
         )

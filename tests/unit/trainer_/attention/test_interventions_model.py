@@ -9,6 +9,7 @@ from tests.support.attention_draws import reduced_attention
 from tests.support.tiny_families import inputs, make
 from trainer.attention import dense as reference
 from trainer.attention.interventions import AttentionMapRecorder, at_steps, first_text_token, skip_heads, temperature
+from trainer.models.captions import Captions
 from trainer.models.families import split_model_of
 from trainer.models.layout import dense_attention
 from trainer.models.mochi import SplitMochi
@@ -22,7 +23,7 @@ def split_model(make_transformer):
 def velocity(split_model, batch):
     time = torch.linspace(200.0, 800.0, len(batch))
     with torch.no_grad():
-        return split_model(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        return split_model(batch.latents, time, Captions.of(batch))
 
 
 def written_out(weights_of):
@@ -220,7 +221,7 @@ def test_gradients_after_it_is_taken_off_are_those_of_the_forward_pass(split_mod
         split_model.zero_grad()
         split_model.checkpoint_blocks = checkpoint  # the backward pass runs the blocks once more
         with split_model.attention({1: function}):
-            loss = split_model(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths).square().sum()
+            loss = split_model(batch.latents, time, Captions.of(batch)).square().sum()
             if inside:
                 loss.backward()
         if not inside:

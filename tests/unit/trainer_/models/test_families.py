@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import functools
+import dataclasses
 import json
 import re
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from tests.support.tiny_families import TINY, inputs, make, stock_forward
-from trainer.compile import compile_blocks
 from trainer.models.families import FAMILIES, family_of, split_model_of
 from trainer.models.layout import dense_attention
 from trainer.models.load import load_transformer, read_config, read_facts
@@ -72,12 +71,17 @@ def stock_outputs(name, site, args):
         split_model.attention_module(block, site).register_forward_hook(
             lambda _, args, out, layer=layer: outs.update({layer: out if isinstance(out, torch.Tensor) else out[0]})
         )
-    stock_forward(split_model, **{key: value if key == "text_mask" else double(value) for key, value in args.items()})
+    stock_forward(split_model, **in_dtype(args, torch.float64))
     return outs
 
 
-def double(value):
-    return value.double() if isinstance(value, torch.Tensor) else value
+def in_dtype(args, dtype):
+    """Arguments of `inputs` with latents and captions of a dtype."""
+    captions = args["captions"]
+    pooled = None if captions.pooled is None else captions.pooled.to(dtype)
+    return args | {
+        "x": args["x"].to(dtype), "captions": dataclasses.replace(captions, text=captions.text.to(dtype), pooled=pooled)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "site"), SITES)
@@ -94,11 +98,11 @@ def test_q_k_v_at_a_site_reproduce_the_attention_output(name, site):
     with torch.no_grad(), split_model.attention(dict.fromkeys(range(split_model.num_blocks), attend), site=site):
         split_model(**args)
     assert sorted(seen) == list(range(4))
-    vision, text = 3 * 2 * 3, {"cross": 512, "self": 0}.get(site, args["text"].shape[1])
+    vision, text = 3 * 2 * 3, {"cross": 512, "self": 0}.get(site, args["captions"].text.shape[1])
     outs = stock_outputs(name, site, args)
     for layer, (want, keys, call) in seen.items():
         layout, module = call.layout, split_model.attention_module(split_model.blocks[layer], site)
-        assert call.site == site and layout.text_lengths == args["text_lengths"]
+        assert call.site == site and layout.text_lengths == args["captions"].lengths
         assert (layout.num_vision, layout.text_tokens) == (vision, text)
         assert want.shape[2] == vision + (text if site == "joint" else 0)
         assert keys == (text if site == "cross" else vision + text)
@@ -192,34 +196,6 @@ def test_a_site_that_the_family_lacks_is_refused(name):
             pass
 
 
-def test_a_graph_is_compiled_once_for_all_blocks_with_two_sites(monkeypatch):
-    model, graphs = make("wan").train(), []
-    split_model, args = split_model_of(model), inputs(model, (3, 3))
-
-    def backend(graph, example):
-        def run(*values):
-            graphs.append(graph)
-            return graph.forward(*values)
-
-        return run
-
-    def called(q, k, v, call):
-        calls.append((call.site, call.layer))
-        return dense_attention(q, k, v, call)
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    want, calls = split_model(**args), []
-    compile_blocks(split_model.blocks, 2, "both")
-    assert torch.equal(split_model(**args), want)
-    assert len(graphs) == 4 and len(set(graphs)) == 1
-    for site in split_model.attention_sites:
-        with split_model.attention({1: called}, site=site):
-            assert torch.equal(split_model(**args), want)
-    assert calls == [("self", 1), ("cross", 1)] and len(graphs) == 4 + 3 + 3  # what is observed runs eagerly
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_a_fresh_block_is_the_identity_and_learns(name, first):
@@ -289,8 +265,7 @@ def test_a_bfloat16_model_is_that_of_diffusers(name, tmp_path):
         loaded = load_transformer(str(base), dtype=torch.bfloat16, device=device)
         for key, tensor in [*stock.named_parameters(), *stock.named_buffers()]:
             assert getattr(loaded.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]).dtype == tensor.dtype
-    args = inputs(model, (4, 2)) | {"timestep": torch.tensor([987.0, 4.0])}
-    args |= {key: None if args[key] is None else args[key].bfloat16() for key in ("x", "text", "pooled")}
+    args = in_dtype(inputs(model, (4, 2)) | {"timestep": torch.tensor([987.0, 4.0])}, torch.bfloat16)
     before = {}
     split_stock = split_model_of(stock, stock_attention=True)
     split_stock.blocks[2].register_forward_pre_hook(
@@ -324,16 +299,18 @@ def test_variants_that_take_an_image_are_refused(name, change, message):
     ("name", "change", "message"),
     [
         ("hunyuan", {"pooled": None}, "pooled captions of width none, expected 8"),
-        ("hunyuan", {"text_lengths": (0, 3)}, "caption without tokens"),
-        ("cogvideox-2b", {"text_lengths": (5, 4)}, r"captions of \[4, 5\] tokens, expected 5 each"),
+        ("hunyuan", {"lengths": (0, 3)}, "caption without tokens"),
+        ("cogvideox-2b", {"lengths": (5, 4)}, r"captions of \[4, 5\] tokens, expected 5 each"),
         ("wan", {"text": torch.zeros(2, 513, 16)}, "padded to 513 tokens, expected at most 512"),
         ("wan", {"x": torch.zeros(2, 4, 3, 4, 5)}, "got a latent of 3 x 4 x 5"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(name, change, message):
     model = make(name)
+    args = inputs(model, (3, 3))
+    args["captions"] = dataclasses.replace(args["captions"], **{key: change[key] for key in change if key != "x"})
     with pytest.raises(ValueError, match=message):
-        split_model_of(model).embed(**inputs(model, (3, 3)) | change)
+        split_model_of(model).embed(**args | {key: change[key] for key in change if key == "x"})
 
 
 def test_a_process_serves_real_tensors_after_fake_ones():
