@@ -8,7 +8,7 @@ import torch._dynamo
 from torch import nn
 
 from trainer.models.layout import dense_attention
-from trainer.models.split_model import observed_attention
+from trainer.models.split_model import ObservedAttention
 
 CompiledPart = Literal["none", "trunk", "head", "both"]
 
@@ -26,6 +26,9 @@ class _CompiledInTraining:
 
     def __init__(self, block: Any) -> None:
         self._block = block
+        self._attention = [
+            module for module in block.modules() if isinstance(getattr(module, "processor", None), ObservedAttention)
+        ]
         self._eager = type(block).forward
         # Sizes as torch has it: the first are compiled as they are, those that change become symbols. All of them
         # symbols from the start took minutes a graph to trace. So a run that is resumed at another size than it began
@@ -33,7 +36,7 @@ class _CompiledInTraining:
         self._compiled = torch.compile(type(block).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = self._block.training and observed_attention(self._block).processor.attend is dense_attention
+        own = self._block.training and all(each.processor.attend is dense_attention for each in self._attention)
         return (self._compiled if own else self._eager)(self._block, *args, **kwargs)
 
 
@@ -41,7 +44,7 @@ def compile_blocks(blocks: Sequence[Any] | nn.ModuleList, first: int, part: Comp
     """Compiles the forward of blocks in place, at its first use; names of parameters stay as they are.
 
     Args:
-        blocks: of the whole model, each with an `ObservedAttention` as its processor.
+        blocks: of the whole model, each with an `ObservedAttention` at every attention site.
         first: index of the first retrained block: the trunk is before it, the head begins there.
         part: which of them are compiled.
     """

@@ -103,7 +103,7 @@ class Teacher(nn.Module):
     Args:
         split_model: the model that is retrained, whose blocks still hold the base's weights.
         layers: indices of the retrained blocks.
-        dtype: of the copies.
+        dtype: of the copies, but for what diffusers keeps in float32, and LayerNorms.
     """
 
     def __init__(self, split_model: SplitModel, layers: Sequence[int], dtype: torch.dtype) -> None:
@@ -111,7 +111,11 @@ class Teacher(nn.Module):
         self.layers = tuple(layers)
         own = split_model.blocks
         self.blocks = nn.ModuleList(copy.deepcopy(own[layer]) for layer in self.layers)
-        self.blocks.to(dtype).requires_grad_(False)
+        self.blocks.requires_grad_(False)
+        for block in self.blocks:
+            for name, parameter in block.named_parameters():
+                if not split_model.keeps_float32(name):
+                    parameter.data = parameter.data.to(dtype)
         for module in self.blocks.modules():
             if isinstance(
                 module, nn.LayerNorm

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.batch import Batch, EmptyCaption
 from trainer.distillation import ObjectivePhase, Teacher, block_losses
+from trainer.models.captions import Captions
 from trainer.models.process import Process
 from trainer.models.split_model import SplitModel
 from trainer.models.state import State
@@ -85,9 +86,7 @@ class TrunkHeadLosses(LightningModule):
         trains = self.surgery.train_outside or not self.split_trunk
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             with self._trunk_autocast(x.device):
-                state = self.split_model.embed(
-                    x, self.process.timestep(sigma), batch.text, batch.text_mask, batch.text_lengths, batch.pooled
-                )
+                state = self.split_model.embed(x, self.process.timestep(sigma), Captions.of(batch))
                 state = self.split_model.run(state, 0, self.first)
         # The head goes on in its own dtype, whatever the trunk computed in.
         return state if trains else state.map(lambda t: t.to(x.dtype) if t.is_floating_point() else t)

@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_mochi import MochiAttnProcessor2_
 from launch.export import export
 from launch.fit.cli import recipe_cli
 from trainer.graft import load_graft
+from trainer.models.captions import Captions
 from trainer.models.load import load_transformer
 from trainer.models.mochi import SplitMochi
 
@@ -38,8 +39,7 @@ def stock(model, batch):
 def velocity(split_model: SplitMochi, batch):
     """Velocity by a `SplitMochi`."""
     with torch.no_grad():
-        text = batch.text, batch.text_mask, batch.text_lengths
-        state = split_model.embed(batch.latents, torch.tensor([100.0, 700.0]), *text)
+        state = split_model.embed(batch.latents, torch.tensor([100.0, 700.0]), Captions.of(batch))
         return split_model.finish(split_model.run(state, 0, split_model.num_blocks))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from data.base_folder import read_base
 from launch.main import main
 from launch.run_folder import RunFolder
 from tests.support.family_bases import COGVIDEOX_TOKENS, make_pipeline
@@ -38,13 +39,15 @@ def recipe_of(family, tmp_path, write_recipe):
     needed = {"wan": ["text"], "hunyuan": ["text", "pooled"]}.get(family)
     name, bucket = SHARDS[family]
     make_pipeline(name, 3).save_pretrained(tmp_path / "base")
+    facts = read_base(tmp_path / "base")
     tokens = COGVIDEOX_TOKENS if name == "cogvideox" else None
     shards = write_latents(
         tmp_path / "latents", [(bucket, 8)] * 5, channels=16, width=16, family=name,
         pooled=(lambda i: torch.full((8,), i / 40)) if family == "hunyuan" else None,
         latent=lambda i, shape: torch.randn(shape, generator=generator),
         text=lambda i: torch.randn(tokens or 1 + i % 4, 16, generator=generator),
-        empty=None if needed is None else {name: empty[name] for name in needed},
+        empty=None if needed is None else {name: empty[name] for name in needed}, latents_mean=facts.mean,
+        latents_std=facts.std,
     )  # fmt: skip
 
     def write(folder: Path) -> Path:

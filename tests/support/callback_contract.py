@@ -117,7 +117,7 @@ def state_of(module: LightningModule) -> dict[str, Any]:
             if "_hooks" in name and isinstance(hooks, dict) and hooks
         ],
         "tensor hooks": [name for name, p in module.named_parameters() if p._backward_hooks],
-        "attention": [processor.attend.__qualname__ for processor in module.split_model._processors],
+        "attention": [processor.attend.__qualname__ for processor in module.split_model._processors.values()],
         "trainable": [name for name, p in module.named_parameters() if p.requires_grad],
         "autograd": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), str(torch.get_default_dtype())),
     }

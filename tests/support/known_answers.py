@@ -19,6 +19,7 @@ from hypothesis import Phase, settings
 from torch import Tensor
 
 from data.batch import Batch
+from trainer.models.captions import Captions
 from trainer.models.layout import AttentionCall, AttentionFunction, dense_attention
 from trainer.models.mochi import SplitMochi
 
@@ -165,7 +166,7 @@ def velocity(split_model: SplitMochi, batch: Batch, functions: Mapping[int, Atte
     """The whole forward pass, (B, C, F, H, W); the layers named attend through their function."""
     with split_model.attention(functions or {}):
         time = torch.linspace(100.0, 900.0, len(batch))
-        return split_model(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        return split_model(batch.latents, time, Captions.of(batch))
 
 
 def stock_velocity(model: MochiTransformer3DModel, batch: Batch) -> Tensor:

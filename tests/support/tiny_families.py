@@ -13,6 +13,7 @@ from diffusers import (
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from torch import Tensor, nn
 
+from trainer.models.captions import Captions
 from trainer.models.families import FAMILIES
 from trainer.models.split_model import SplitModel
 
@@ -77,17 +78,13 @@ def inputs(
     return {
         "x": torch.randn(len(lengths), facts.channels, *grid, generator=generator),
         "timestep": (1000.0 * torch.rand(len(lengths), generator=generator)).floor(),
-        "text": text * mask[..., None],
-        "text_mask": mask,
-        "text_lengths": tuple(lengths),
-        "pooled": pooled,
+        "captions": Captions(text * mask[..., None], mask, tuple(lengths), pooled),
     }
 
 
-def stock_forward(split_model: SplitModel, x: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor,
-                  text_lengths: tuple[int, ...], pooled: Tensor | None) -> Tensor:  # fmt: skip
+def stock_forward(split_model: SplitModel, x: Tensor, timestep: Tensor, captions: Captions) -> Tensor:
     """diffusers' own forward as the family's pipeline calls it, (B, C, F, H, W)."""
-    model = split_model.transformer
+    model, text, text_mask = split_model.transformer, captions.text, captions.mask
     how: dict[str, Any] = {"timestep": timestep, "return_dict": False}
     if isinstance(model, MochiTransformer3DModel):
         return model(x, text, encoder_attention_mask=text_mask, **how)[0]
@@ -97,7 +94,7 @@ def stock_forward(split_model: SplitModel, x: Tensor, timestep: Tensor, text: Te
     if isinstance(model, HunyuanVideoTransformer3DModel):
         guidance = torch.full((len(x),), 6000.0)
         return model(
-            x, encoder_hidden_states=text, encoder_attention_mask=text_mask, pooled_projections=pooled,
+            x, encoder_hidden_states=text, encoder_attention_mask=text_mask, pooled_projections=captions.pooled,
             guidance=guidance, **how,
         )[0]  # fmt: skip
     rope = None

@@ -25,6 +25,11 @@ class TokenLayoutLike(Protocol):
     """What an intervention reads of a batch's token layout, [vision | text]."""
 
     @property
+    def text_tokens(self) -> int:
+        """Text tokens among the keys, with padding; 0 in self-attention of vision."""
+        ...
+
+    @property
     def text_lengths(self) -> tuple[int, ...]:
         """Valid text tokens of each sample."""
         ...
@@ -48,8 +53,14 @@ class AttentionCallLike(Protocol):
         """Token order of the batch."""
         ...
 
+    @property
+    def site(self) -> str:
+        """Where in the block: `joint`, `self` or `cross`."""
+        ...
 
-#: (q, k, v each (B, h, N + L, d), call) -> (B, h, N + L, d)
+
+#: (q, k, v each (B, h, N + L, d), call) -> (B, h, N + L, d). N + L is N in self-attention of vision; in cross-attention
+#: q and the result have N tokens, k and v have L.
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionCallLike], Tensor]
 
 
@@ -141,10 +152,11 @@ def transfer(
     """The map A of a source, from its q and k, on the target's own values: A itself is never stored.
 
     Args:
-        source_q: (B, h, N + L, d) of the source at the same layer and step; all h heads, also where `heads` is given.
+        source_q: (B, h, N + L, d) of the source at the same layer, site and step; all h heads, also where `heads` is
+            given.
         source_k: (B, h, N + L, d).
-        text_lengths: valid text tokens of each sample of the source, to be compared with the target's: a map's text
-            keys must be the target's too. None: they are known to be equal.
+        text_lengths: valid text tokens of each sample of the source, to be compared with the target's where text is
+            among the keys: a map's text keys must be the target's too. None: they are known to be equal.
         heads: only these; None: all. The others keep their own map.
         attend: applied to the source's q and k with the target's v, and to the other heads' own q, k and v.
 
@@ -159,7 +171,7 @@ def transfer(
                 f"{tuple(q.shape)} and {tuple(k.shape)}, expected equal shapes: use the same batch size and grid, and "
                 "captions of as many tokens."
             )
-        if text_lengths not in (None, call.layout.text_lengths):
+        if call.layout.text_tokens and text_lengths not in (None, call.layout.text_lengths):
             raise ValueError(
                 f"got a map from captions of {text_lengths} tokens for captions of {call.layout.text_lengths}, "
                 "expected equal lengths sample by sample: a map's text keys must be the target's too."
@@ -184,7 +196,8 @@ def transfer_within_batch(
         attend: as in `transfer`.
 
     Raises:
-        ValueError: when called on a batch of another size, or where caption lengths of a pair differ.
+        ValueError: when called on a batch of another size, or where caption lengths of a pair differ and text is
+            among the keys.
     """
 
     def transferred(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
@@ -199,9 +212,9 @@ def transfer_within_batch(
 
 
 class AttentionMapRecorder:
-    """q and k of a source generation by (layer, step), and their transfer into a target generation.
+    """q and k of a source generation by (layer, site, step), and their transfer into a target generation.
 
-    Costs 2 B h (N + L) d numbers for each layer and step recorded.
+    Costs the numbers of q and k, 2 B h (N + L) d in joint attention, for each layer, site and step recorded.
 
     Args:
         step: returns the current denoising step; the same steps must come in both generations.
@@ -211,14 +224,14 @@ class AttentionMapRecorder:
     def __init__(self, step: Callable[[], Hashable], *, device: torch.device | str | None = None) -> None:
         self.step = step
         self.device = device
-        self._recorded: dict[tuple[int, Hashable], tuple[Tensor, Tensor, tuple[int, ...]]] = {}
+        self._recorded: dict[tuple[int, str, Hashable], tuple[Tensor, Tensor, tuple[int, ...]]] = {}
 
     def record(self, *, attend: Attend = unmodified_attention) -> Attend:
-        """Attention that changes nothing and keeps q and k; of a layer and step seen twice, the last ones."""
+        """Attention that changes nothing and keeps q and k; of what is seen twice, the last ones."""
 
         def recording(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
             device = q.device if self.device is None else self.device
-            self._recorded[call.layer, self.step()] = (
+            self._recorded[call.layer, call.site, self.step()] = (
                 q.detach().to(device, copy=True),
                 k.detach().to(device, copy=True),
                 call.layout.text_lengths,
@@ -228,18 +241,19 @@ class AttentionMapRecorder:
         return recording
 
     def inject(self, *, heads: Collection[int] | None = None, attend: Attend = unmodified_attention) -> Attend:
-        """`transfer` from what was recorded at the same layer and step.
+        """`transfer` from what was recorded at the same layer, site and step.
 
         Raises:
-            ValueError: when called at a layer and step that were not recorded.
+            ValueError: when called at a layer, site and step that were not recorded.
         """
 
         def injecting(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
-            at = (call.layer, self.step())
+            at = (call.layer, call.site, self.step())
             if at not in self._recorded:
                 raise ValueError(
-                    f"got layer {at[0]} at step {at[1]}, expected one that was recorded: "
-                    f"{sorted(self._recorded, key=str)}. Record the same layers and steps in the source generation."
+                    f"got layer {at[0]}, {at[1]} attention, at step {at[2]}, expected one that was recorded: "
+                    f"{sorted(self._recorded, key=str)}. Record the same layers, sites and steps in the source "
+                    "generation."
                 )
             source_q, source_k, lengths = self._recorded[at]
             return transfer(source_q, source_k, text_lengths=lengths, heads=heads, attend=attend)(q, k, v, call)
@@ -263,13 +277,16 @@ def first_text_token(
         attend: the attention of the other heads.
 
     Raises:
-        ValueError: if `keep` is negative, or when called with fewer than `num_vision` tokens.
+        ValueError: if `keep` is negative, or when called with fewer than `num_vision` tokens or in an attention that is
+            not joint.
     """
     if num_vision < 1 or (keep is not None and keep < 0):
         raise ValueError(f"got num_vision {num_vision} and keep {keep}, expected at least 1, and 0 or more, or None.")
 
     def reduced(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
         tokens, layout = k.shape[2], call.layout
+        if call.site != "joint":
+            raise ValueError(f"got {call.site} attention in layer {call.layer}, expected joint attention, with text.")
         if tokens < num_vision:
             raise ValueError(f"got {tokens} tokens, expected {num_vision} vision tokens first.")
         stays = [] if keep is None or num_vision + keep >= tokens else [num_vision + keep]

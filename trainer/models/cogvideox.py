@@ -13,6 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embe
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
+from trainer.models.captions import Captions
 from trainer.models.facts import ModelFacts, check_text_to_video
 from trainer.models.layout import TokenLayout
 from trainer.models.process import DiscreteVelocity, Process
@@ -145,16 +146,9 @@ class SplitCogVideoX(SplitModel):
     def changes_text(self, layer: int) -> bool:
         return layer < self.num_blocks - 1  # nothing reads what the last block makes of the text
 
-    def embed(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> State:
-        self.check_sizes(x, text, text_lengths)
+    def embed(self, x: Tensor, timestep: Tensor, captions: Captions) -> State:
+        self.check_sizes(x, captions)
+        text = captions.text
         transformer, patch = self.transformer, self.transformer.config.patch_size
         _, _, frames, height, width = x.shape
         temb = transformer.time_embedding(transformer.time_proj(timestep).to(x.dtype))
@@ -165,7 +159,7 @@ class SplitCogVideoX(SplitModel):
             text=tokens[:, : text.shape[1]],
             temb=temb,
             rope=self._rope(grid, x.device),
-            layout=TokenLayout(grid, text_lengths, text.shape[1], None),
+            layout=TokenLayout(grid, captions.lengths, text.shape[1], None),
             size=(frames, height, width),
         )
 

@@ -4,7 +4,7 @@ Legend: B batch, F latent frames, H W latent grid, N vision tokens, L text token
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -13,8 +13,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor, nn
 
+from trainer.models.captions import Captions
 from trainer.models.facts import ModelFacts, check_text_to_video
-from trainer.models.layout import TokenLayout
+from trainer.models.layout import Site, TokenLayout
 from trainer.models.process import RectifiedFlow
 from trainer.models.split_model import ObservedAttention, SplitModel
 from trainer.models.state import State
@@ -84,6 +85,7 @@ class SplitHunyuanVideo(SplitModel):
 
     family = "HunyuanVideo"
     transformer_class = HunyuanVideoTransformer3DModel
+    attention_sites: ClassVar[Mapping[Site, str]] = {"joint": "attn"}
     processor_class = DualAndSingleAttention
     stock_processor_class = HunyuanVideoAttnProcessor2_0
     process = RectifiedFlow(towards_data=False)
@@ -123,36 +125,28 @@ class SplitHunyuanVideo(SplitModel):
     def changes_text(self, layer: int) -> bool:
         return layer < self.num_blocks - 1  # nothing reads what the last block makes of the text
 
-    def embed(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> State:
-        self.check_sizes(x, text, text_lengths, pooled)
-        if min(text_lengths) == 0:
+    def embed(self, x: Tensor, timestep: Tensor, captions: Captions) -> State:
+        self.check_sizes(x, captions)
+        if min(captions.lengths) == 0:
             raise ValueError(
                 "got a caption without tokens, expected the encoded empty caption in its place: the mean over no "
                 "tokens in HunyuanVideo's text refiner is no number."
             )
-        assert pooled is not None
+        assert captions.pooled is not None
         transformer, (p_t, p_h, p_w) = self.transformer, self.patch
         batch, _, frames, height, width = x.shape
         guidance = (
             torch.full((batch,), 1000.0 * GUIDANCE, device=x.device) if transformer.config.guidance_embeds else None
         )
-        temb, _ = transformer.time_text_embed(timestep, pooled.to(x.dtype), guidance)
-        text = transformer.context_embedder(text, timestep, text_mask)
+        temb, _ = transformer.time_text_embed(timestep, captions.pooled.to(x.dtype), guidance)
+        text = transformer.context_embedder(captions.text, timestep, captions.mask)
         grid = (frames // p_t, height // p_h, width // p_w)
         vision = transformer.x_embedder(x)
         if self.stock_attention:  # diffusers' blocks take padded text and a mask
-            mask = torch.cat([text_mask.new_ones(batch, vision.shape[1]), text_mask], dim=1)
-            layout = TokenLayout(grid, text_lengths, text.shape[1], mask)
+            mask = torch.cat([captions.mask.new_ones(batch, vision.shape[1]), captions.mask], dim=1)
+            layout = TokenLayout(grid, captions.lengths, text.shape[1], mask)
         else:
-            layout = TokenLayout.of(grid, text_lengths, text_mask)
+            layout = TokenLayout.of(grid, captions.lengths, captions.mask)
             text = text[:, : layout.text_tokens]
         return State(vision, text, temb, tuple(transformer.rope(x)), layout, (frames, height, width))
 

@@ -1,24 +1,31 @@
-"""Token order of a joint-attention block, and the interface of functions that observe or replace attention.
+"""Token order at the attention sites of a block, and the interface of functions that observe or replace attention.
 
 Legend: B batch, F latent frames, N vision tokens, L text tokens, h heads, d head width.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Where a block has attention: vision and text attend to both (`joint`), vision to vision (`self`), to text (`cross`).
+Site = Literal["joint", "self", "cross"]
+
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Token order of one batch: [vision | text].
+    """Token order of one batch at one site: [vision | text]; at the site `cross`, vision queries and text keys.
+
+    Vision tokens are in the order (t, y, x). The first `text_lengths[b]` text tokens of sample b are valid.
 
     Args:
         grid: (F, H, W) of the vision tokens, after patching.
         text_lengths: valid text tokens per sample, known on the host.
-        text_tokens: L, how many text tokens the attention sees: the longest caption of the batch.
+        text_tokens: L, text tokens among the keys, padding included where it takes part (CogVideoX, Wan's `cross`);
+            elsewhere the longest caption of the batch; 0 at the site `self`.
         key_mask: (B, N + L) bool, true on tokens that may be attended to; None when every caption is L long, so
             that no mask is needed and the fastest kernels apply.
     """
@@ -47,13 +54,15 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What an attention function gets besides q, k and v: the block's index and the batch's token order."""
+    """What an attention function gets besides q, k and v: the block's index, the batch's token order, and the site."""
 
     layer: int
     layout: TokenLayout
+    site: Site = "joint"
 
 
-#: (q, k, v each (B, h, N + L, d), call) -> (B, h, N + L, d)
+#: (q, k, v, call) -> what has the shape of q. Shapes at the site `joint`: each (B, h, N + L, d); `self`: each
+#: (B, h, N, d); `cross`: q (B, h, N, d), k and v (B, h, L, d).
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
 
 

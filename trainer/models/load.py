@@ -129,7 +129,7 @@ def load_transformer(
 
     Args:
         base: what `resolve_base` takes. A `config.json` gives random weights, made on `device`.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights, but for those that diffusers keeps in float32 in any case (some of Wan's).
         device: where they are made; "meta" makes shapes only.
         seed: for random weights.
         float32_from: blocks from this one on, what follows them and parameters that are never trained are in float32
@@ -185,9 +185,13 @@ def _load(base: str, dtype: torch.dtype, device: torch.device | str, seed: int) 
             previous = torch.get_default_dtype()
             torch.set_default_dtype(dtype)
             try:
-                return _class_of(config).from_config(config)
+                model = _class_of(config).from_config(config)
             finally:
                 torch.set_default_dtype(previous)
+        for name, parameter in model.named_parameters():  # as `from_pretrained` does; `from_config` does not
+            if family_of(config).keeps_float32(name):
+                parameter.data = parameter.data.float()
+        return model
     model = _class_of(config).from_pretrained(
         _transformer_folder(path), torch_dtype=dtype, use_safetensors=True, local_files_only=True
     )

@@ -12,6 +12,7 @@ from diffusers import MochiTransformer3DModel
 from diffusers.models.attention_processor import MochiAttention, MochiAttnProcessor2_0
 from torch import Tensor, nn
 
+from trainer.models.captions import Captions
 from trainer.models.facts import ModelFacts
 from trainer.models.from_scratch import draw_frequencies
 from trainer.models.layout import TokenLayout, text_lengths_of
@@ -112,19 +113,11 @@ class SplitMochi(SplitModel):
     def changes_text(self, layer: int) -> bool:
         return not self.blocks[layer].context_pre_only  # the last block leaves the text as it is
 
-    def embed(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> State:
-        self.check_sizes(x, text, text_lengths)
+    def embed(self, x: Tensor, timestep: Tensor, captions: Captions) -> State:
+        self.check_sizes(x, captions)
         batch, _, frames, height, width = x.shape
         transformer, patch = self.transformer, self.transformer.config.patch_size
-        temb, text = transformer.time_embed(timestep, text, text_mask, hidden_dtype=x.dtype)
+        temb, text = transformer.time_embed(timestep, captions.text, captions.mask, hidden_dtype=x.dtype)
         patches = transformer.patch_embed(x.permute(0, 2, 1, 3, 4).flatten(0, 1))
         grid = (frames, height // patch, width // patch)
         rope = transformer.rope(transformer.pos_frequencies, *grid, device=x.device, dtype=torch.float32)
@@ -133,7 +126,7 @@ class SplitMochi(SplitModel):
             text=text,
             temb=temb,
             rope=rope,
-            layout=self._layout(grid, text_lengths, text_mask),
+            layout=self._layout(grid, captions.lengths, captions.mask),
             size=(frames, height, width),
         )
 

@@ -19,8 +19,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from trainer.models.captions import Captions
 from trainer.models.facts import ModelFacts
-from trainer.models.layout import AttentionCall, AttentionFunction, TokenLayout, dense_attention, fused_attention
+from trainer.models.layout import AttentionCall, AttentionFunction, Site, TokenLayout, dense_attention, fused_attention
 from trainer.models.process import Process
 from trainer.models.state import State
 
@@ -30,23 +31,20 @@ class ObservedAttention:
 
     Args:
         layer: index of the block.
+        site: where in the block.
     """
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, site: Site) -> None:
         self.layer = layer
+        self.site: Site = site
         self.attend: AttentionFunction = dense_attention
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """What the softmax makes of q, k and v, each (B, h, N + L, d) in the order of `layout`."""
+        """What the softmax makes of q, k and v in the order of `layout`; shapes as of `AttentionFunction`."""
         if self.attend is dense_attention:
             # Without the layer's number: a constant that differs would have torch.compile make a graph of every block.
             return fused_attention(q, k, v, layout.key_mask)
-        return self.attend(q, k, v, AttentionCall(self.layer, layout))
-
-
-def observed_attention(block: Any) -> Any:
-    """The attention module of a block whose processor is an `ObservedAttention`."""
-    return block.attn1 if hasattr(block, "attn1") else block.attn
+        return self.attend(q, k, v, AttentionCall(self.layer, layout, self.site))
 
 
 class SplitModel(nn.Module, ABC):
@@ -63,6 +61,8 @@ class SplitModel(nn.Module, ABC):
     family: ClassVar[str]
     #: diffusers' class of the transformer.
     transformer_class: ClassVar[Any]
+    #: Where a block has attention -> its module's name. The first site is where measurements look.
+    attention_sites: ClassVar[Mapping[Site, str]] = {"joint": "attn1"}
     #: The processor that observes attention.
     processor_class: ClassVar[type[ObservedAttention]]
     #: diffusers' own processor, which `stock_attention` keeps.
@@ -82,13 +82,14 @@ class SplitModel(nn.Module, ABC):
         self.transformer = transformer
         self.checkpoint_blocks = checkpoint_blocks
         self.stock_attention = stock_attention
-        self._processors: list[ObservedAttention] = []
+        self._processors: dict[tuple[Site, int], ObservedAttention] = {}
         for layer, block in enumerate(self.blocks):
-            if stock_attention:
-                observed_attention(block).processor = self.stock_processor_class()
-            else:
-                self._processors.append(self.processor_class(layer))
-                observed_attention(block).processor = self._processors[-1]
+            for site in self.attention_sites:
+                module = self.attention_module(block, site)
+                if stock_attention:
+                    module.processor = self.stock_processor_class()
+                else:
+                    module.processor = self._processors[site, layer] = self.processor_class(layer, site)
 
     # -- what a family says ----------------------------------------------------------------------------------------
 
@@ -126,24 +127,13 @@ class SplitModel(nn.Module, ABC):
         """Whether a linear layer of a block is zero in a fresh one, so that the block starts as the identity."""
 
     @abstractmethod
-    def embed(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> State:
+    def embed(self, x: Tensor, timestep: Tensor, captions: Captions) -> State:
         """Embeds patches, timestep and captions, and makes the rotary tables.
 
         Args:
             x: (B, C, F, H, W) noisy latents.
             timestep: (B,) float32, as `process.timestep` gives it.
-            text: (B, L, D_text) caption embeddings.
-            text_mask: (B, L) bool.
-            text_lengths: valid text tokens per sample, on the host.
-            pooled: (B, D_pooled) pooled caption embeddings, for a family that takes them.
+            captions: of the family's text encoders.
 
         Raises:
             ValueError: if captions or latent do not fit the model.
@@ -202,28 +192,33 @@ class SplitModel(nn.Module, ABC):
         """Of a block's parameters that belong to neither a linear layer nor a norm: name -> its fresh float32 value."""
         return {}
 
+    @classmethod
+    def keeps_float32(cls, name: str) -> bool:
+        """Whether diffusers loads a parameter, named within the model or within a block, in float32 in any case."""
+        return not set(cls.transformer_class._keep_in_fp32_modules or ()).isdisjoint(name.split("."))
+
     def changes_text(self, layer: int) -> bool:
         """Whether a block changes the text stream."""
         return True
 
-    def check_sizes(self, x: Tensor, text: Tensor, text_lengths: tuple[int, ...], pooled: Tensor | None = None) -> None:
+    def check_sizes(self, x: Tensor, captions: Captions) -> None:
         """Checks the arguments of `embed`.
 
         Raises:
             ValueError: if a length does not fit the batch, patches do not divide the latent, or the captions are not
                 those of the family's encoder.
         """
-        facts = self.own_facts
+        facts, lengths, pooled = self.own_facts, captions.lengths, captions.pooled
         batch, _, frames, height, width = x.shape
-        if len(text_lengths) != batch or max(text_lengths) > text.shape[1]:
+        if len(lengths) != batch or max(lengths) > captions.text.shape[1]:
             raise ValueError(
-                f"got text lengths {text_lengths} for {batch} samples of {text.shape[1]} text tokens; "
+                f"got text lengths {lengths} for {batch} samples of {captions.text.shape[1]} text tokens; "
                 "expected one length per sample, none above the padded length."
             )
         facts.check_latent(frames, height, width)
-        if facts.text_tokens is not None and set(text_lengths) != {facts.text_tokens}:
+        if facts.text_tokens is not None and set(lengths) != {facts.text_tokens}:
             raise ValueError(
-                f"got captions of {sorted(set(text_lengths))} tokens, expected {facts.text_tokens} each: {self.family} "
+                f"got captions of {sorted(set(lengths))} tokens, expected {facts.text_tokens} each: {self.family} "
                 "attends to padded tokens too, so captions are encoded with their padding."
             )
         if facts.pooled_width is not None and (pooled is None or pooled.shape[1] != facts.pooled_width):
@@ -253,50 +248,65 @@ class SplitModel(nn.Module, ABC):
         """
         if self.stock_attention:
             return contextlib.nullcontext(), contextlib.nullcontext()
-        return contextlib.nullcontext(), self.attention({layer: self._processors[layer].attend})
+        own = {(site, layer): self._processors[site, layer].attend for site in self.attention_sites}
+        return contextlib.nullcontext(), self._attending(own)
 
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, captions: Captions) -> Tensor:
         """Runs the whole model: embed, every block, finish; gives the prediction (B, C, F, H, W)."""
-        state = self.embed(x, timestep, text, text_mask, text_lengths, pooled)
+        state = self.embed(x, timestep, captions)
         return self.finish(self.run(state, 0, self.num_blocks))
 
-    @contextlib.contextmanager
-    def attention(self, functions: Mapping[int, AttentionFunction]) -> Iterator[None]:
+    def attention(
+        self, functions: Mapping[int, AttentionFunction], *, site: Site | None = None
+    ) -> AbstractContextManager[None]:
         """Inside, the blocks named by `functions` use them as their attention.
 
         Afterwards, also when something raises, they use what they had before.
 
+        Args:
+            functions: by layer.
+            site: one of `attention_sites`; None: the first of them, joint attention or self-attention.
+
         Raises:
-            ValueError: if a layer does not exist or the stock processor is in place.
+            ValueError: if the family has no such site, a layer does not exist, or the stock processor is in place.
         """
+        chosen = next(iter(self.attention_sites)) if site is None else site
+        if chosen not in self.attention_sites:
+            raise ValueError(
+                f"got attention site {site!r} for the family {self.family}, expected one of "
+                f"{list(self.attention_sites)}."
+            )
         if self.stock_attention:
             raise ValueError("attention cannot be observed with stock_attention=True; build the SplitModel without it.")
         unknown = sorted(set(functions) - set(range(self.num_blocks)))
         if unknown:
             raise ValueError(f"got attention functions for layers {unknown}, expected 0 .. {self.num_blocks - 1}.")
-        before = {layer: self._processors[layer].attend for layer in functions}
+        return self._attending({(chosen, layer): function for layer, function in functions.items()})
+
+    @contextlib.contextmanager
+    def _attending(self, functions: Mapping[tuple[Site, int], AttentionFunction]) -> Iterator[None]:
+        """`attention` by (site, layer), unchecked."""
+        before = {where: self._processors[where].attend for where in functions}
         try:
-            for layer, function in functions.items():
-                self._processors[layer].attend = function
+            for where, function in functions.items():
+                self._processors[where].attend = function
             yield
         finally:
-            for layer, function in before.items():
-                self._processors[layer].attend = function
+            for where, function in before.items():
+                self._processors[where].attend = function
+
+    @classmethod
+    def attention_module(cls, block: Any, site: Site | None = None) -> Any:
+        """diffusers' attention module of a block at a site; None: the first of `attention_sites`."""
+        names = cls.attention_sites
+        return getattr(block, names[next(iter(names)) if site is None else site])
 
     def output_projection(self, layer: int) -> Tensor:
         """The vision output projection split by head, (h, d, D): the attention output is sum_h v_h @ W_h + bias."""
         weight = self.vision_output(self.blocks[layer]).weight  # (D, h * d)
         return weight.detach().T.unflatten(0, (self.num_heads, -1))
 
-    @staticmethod
-    def vision_output(block: Any) -> nn.Linear:
+    @classmethod
+    def vision_output(cls, block: Any) -> nn.Linear:
         """The linear layer that takes a block's attention output of vision tokens."""
-        return observed_attention(block).to_out[0]
+        return cls.attention_module(block).to_out[0]

@@ -4,7 +4,8 @@ Legend: B batch, F latent frames, H W latent grid, N vision tokens, L text token
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
+from trainer.models.captions import Captions
 from trainer.models.facts import ModelFacts, check_text_to_video
-from trainer.models.layout import TokenLayout
+from trainer.models.layout import Site, TokenLayout
 from trainer.models.process import RectifiedFlow
 from trainer.models.split_model import ObservedAttention, SplitModel
 from trainer.models.state import State
@@ -29,26 +31,37 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-class SelfAttention(ObservedAttention):
-    """Attention processor of one block's self-attention; takes the place of diffusers' `WanAttnProcessor`.
+class SelfOrCrossAttention(ObservedAttention):
+    """Attention processor of one of a block's two attentions; takes the place of diffusers' `WanAttnProcessor`.
 
-    `rotary_emb` is (cos, sin) as `WanTransformer3DModel` passes it, and the token layout where `SplitWan` does.
+    `SplitWan` passes the token layout through arguments that the block hands on untouched. Self-attention has
+    `rotary_emb` (cos, sin, layout); cross-attention has no argument but the text, `encoder_hidden_states` (text,
+    layout). As `WanTransformer3DModel` passes them, they are (cos, sin), and the text alone.
     """
 
     def __call__(
         self,
         attn: WanAttention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
+        encoder_hidden_states: tuple[Tensor, TokenLayout] | Tensor | None,
         attention_mask: Tensor | None,
-        rotary_emb: tuple[Any, ...],
+        rotary_emb: tuple[Any, ...] | None,
     ) -> Tensor:
-        cos, sin, *rest = rotary_emb
-        layout = rest[0] if rest else TokenLayout((1, 1, hidden_states.shape[1]), (0,) * len(hidden_states), 0, None)
+        keys, text_tokens, rope = hidden_states, 0, rotary_emb or ()
+        layout = rope[2] if len(rope) == 3 else None
+        if encoder_hidden_states is not None:  # cross-attention
+            text = encoder_hidden_states
+            keys, layout = text if isinstance(text, tuple) else (text, None)
+            text_tokens = keys.shape[1]
+        if layout is None:  # diffusers' forward knows neither grid nor lengths of captions
+            lengths = (text_tokens,) * len(hidden_states)
+            layout = TokenLayout((1, 1, hidden_states.shape[1]), lengths, text_tokens, None)
         # The norms are over all heads together.
-        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
+        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(keys)), attn.to_v(keys)
         q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))
-        q, k, v = (part.transpose(1, 2) for part in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
+        if rope:
+            q, k = _rotate(q, *rope[:2]), _rotate(k, *rope[:2])
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         out = self.attention(q, k, v, layout).transpose(1, 2).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -58,7 +71,8 @@ class SplitWan(SplitModel):
 
     family = "Wan 2.1"
     transformer_class = WanTransformer3DModel
-    processor_class = SelfAttention
+    attention_sites: ClassVar[Mapping[Site, str]] = {"self": "attn1", "cross": "attn2"}
+    processor_class = SelfOrCrossAttention
     stock_processor_class = WanAttnProcessor
     process = RectifiedFlow(towards_data=False)
 
@@ -104,16 +118,9 @@ class SplitWan(SplitModel):
     def changes_text(self, layer: int) -> bool:
         return False
 
-    def embed(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        text_lengths: tuple[int, ...],
-        pooled: Tensor | None = None,
-    ) -> State:
-        self.check_sizes(x, text, text_lengths)
+    def embed(self, x: Tensor, timestep: Tensor, captions: Captions) -> State:
+        self.check_sizes(x, captions)
+        text = captions.text
         if text.shape[1] > TEXT_TOKENS:
             raise ValueError(f"got captions padded to {text.shape[1]} tokens, expected at most {TEXT_TOKENS}.")
         transformer = self.transformer
@@ -126,14 +133,16 @@ class SplitWan(SplitModel):
             text=text,
             temb=modulation.unflatten(1, (6, -1)),
             rope=tuple(cos_sin),
-            layout=TokenLayout((frames // p_t, height // p_h, width // p_w), text_lengths, 0, None),
+            layout=TokenLayout((frames // p_t, height // p_h, width // p_w), captions.lengths, 0, None),
             size=(frames, height, width),
             out_temb=temb,
         )
 
     def run_block(self, block: Callable[..., Any], state: State) -> State:
-        rope = state.rope if self.stock_attention else (*state.rope, state.layout)
-        return state.with_streams(block(state.vision, state.text, state.temb, rope), state.text)
+        if self.stock_attention:
+            return state.with_streams(block(state.vision, state.text, state.temb, state.rope), state.text)
+        text = (state.text, replace(state.layout, text_tokens=state.text.shape[1]))
+        return state.with_streams(block(state.vision, text, state.temb, (*state.rope, state.layout)), state.text)
 
     def finish(self, state: State) -> Tensor:
         transformer, (p_t, p_h, p_w) = self.transformer, self.patch

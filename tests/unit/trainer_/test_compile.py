@@ -8,7 +8,10 @@ import torch._dynamo
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
+from tests.support.tiny_families import inputs, make
+from trainer.compile import compile_blocks
 from trainer.distillation import ObjectivePhase
+from trainer.models.families import split_model_of
 from trainer.models.layout import dense_attention
 
 
@@ -96,6 +99,24 @@ def test_blocks_share_what_is_compiled(make_transformer, make_module, make_batch
     module = make_module(base=tmp_path, blocks=(3, 4, 5), compile="both")
     losses(module, make_batch((4, 4)))
     assert len(ran) == 6 and len({id(graph) for graph in ran}) <= 4
+
+
+def test_blocks_of_two_attention_sites_share_a_graph_and_run_eagerly_where_either_is_observed(ran):
+    model, calls = make("wan").train(), []
+    split_model, args = split_model_of(model), inputs(model, (3, 3))
+
+    def observed(q, k, v, call):
+        calls.append((call.site, call.layer))
+        return dense_attention(q, k, v, call)
+
+    want = split_model(**args)
+    compile_blocks(split_model.blocks, 2, "both")
+    assert torch.equal(split_model(**args), want)
+    assert len(ran) == 4 and len({id(graph) for graph in ran}) == 1
+    for site in split_model.attention_sites:
+        with split_model.attention({1: observed}, site=site):
+            assert torch.equal(split_model(**args), want)
+    assert calls == [("self", 1), ("cross", 1)] and len(ran) == 4 + 3 + 3
 
 
 def test_stock_attention_is_not_compiled(make_module):

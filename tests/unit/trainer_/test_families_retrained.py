@@ -15,7 +15,6 @@ from trainer.callbacks.probe_set import ProbeSet
 from trainer.callbacks.sinks import SinkFrequency
 from trainer.distillation import ObjectivePhase
 from trainer.models.families import FAMILIES
-from trainer.models.split_model import observed_attention
 from trainer.module import OptimConfig, RetrainBlocks, SurgeryConfig
 
 NAMES = sorted(TINY)
@@ -114,7 +113,7 @@ def plant(module, marked):
     """
     split_model = module.split_model
     block = split_model.blocks[LAYER]
-    attn = observed_attention(block)
+    attn = split_model.attention_module(block)
     inputs, targets = [], []
 
     def see(_, args, kwargs):
@@ -244,6 +243,20 @@ def test_a_teacher_teaches_its_own_blocks_nothing_and_an_identity_everything(bas
         # A fresh block is the identity, whose error is the whole change, up to bfloat16's rounding.
         tolerance = 0.0 if expected == 0.0 and trunk_dtype == "float32" else 1e-5 if trunk_dtype == "float32" else 2e-3
         torch.testing.assert_close(losses, torch.full((3,), expected), rtol=0, atol=tolerance)
+    if trunk_dtype == "bfloat16":
+        assert_rounded_as_by_diffusers(module, base)
+
+
+def assert_rounded_as_by_diffusers(module, base):
+    """Weights and dtypes of the teacher's blocks, but for LayerNorms."""
+    kind = type(module.split_model.transformer)
+    stock = module.split_model.blocks_of(kind.from_pretrained(base / "transformer", torch_dtype=torch.bfloat16))
+    for layer, block in zip(module.blocks, module.teacher.blocks, strict=True):
+        norms = tuple(name for name, each in block.named_modules() if isinstance(each, torch.nn.LayerNorm))
+        for name, p in stock[layer].named_parameters():
+            got = block.get_parameter(name)
+            if name.rpartition(".")[0] not in norms:
+                assert got.dtype == p.dtype and torch.equal(got, p), name
 
 
 def test_probes_without_captions_are_what_training_leaves_out(base):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from trainer.models.captions import Captions
 from trainer.models.mochi import SplitMochi
 from trainer.surgery import choose_blocks, fingerprint, freeze_all_but, frozen_fingerprint, reinitialise
 
@@ -47,7 +48,7 @@ def test_every_fault_of_a_choice_is_named(options, message):
 def test_a_dit_block_starts_as_the_identity(make_transformer, make_batch, block, seed, lengths):
     """Vision and text alike; the last block, which does not update its text, too."""
     split_model, batch = SplitMochi(make_transformer(seed)), make_batch(lengths, seed=seed)
-    args = (batch.latents, torch.full((len(batch),), 300.0), batch.text, batch.text_mask, batch.text_lengths)
+    args = (batch.latents, torch.full((len(batch),), 300.0), Captions.of(batch))
     state = split_model.embed(*args)
     before = split_model.run(state, block, block + 1)
     assert not torch.equal(before.vision, state.vision)
@@ -164,7 +165,7 @@ def test_fingerprint_sees_names_shapes_and_dtypes_but_not_order():
 def test_first_gradients_of_a_dit_block_are_sane(make_transformer, make_batch):
     """And the trap that `dit` avoids: a zero output projection makes them about a thousand times too large."""
     batch, norms = make_batch([4, 2], seed=1), {}
-    args = (batch.latents, torch.tensor([900.0, 200.0]), batch.text, batch.text_mask, batch.text_lengths)
+    args = (batch.latents, torch.tensor([900.0, 200.0]), Captions.of(batch))
     for kind in ("healthy", "dit", "trap"):
         split_model = SplitMochi(make_transformer(3))
         block = split_model.transformer.transformer_blocks[1]

@@ -4,7 +4,7 @@ Legend: B batch, N vision tokens, L text tokens, h heads, d head width.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -149,6 +149,21 @@ def test_transfer_within_batch_uses_another_sample_of_the_batch():
         transfer_within_batch([0, 3, 1])(q, k, v, call)
 
 
+@pytest.mark.parametrize("site", ["self", "cross"])
+def test_caption_lengths_are_compared_where_text_is_among_the_keys(site):
+    q, k, v = draw_heads("sharp", 1, 2, 2, 9, 16)
+    call = AttentionCall(0, TokenLayout((1, 1, 9), (3, 1), 9 if site == "cross" else 0, None), site)
+    source = q[[1, 0]], k[[1, 0]]
+    within, across = transfer_within_batch([1, 0]), transfer(*source, text_lengths=(1, 3))
+    if site == "self":
+        assert_exact(across(q, k, v, call), reference.attention_weights(*source) @ v.double(), torch.float32)
+        assert torch.equal(within(q, k, v, call), across(q, k, v, call))
+        return
+    for function in (within, across):
+        with pytest.raises(ValueError, match=r"got a map from captions of \(1, 3\) tokens for captions of \(3, 1\)"):
+            function(q, k, v, call)
+
+
 def test_interventions_compose_and_gradients_pass():
     q, k, v = (t.requires_grad_() for t in draw_heads("random", 1, 1, 3, 12, 16))
     both = skip_heads([0], attend=temperature(0.5, heads=[1], attend=first_text_token(9)))
@@ -184,3 +199,5 @@ def test_faults_are_named():
         first_text_token(6, -1)
     with pytest.raises(ValueError, match="got 9 tokens"):
         first_text_token(10)(q, k, v, call)
+    with pytest.raises(ValueError, match="got cross attention in layer 0, expected joint"):
+        first_text_token(6)(q, k, v, replace(call, site="cross"))

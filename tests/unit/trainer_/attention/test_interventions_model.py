@@ -1,11 +1,16 @@
-"""Interventions on whole tiny Mochi models: what they do to the velocity, and that they are gone afterwards."""
+"""Interventions on whole tiny models, mostly Mochi: what they do to the velocity, and that they are gone afterwards."""
+
+import contextlib
 
 import pytest
 import torch
 
 from tests.support.attention_draws import reduced_attention
+from tests.support.tiny_families import inputs, make
 from trainer.attention import dense as reference
 from trainer.attention.interventions import AttentionMapRecorder, at_steps, first_text_token, skip_heads, temperature
+from trainer.models.captions import Captions
+from trainer.models.families import split_model_of
 from trainer.models.layout import dense_attention
 from trainer.models.mochi import SplitMochi
 
@@ -18,7 +23,7 @@ def split_model(make_transformer):
 def velocity(split_model, batch):
     time = torch.linspace(200.0, 800.0, len(batch))
     with torch.no_grad():
-        return split_model(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        return split_model(batch.latents, time, Captions.of(batch))
 
 
 def written_out(weights_of):
@@ -89,10 +94,43 @@ def test_a_recorded_map_injected_is_the_stored_map_injected(split_model, make_ba
     with split_model.attention(functions):
         assert torch.equal(velocity(split_model, source), velocity(split_model, source))
         torch.testing.assert_close(velocity(split_model, source), plain(split_model, source), rtol=1e-5, atol=1e-6)
-    with split_model.attention({2: record.inject()}), pytest.raises(ValueError, match="got layer 2 at step 0"):
+    with (
+        split_model.attention({2: record.inject()}),
+        pytest.raises(ValueError, match="got layer 2, joint attention, at"),
+    ):
         velocity(split_model, target)
     with split_model.attention({1: record.inject()}), pytest.raises(ValueError, match="got a map from captions of"):
         velocity(split_model, make_batch((4, 2)))
+
+
+def test_maps_of_self_and_cross_attention_are_recorded_apart():
+    """In Wan, whose self-attention has no text among its keys: captions of other lengths do there."""
+    model = make("wan")
+    wan = split_model_of(model)
+    source, target = inputs(model, (4, 2), seed=1), inputs(model, (4, 2), seed=2)
+    record = AttentionMapRecorder(lambda: 0)
+    maps = {}
+
+    def store(q, k, v, call):
+        maps[call.site] = reference.attention_weights(q, k)
+        return record.record()(q, k, v, call)
+
+    def run(args, functions):
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for site, function in functions.items():
+                stack.enter_context(wan.attention({1: function}, site=site))
+            return wan(**args)
+
+    run(source, {"self": store, "cross": store})
+    for site in ("self", "cross"):
+        got = run(target, {site: record.inject()})
+        want = run(target, {site: written_out(lambda q, k, call: maps[call.site])})
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(got, run(target, {}), atol=1e-4)
+    shorter = inputs(model, (1, 3), seed=2)
+    assert not torch.allclose(run(shorter, {"self": record.inject()}), run(shorter, {}), atol=1e-4)
+    with pytest.raises(ValueError, match="got a map from captions of"):
+        run(shorter, {"cross": record.inject()})
 
 
 def plain(split_model, batch):
@@ -183,7 +221,7 @@ def test_gradients_after_it_is_taken_off_are_those_of_the_forward_pass(split_mod
         split_model.zero_grad()
         split_model.checkpoint_blocks = checkpoint  # the backward pass runs the blocks once more
         with split_model.attention({1: function}):
-            loss = split_model(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths).square().sum()
+            loss = split_model(batch.latents, time, Captions.of(batch)).square().sum()
             if inside:
                 loss.backward()
         if not inside:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trainer.attention import masked_attention, operators, pooled_quantiles
+from trainer.models.captions import Captions
 from trainer.models.mochi import SplitMochi
 
 
@@ -43,7 +44,7 @@ def test_a_compiled_model_holds_masked_attention_in_one_graph(make_transformer, 
         return attend
 
     def velocity(latents):
-        return split_model(latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        return split_model(latents, time, Captions.of(batch))
 
     with torch.no_grad():
         dense = velocity(batch.latents)

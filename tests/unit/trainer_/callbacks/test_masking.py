@@ -149,11 +149,11 @@ def test_batch_size_does_not_change_the_figures(base_folder):
 
 def test_attention_functions_come_off_also_when_something_raises(base_folder, monkeypatch):
     module = build(base_folder)
-    before = [processor.attend for processor in module.split_model._processors]
+    before = [processor.attend for processor in module.split_model._processors.values()]
     monkeypatch.setattr("trainer.callbacks.masking.masked_attention", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure(module)
-    assert [processor.attend for processor in module.split_model._processors] == before
+    assert [processor.attend for processor in module.split_model._processors.values()] == before
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_a_measurement_that_raises_leaves_no_trace(tmp_path, base_folder, monkey
     with pytest.raises(ZeroDivisionError):
         trainer.fit(module, datamodule=Clips())
     assert not (tmp_path / "measurements").exists()
-    assert all(processor.attend is dense_attention for processor in module.split_model._processors)
+    assert all(processor.attend is dense_attention for processor in module.split_model._processors.values())
 
 
 def test_observing_restores_modes_and_random_state_also_when_something_raises():

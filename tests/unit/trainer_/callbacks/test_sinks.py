@@ -183,11 +183,11 @@ def test_text_sink_is_no_sink_but_is_reported(planted_base):
 def test_attention_functions_come_off_also_when_something_raises(planted_base, monkeypatch):
     base, direction = planted_base
     module = build(base)
-    before = [processor.attend for processor in module.split_model._processors]
+    before = [processor.attend for processor in module.split_model._processors.values()]
     monkeypatch.setattr("trainer.callbacks.sinks.sink_statistics", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure(module, marked_samples(direction))
-    assert [processor.attend for processor in module.split_model._processors] == before
+    assert [processor.attend for processor in module.split_model._processors.values()] == before
 
 
 def test_wrong_settings_are_named(planted_base):

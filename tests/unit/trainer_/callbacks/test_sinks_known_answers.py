@@ -10,6 +10,7 @@ import torch
 
 from tests.support import known_answers
 from trainer.attention import EPS, key_statistics, sink_statistics, sink_verdict
+from trainer.models.captions import Captions
 from trainer.models.mochi import SplitMochi
 
 backends = pytest.mark.parametrize("backend", known_answers.BACKENDS)
@@ -136,7 +137,7 @@ def test_a_broadcast_sink_and_a_no_op_sink_differ_in_their_values_alone(make_mod
     # The value's one component is 1 + factor at the sink and 1 elsewhere, over the norm of the stream that enters.
     split_model = SplitMochi(model)
     with torch.no_grad():
-        state = split_model.embed(batch.latents, torch.tensor([100.0]), batch.text, batch.text_mask, batch.text_lengths)
+        state = split_model.embed(batch.latents, torch.tensor([100.0]), Captions.of(batch))
         entering = split_model.run(state, 0, layer).vision[0].double()
     size = (entering.square().mean(dim=1) + 1e-6).rsqrt()
     others = torch.cat([size[:sink], size[sink + 1 :]]).mean()

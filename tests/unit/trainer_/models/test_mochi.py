@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.models.captions import Captions
 from trainer.models.layout import TokenLayout, dense_attention, text_lengths_of
 from trainer.models.mochi import SplitMochi
 
@@ -34,12 +36,12 @@ LENGTHS = st.one_of(
 
 def arguments(batch, seed=0):
     timestep = 1000 * torch.rand(len(batch), generator=torch.Generator().manual_seed(seed))
-    return batch.latents, timestep, batch.text, batch.text_mask, batch.text_lengths
+    return batch.latents, timestep, Captions.of(batch)
 
 
-def stock(model, x, timestep, text, mask, lengths):
+def stock(model, x, timestep, captions):
     """diffusers' own forward."""
-    return model(x, text, timestep, mask, return_dict=False)[0]
+    return model(x, captions.text, timestep, captions.mask, return_dict=False)[0]
 
 
 def gradients(model, out):
@@ -128,10 +130,10 @@ def test_padding_and_neighbours_change_nothing(make_transformer, make_batch):
     padded.text[~padded.text_mask] = 100.0  # what lies in padding must not be read
     want = split_model(*arguments(batch))
     torch.testing.assert_close(split_model(*arguments(padded)), want)
-    x, timestep, text, mask, lengths = arguments(batch)
-    for row, length in enumerate(lengths):
+    x, timestep, captions = arguments(batch)
+    for row, length in enumerate(captions.lengths):
         one = slice(row, row + 1)
-        alone = split_model(x[one], timestep[one], text[one], mask[one], (length,))
+        alone = split_model(x[one], timestep[one], Captions(captions.text[one], captions.mask[one], (length,)))
         torch.testing.assert_close(alone, want[one])
 
 
@@ -233,14 +235,14 @@ def test_state_can_be_moved_and_cut(make_transformer, make_batch):
 
 def test_bad_input_is_named(make_transformer, make_batch):
     split_model = SplitMochi(make_transformer())
-    x, timestep, text, mask, lengths = arguments(make_batch())
+    x, timestep, captions = arguments(make_batch())
     with pytest.raises(ValueError, match=r"3 x 6.*multiples of 1 x 2 x 2.*multiples of 16"):
-        split_model(x[:, :, :, :3], timestep, text, mask, lengths)
+        split_model(x[:, :, :, :3], timestep, captions)
     with pytest.raises(ValueError, match="one length per sample"):
-        split_model(x, timestep, text, mask, lengths[:-1])
+        split_model(x, timestep, replace(captions, lengths=captions.lengths[:-1]))
     with pytest.raises(ValueError, match="none above the padded length"):
-        split_model(x, timestep, text, mask, (3, 0, 6))
-    assert text_lengths_of(mask) == lengths
+        split_model(x, timestep, replace(captions, lengths=(3, 0, 6)))
+    assert text_lengths_of(captions.mask) == captions.lengths
     with pytest.raises(ValueError, match="with gaps"):
         text_lengths_of(torch.tensor([[True, False, True]]))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trainer.attention import sink_statistics, sink_verdict
+from trainer.models.captions import Captions
 from trainer.models.from_scratch import draw_frequencies, head_rows, reserve_channels
 from trainer.models.layout import dense_attention
 from trainer.models.mochi import SplitMochi
@@ -54,7 +55,7 @@ def seen(model, batch, layer=PLANTED.layer):
 
     with torch.no_grad(), split_model.attention({layer: attend}):
         time = torch.linspace(100.0, 900.0, len(batch))
-        state = split_model.embed(batch.latents, time, batch.text, batch.text_mask, batch.text_lengths)
+        state = split_model.embed(batch.latents, time, Captions.of(batch))
         found["entering"] = split_model.run(state, 0, layer).vision
         split_model.finish(split_model.run(state, 0, split_model.num_blocks))
     return found
