@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.files import atomic_file, settings_hash, write_json
 from data.video.write import write_video
 from launch.command_parser import CommandParser
-from launch.study.config import StudyConfig, read_share
+from launch.study.config import StudyConfig, part_of, read_share
 from launch.study.study import Results, Study, Unit
 from launch.study.workbench import Workbench
 
@@ -69,9 +69,8 @@ def run_study(study: Study, config: StudyConfig, options: dict) -> Path | None:
         Unit(prompt, seed, variant)
         for prompt in range(len(work.prompts)) for seed in config.seeds for variant in study.variants(work)
     ]  # fmt: skip
-    index, count = share
-    # Neighbours share a dense drawing, so a process gets a run of them.
-    own = units[len(units) * index // count : len(units) * (index + 1) // count]
+    # Neighbours share a dense drawing.
+    own = part_of(units, *share)
     left = [unit for unit in own if not folder.result(unit).is_file()]
     if len(left) < len(own):
         print(f"{folder.path}: {len(own) - len(left)} of {len(own)} results exist and are kept")
@@ -84,7 +83,7 @@ def run_study(study: Study, config: StudyConfig, options: dict) -> Path | None:
             progress.advance(task)
     missing = sum(not folder.result(unit).is_file() for unit in units)
     if missing:
-        print(f"{folder.path}: {missing} of {len(units)} results are left to other processes; run this again for a page")
+        print(f"{folder.path}: {missing} of {len(units)} results are left to other processes; run it again for a page")
         return None
     from launch.study.page import write_page  # imported late: matplotlib is slow to import
 

@@ -1,12 +1,15 @@
-"""What every study is told: base, prompts, seeds, the videos' settings, which layers and heads, and this process's share."""
+"""What every study is told: base, prompts, seeds, settings of the videos, layers and heads, this process's share."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 #: The embedded base, for a study without `--base`: a small Mochi with one planted sink in each of its last four blocks.
 DEMO_BASE = Path(__file__).resolve().parents[2] / "recipes" / "demo_base"
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,11 @@ def read_prompts(path: Path) -> list[str]:
     if not lines or len(set(lines)) != len(lines):
         raise ValueError(f"got {len(lines)} prompts, {len(set(lines))} different, in {path}; expected each once.")
     return lines
+
+
+def part_of(items: Sequence[Item], index: int, count: int) -> Sequence[Item]:
+    """The index-th of `count` parts of a list, in order: parts of neighbours, whose sizes differ by at most one."""
+    return items[len(items) * index // count : len(items) * (index + 1) // count]
 
 
 def read_share(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

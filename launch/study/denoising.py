@@ -61,7 +61,7 @@ class ModelCall:
 
 def _flat(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors among a call's arguments, those of tuples by number."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in inputs.items():
         parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, tuple) else {name: value}
         found |= {key: part for key, part in parts.items() if isinstance(part, Tensor)}
@@ -136,7 +136,9 @@ class Denoiser:
     def _watched(self, on_call: Callable[[ModelCall], None] | None) -> Iterator[None]:
         """Inside, every call of the transformer sets `passes`, and is given to `on_call`."""
         transformer, pipe = self._transformer, self.sampler.pipe
-        before = {name: transformer.__dict__[name] for name in ("forward", "cache_context") if name in vars(transformer)}
+        before = {
+            name: transformer.__dict__[name] for name in ("forward", "cache_context") if name in vars(transformer)
+        }
         forward, cache_context = transformer.forward, transformer.cache_context
         context = ""
 

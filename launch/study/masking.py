@@ -107,7 +107,9 @@ class Masking(Study):
                     [title, name, ratio, float(m), float(a), float(b), float(d)]
                     for ratio, m, a, b, d in zip(self.ratios, mean, low, high, dropped, strict=True)
                 ]
-        note = "D = |v_r − v_0|² / |v_0|² of the prediction on the inputs of the dense trajectory. " + interval_note(prompts)
+        note = "D = |v_r − v_0|² / |v_0|² of the prediction on the inputs of the dense trajectory. " + interval_note(
+            prompts
+        )
         found.tables["ratios"] = Table(
             "Whole model", ("scope", "pass", "ratio", "D", "low", "high", "dropped mass"), rows, note
         )
@@ -172,7 +174,8 @@ class Masking(Study):
             variant = f"{_VIDEO}-{ratio:g}"
             row: list[object] = [ratio]
             for name in ("psnr", "ssim", "coarse", "colour", "realised", "dropped"):
-                row.append(with_ends(*map(float, mean_interval(results.stack(variant, name), results.prompts))))
+                mean, low, high = mean_interval(results.stack(variant, name), results.prompts)
+                row.append(with_ends(float(mean), float(low), float(high)))
             rows.append(row)
         if rows:
             found.tables["videos"] = Table(

@@ -26,7 +26,7 @@ def row_by_row(function: RowFunction) -> AttentionFunction:
         out = dense_attention(q, k, v, call)
         for row, length in enumerate(call.layout.text_lengths):
             valid = call.layout.num_vision + length
-            found = function(*(x[row : row + 1, :, :valid] for x in (q, k, v)), row)
+            found = function(q[row : row + 1, :, :valid], k[row : row + 1, :, :valid], v[row : row + 1, :, :valid], row)
             if found is not None:
                 out = out.clone()
                 out[row, :, :valid] = found[0]

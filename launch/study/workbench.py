@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data.base_folder import resolve_base
@@ -66,7 +65,10 @@ class Workbench:
             faults.append(f"got seeds {list(config.seeds)}, expected one or more, each once")
         if not 1 <= config.measured_steps <= self.sampling.steps:
             faults.append(f"got measured_steps {config.measured_steps}, expected 1 to {self.sampling.steps}")
-        for kind, chosen, count in (("layers", config.layers, self.facts.num_blocks), ("heads", config.heads, self.heads)):
+        for kind, chosen, count in (
+            ("layers", config.layers, self.facts.num_blocks),
+            ("heads", config.heads, self.heads),
+        ):
             if chosen is not None and (not chosen or set(chosen) - set(range(count)) or len(set(chosen)) < len(chosen)):
                 faults.append(f"got {kind} {list(chosen)}, expected different ones of 0 .. {count - 1}")
         if faults:
@@ -110,8 +112,8 @@ class Workbench:
         weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in
                    transformer_weight_files(str(self.base))]  # fmt: skip
         return {
-            "base": str(self.base), "weights": weights, "prompts": list(self.prompts), "sampling": asdict(self.sampling),
-            "measured_steps": self.measured_steps,
+            "base": str(self.base), "weights": weights, "prompts": list(self.prompts),
+            "sampling": asdict(self.sampling), "measured_steps": self.measured_steps,
         }  # fmt: skip
 
     # -- what is drawn -----------------------------------------------------------------------------------------------
@@ -148,7 +150,8 @@ class Workbench:
         return self._last[1]
 
     def _draw_dense(self, prompt: int, seed: int, folder: Path) -> None:
-        kept, passes = 0, set()
+        kept = 0
+        passes: set[str] = set()
 
         def keep(call: ModelCall) -> None:
             nonlocal kept
@@ -161,7 +164,10 @@ class Workbench:
         with atomic_file(folder / "pixels.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, pixels=pixels)
         write_video(folder / "video.mp4", pixels, self.sampling.fps)
-        write_json(folder / "done.json", {"prompt": self.prompts[prompt], "seed": seed, "calls": kept, "passes": sorted(passes)})
+        write_json(
+            folder / "done.json",
+            {"prompt": self.prompts[prompt], "seed": seed, "calls": kept, "passes": sorted(passes)},
+        )
 
     # -- what is measured --------------------------------------------------------------------------------------------
 
