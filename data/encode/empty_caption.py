@@ -30,7 +30,9 @@ def add_empty_caption(folder: ShardFolder, encoders: Callable[[], TextEncoders])
                 "the text encoder gave numbers that are not finite for the empty caption, expected finite ones; "
                 "set text_dtype to bfloat16 or float32."
             )
-        if not has_empty_caption(folder.folder, folder.hash):
-            (folder.folder / NAME).unlink(missing_ok=True)  # damaged, or left by an attempt with other settings
+        path = folder.folder / NAME
+        # Of a process that wrote it meanwhile the file stays; a damaged one, or one of other settings, does not.
+        if path.exists() and not has_empty_caption(folder.folder, folder.hash):
+            path.unlink(missing_ok=True)
         write_empty_caption(folder.folder, folder.hash, text, pooled)
     return empty_caption_entry(folder.folder)

@@ -109,7 +109,6 @@ class LatentDataModule(BatchDataModule):
         }
         self.text_width, self.pooled_width = fields["text_width"], fields["pooled_width"]
         self.normalisation = fields["latents_mean"], fields["latents_std"]
-        self._folders = list(shards)
 
     def make_reader(self, shards: Sequence[IndexedShards]) -> LatentReader:
         return LatentReader(
@@ -128,13 +127,15 @@ class LatentDataModule(BatchDataModule):
 
     def empty_caption(self) -> EmptyCaption:
         self.check()
-        captions = [read_empty_caption(source.folder, source.index, self.store) for source in self._folders]
+        assert self._splits is not None
+        folders = self._splits[0].reader.folders  # validation leaves out no caption
+        captions = [read_empty_caption(source.folder, source.index, self.store) for source in folders]
         # Of several folders the first one's: precisions may differ, the number of tokens of one encoder does not.
-        for source, caption in zip(self._folders, captions, strict=True):
+        for source, caption in zip(folders, captions, strict=True):
             if caption.text.shape != captions[0].text.shape:
                 raise ValueError(
                     f"the empty caption of {source.folder} has {len(caption.text)} tokens, that of "
-                    f"{self._folders[0].folder} {len(captions[0].text)}; latent shards that are trained on together "
+                    f"{folders[0].folder} {len(captions[0].text)}; latent shards that are trained on together "
                     "must agree. Encode the clips with one base."
                 )
         return captions[0]
