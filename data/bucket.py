@@ -4,17 +4,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.families import MOCHI, family_named
+from data.families import DEFAULT_FAMILY, family_named
 
 
-def check_size(frames: int, height: int, width: int, family: str = MOCHI.name) -> None:
+def check_size(frames: int, height: int, width: int, family: str = DEFAULT_FAMILY.name) -> None:
     """Checks that VAE and patches of a family divide a size.
 
     Raises:
         ValueError: if frames are not the family's step times k + 1, or a side is no multiple of 16.
     """
     faults, known = [], family_named(family)
-    step, whose = known.frame_step, "" if known is MOCHI else f" for {known.title}"
+    step, whose = known.frame_step, "" if known is DEFAULT_FAMILY else f" for {known.title}"
     if frames < 1 or (frames - 1) % step:
         below = max(1, frames - (frames - 1) % step)
         faults.append(f"got frames {frames}, expected {step} k + 1{whose}, for example {below} or {below + step}")
@@ -43,7 +43,7 @@ class Bucket:
     frames: int
     height: int
     width: int
-    family: str = MOCHI.name
+    family: str = DEFAULT_FAMILY.name
 
     def __post_init__(self) -> None:
         check_size(self.frames, self.height, self.width, self.family)
@@ -54,7 +54,7 @@ class Bucket:
         return f"{self.frames}x{self.height}x{self.width}"
 
     @classmethod
-    def parse(cls, text: str, family: str = MOCHI.name) -> "Bucket":
+    def parse(cls, text: str, family: str = DEFAULT_FAMILY.name) -> "Bucket":
         """A bucket from its name.
 
         Raises:
@@ -72,7 +72,7 @@ class Bucket:
         return channels, (self.frames - 1) // stride + 1, self.height // 8, self.width // 8
 
 
-def parse_buckets(names: Sequence[str], family: str = MOCHI.name) -> list[Bucket]:
+def parse_buckets(names: Sequence[str], family: str = DEFAULT_FAMILY.name) -> list[Bucket]:
     """Buckets by name, each once, sorted.
 
     Raises:

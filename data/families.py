@@ -64,6 +64,9 @@ COGVIDEOX = VideoFamily(
     8, 4, 226,
 )  # fmt: skip
 
+#: Family of shards whose index names none, as before there were others; the default of options.
+DEFAULT_FAMILY = MOCHI
+
 VIDEO_FAMILIES = {family.name: family for family in (MOCHI, WAN, HUNYUAN_VIDEO, COGVIDEOX)}
 
 
@@ -79,12 +82,12 @@ def family_named(name: str) -> VideoFamily:
 
 
 def index_family(index: Mapping[str, Any]) -> VideoFamily:
-    """The family that shards were made for, from their index; one without a family is Mochi's.
+    """The family that shards were made for, from their index; one without a family is the default's.
 
     Raises:
         ValueError: if this version does not know it.
     """
-    return family_named(index.get("family", MOCHI.name))
+    return family_named(index.get("family", DEFAULT_FAMILY.name))
 
 
 def family_titled(title: str) -> VideoFamily:

@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from torch import Tensor
+
+from trainer.models.schedules import linear_quadratic
 
 SigmaSampler = Literal["uniform", "logit_normal", "linear_quadratic"]
 
@@ -49,18 +50,10 @@ def _logit_normal(u: Tensor) -> Tensor:
     return torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
 
 
-def _linear_quadratic(u: Tensor, steps: int = 64, threshold: float = 0.025) -> Tensor:
-    # Mochi's own 64 sampling steps; linear between them, so that every sigma can be met.
-    knots = torch.tensor([*linear_quadratic_schedule(steps, threshold), 0.0], dtype=torch.float32)
-    position = u * steps
-    left = position.long().clamp(max=steps - 1)
-    return torch.lerp(knots[left], knots[left + 1], position - left)
-
-
 _SAMPLERS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": _uniform,
     "logit_normal": _logit_normal,
-    "linear_quadratic": _linear_quadratic,
+    "linear_quadratic": linear_quadratic,
 }
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from data.base_folder import read_base, resolve_base
+from data.base_facts import read_base
+from data.base_folder import resolve_base
 from data.encode.device import choose_device, default_processes
 from data.encode.empty_caption import add_empty_caption
 from data.encode.encode_loop import encode_queue

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.base_folder import base_family, resolve_base
+from data.base_facts import base_family
+from data.base_folder import resolve_base
 from data.encode.captions.load import load_caption_encoder
 from data.encode.load_part import load_part
 from data.encode.stage_timer import COPY, TEXT, VAE, StageTimer

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from data.base_folder import read_base, resolve_base
+from data.base_facts import read_base
+from data.base_folder import resolve_base
 from data.batch import Batch, EmptyCaption, Sample
 from data.bucket import Bucket
 from data.encode.family_checks import check_sizes, check_text_tokens

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.bucket import parse_buckets
-from data.families import MOCHI
+from data.families import DEFAULT_FAMILY
 from data.files import temporaries
 from data.pack.entries import Columns
 from data.pack.exclusions import write_exclusions
@@ -41,7 +41,7 @@ def pack(
     out: Path,
     *,
     buckets: str | list[str] = ["19x64x64"],  # noqa: B006 - read only, and the command line shows it
-    family: str = "mochi",
+    family: str = DEFAULT_FAMILY.name,
     fps: float | None = None,
     window: Literal["first", "middle", "all"] = "first",
     split_scenes: bool = False,
@@ -118,7 +118,7 @@ def pack(
         "listing": summary.digest,
     }
     # An index without a family is Mochi's, as it was before there were others.
-    named = {} if family == MOCHI.name else {"family": family}
+    named = {} if family == DEFAULT_FAMILY.name else {"family": family}
     settings |= named
     with _exclusive(out):
         journal = ClipJournal(out / "survey", {**settings, "src": _absolute(src)})

@@ -8,10 +8,11 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import save
 
-from data.base_folder import read_base, resolve_base
+from data.base_facts import read_base
+from data.base_folder import resolve_base
 from data.bucket import Bucket
 from data.encode.encoders import Encoders
-from data.families import MOCHI
+from data.families import DEFAULT_FAMILY
 from data.shards.folder import TEXT, ShardFolder, TarSample
 from data.shards.format import LATENT_FORMAT, caption_key, shard_name, text_digest
 from data.synth.layered import choose_layered_scene
@@ -65,8 +66,10 @@ def synth_latents(
         )
     folder_of_base = resolve_base(base)
     facts = read_base(folder_of_base)
-    if facts.family is not MOCHI:
-        raise ValueError(f"got a base of {facts.family.title}, expected Mochi: these clips are drawn for it alone.")
+    if facts.family is not DEFAULT_FAMILY:
+        raise ValueError(
+            f"got a base of {facts.family.title}, expected {DEFAULT_FAMILY.title}: these clips are drawn for it alone."
+        )
     settings = {
         "scenes": "layered", "seed": seed, "size": size, "frames": frames, "shard_samples": shard_samples,
         "base": facts.fingerprint, "dtype": dtype,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.base_folder import read_base
+from data.base_facts import read_base
 from data.bucket import Bucket
 from data.encode.clip_batches import DecodedBatch, decode_batches, open_shard
 from data.encode.device import default_processes

@@ -11,7 +11,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
-from data.base_folder import read_base, resolve_base
+from data.base_facts import read_base
+from data.base_folder import resolve_base
 from data.bucket import Bucket
 from data.modules.shard_module import ShardDataModule
 from data.shards.format import LATENT_FORMAT, VIDEO_FORMAT

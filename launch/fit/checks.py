@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from data.base_folder import resolve_base, vae_normalisation
+from data.base_facts import vae_normalisation
+from data.base_folder import resolve_base
 from data.modules.latents import BatchDataModule
 from data.modules.shard_module import ShardDataModule
 from launch.fit.lightning_private import precision_name

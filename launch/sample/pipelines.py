@@ -12,7 +12,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from data.base_folder import read_base, read_class_config
+from data.base_facts import read_base
+from data.base_folder import read_class_config
 from data.families import COGVIDEOX, HUNYUAN_VIDEO, MOCHI, WAN, VideoFamily
 from trainer.models.load import check_base, read_facts
 

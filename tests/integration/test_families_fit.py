@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from data.base_folder import read_base
+from data.base_facts import read_base
 from launch.main import main
 from launch.run_folder import RunFolder
 from tests.support.family_bases import COGVIDEOX_TOKENS, make_pipeline

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLMochi, MochiPipeline
 from transformers import T5EncoderModel, T5Tokenizer
 
-from data.base_folder import read_base
+from data.base_facts import read_base
 from data.bucket import Bucket
 from data.encode.command import encode
 from data.encode.encoders import Encoders

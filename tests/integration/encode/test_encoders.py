@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
-from data.base_folder import read_base
+from data.base_facts import read_base
 from data.bucket import Bucket, check_size
 from data.encode.clip_batches import DecodedBatch, DecodedClip, ShardTask, decode_batches
 from data.encode.device import choose_device

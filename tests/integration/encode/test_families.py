@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from data.base_folder import read_base
+from data.base_facts import read_base
 from data.bucket import Bucket
 from data.encode.command import encode
 from data.families import VIDEO_FAMILIES, family_titled
