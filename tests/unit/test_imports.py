@@ -19,7 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data.batch": (),  # what trainer takes of data stands alone
     "data.files": (),
     "data.families": (),
-    "data.base_folder": ("data.families",),
+    "data.base_folder": (),
     "trainer": ("trainer", "data.batch", "data.files", "data.base_folder"),
     "trainer.attention": ("trainer.attention",),  # pure: no architecture, no callback
     "trainer.models": ("trainer.models", "trainer.attention", "data.batch", "data.base_folder"),

@@ -31,6 +31,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
+def _normalised(norm: Any, x: Tensor) -> Tensor:
+    """RMS norm of x in float32, in x's dtype.
+
+    Where the weight has another dtype than x, as float32 weights have under autocast, torch would leave its fused
+    kernel and give a float32 result.
+    """
+    if norm.weight.dtype == x.dtype:
+        return norm(x)
+    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps).type_as(x)
+
+
 class SelfOrCrossAttention(ObservedAttention):
     """Attention processor of one of a block's two attentions; takes the place of diffusers' `WanAttnProcessor`.
 
@@ -57,7 +68,8 @@ class SelfOrCrossAttention(ObservedAttention):
             lengths = (text_tokens,) * len(hidden_states)
             layout = TokenLayout((1, 1, hidden_states.shape[1]), lengths, text_tokens, None)
         # The norms are over all heads together.
-        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(keys)), attn.to_v(keys)
+        q, k = _normalised(attn.norm_q, attn.to_q(hidden_states)), _normalised(attn.norm_k, attn.to_k(keys))
+        v = attn.to_v(keys)
         q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))
         if rope:
             q, k = _rotate(q, *rope[:2]), _rotate(k, *rope[:2])
