@@ -85,6 +85,11 @@ _USES = {
 }
 
 
+def family_use(family: VideoFamily) -> PipelineUse:
+    """How the pipeline of a family is used."""
+    return _USES[family.pipeline]
+
+
 def pipeline_use(folder: Path) -> PipelineUse:
     """How the pipeline of a folder is used, by the class in its `model_index.json`.
 

@@ -1,6 +1,7 @@
 """`reblock study NAME`: does what is left of a study's work, then writes tables, figures and a page."""
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from launch.study.workbench import Workbench
 
 #: Name -> module and class, and what it asks in one line.
 STUDIES: dict[str, tuple[str, str]] = {
+    "profile": ("launch.study.profile:Profile", "the share of attention weights that each layer and head can lose"),
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
 }
 
@@ -65,10 +67,25 @@ def run_study(study: Study, config: StudyConfig, options: dict) -> Path | None:
     work = Workbench(config)
     study.check(work)
     folder = StudyFolder.of(study, work, options)
-    units = [
-        Unit(prompt, seed, variant)
-        for prompt in range(len(work.prompts)) for seed in config.seeds for variant in study.variants(work)
-    ]  # fmt: skip
+    pairs = [(prompt, seed) for prompt in range(len(work.prompts)) for seed in config.seeds]
+    units: list[Unit] = []
+    names = study.variants(work) or study.follow_up(folder.results(units), work)
+    while names:
+        more = [Unit(prompt, seed, variant) for (prompt, seed), variant in itertools.product(pairs, names)]
+        if not _measure(study, work, folder, more, share):
+            return None
+        units += more
+        names = study.follow_up(folder.results(units), work)
+    from launch.study.page import write_page  # imported late: matplotlib is slow to import
+
+    found = study.findings(folder.results(units), work)
+    return write_page(study, work, folder, units, found)
+
+
+def _measure(
+    study: Study, work: Workbench, folder: "StudyFolder", units: Sequence[Unit], share: tuple[int, int]
+) -> bool:
+    """Measures this process's share of the units that have no result; returns whether all units have one now."""
     # Neighbours share a dense drawing.
     own = part_of(units, *share)
     left = [unit for unit in own if not folder.result(unit).is_file()]
@@ -84,11 +101,7 @@ def run_study(study: Study, config: StudyConfig, options: dict) -> Path | None:
     missing = sum(not folder.result(unit).is_file() for unit in units)
     if missing:
         print(f"{folder.path}: {missing} of {len(units)} results are left to other processes; run it again for a page")
-        return None
-    from launch.study.page import write_page  # imported late: matplotlib is slow to import
-
-    found = study.findings(Results({unit: folder.arrays(unit) for unit in units}), work)
-    return write_page(study, work, folder, units, found)
+    return not missing
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,10 @@ class StudyFolder:
             write_video(self.video(unit), measured.video, self.fps)
         with atomic_file(self.result(unit)) as temporary, temporary.open("wb") as file:
             np.savez(file, **measured.arrays)
+
+    def results(self, units: Sequence[Unit]) -> Results:
+        """The figures of units that are done."""
+        return Results({unit: self.arrays(unit) for unit in units})
 
     def arrays(self, unit: Unit) -> dict:
         """A unit's figures."""

@@ -9,6 +9,16 @@ from typing import TypeVar
 #: The embedded base, for a study without `--base`: a small Mochi with one planted sink in each of its last four blocks.
 DEMO_BASE = Path(__file__).resolve().parents[2] / "recipes" / "demo_base"
 
+#: Default prompts, in the language of `reblock synth`: as many as an interval needs.
+PROMPTS = (
+    "a red circle moves right over a dark gray background",
+    "a yellow star moves down over a dark blue background",
+    "a purple square moves left over a light green background",
+    "a green triangle moves up over a dark red background",
+    "a blue circle moves down over a light gray background",
+    "a cyan star moves left over a dark green background",
+)
+
 Item = TypeVar("Item")
 
 

@@ -23,6 +23,8 @@ def write_page(study: Study, work: Workbench, folder: StudyFolder, units: Sequen
         write_text(folder.path / f"{name}.csv", _csv(table))
     for name, (_, figure) in found.figures.items():
         _save(figure, folder.path / name)
+    for name, value in found.files.items():
+        write_json(folder.path / name, value)
     write_json(folder.path / "findings.json", {"sentences": found.sentences, **found.values})
     environment = Environment(loader=PackageLoader("launch"), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("study.html.j2").render(

@@ -74,6 +74,7 @@ class Findings:
         tables: by file name.
         figures: by file name: caption and matplotlib figure.
         values: written as JSON.
+        files: further JSON files by name.
         limits: what the study cannot show.
     """
 
@@ -81,6 +82,7 @@ class Findings:
     tables: dict[str, Table] = field(default_factory=dict)
     figures: dict[str, tuple[str, Figure]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
     limits: list[str] = field(default_factory=list)
 
 
@@ -110,6 +112,10 @@ class Results:
         """The prompt of each of `pairs`, for intervals clustered by prompt."""
         return [prompt for prompt, _ in self.pairs]
 
+    def has(self, variant: str) -> bool:
+        """Whether a variant was measured."""
+        return any(unit.variant == variant for unit in self._measured)
+
     def stack(self, variant: str, name: str) -> NDArray:
         """An array of a variant over `pairs`, (pairs, ...)."""
         return np.stack([self._measured[Unit(prompt, seed, variant)][name] for prompt, seed in self.pairs])
@@ -134,6 +140,10 @@ class Study(ABC):
     @abstractmethod
     def variants(self, work: Workbench) -> list[str]:
         """Names of the units of every (prompt, seed)."""
+
+    def follow_up(self, results: Results, work: Workbench) -> list[str]:
+        """Names of further units of every (prompt, seed), which need all results so far; none ends the work."""
+        return []
 
     @abstractmethod
     def measure(self, unit: Unit, work: Workbench) -> Measured:

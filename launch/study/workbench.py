@@ -16,13 +16,12 @@ from torch import Tensor
 from data.base_folder import resolve_base
 from data.files import atomic_file, settings_hash, write_json
 from data.video.write import write_video
-from launch.sample.command import CAPTIONS
-from launch.sample.generate import Pixels, SamplingConfig
-from launch.sample.pipelines import PipelineUse, check_pipeline
-from launch.study.config import DEMO_BASE, StudyConfig, read_prompts
+from launch.sample.generate import Pixels
+from launch.sample.pipelines import check_pipeline
+from launch.study.config import DEMO_BASE, StudyConfig
 from launch.study.denoising import Denoiser, Functions, ModelCall
-from trainer.models.facts import ModelFacts
-from trainer.models.load import read_config, read_facts, transformer_weight_files
+from launch.study.settings import StudySettings
+from trainer.models.load import read_config, transformer_weight_files
 
 
 class DenseDrawing(NamedTuple):
@@ -32,7 +31,7 @@ class DenseDrawing(NamedTuple):
     calls: list[ModelCall]
 
 
-class Workbench:
+class Workbench(StudySettings):
     """The base, prompts and settings of a study, and its folder's dense drawings.
 
     Args:
@@ -44,61 +43,11 @@ class Workbench:
     """
 
     def __init__(self, config: StudyConfig, model: str | None = None) -> None:
-        self.config = config
         name = model or config.base
         self.base = resolve_base(name) if name is not None else DEMO_BASE
-        self.use: PipelineUse = check_pipeline(self.base)
-        self.facts: ModelFacts = read_facts(read_config(str(self.base)))
-        self.prompts: Sequence[str] = CAPTIONS if config.prompts is None else read_prompts(config.prompts)
-        self.sampling = SamplingConfig(
-            seed=0, steps=config.steps or self.use.steps, frames=config.frames or self.use.frames,
-            guidance=self.use.guidance if config.guidance is None else config.guidance,
-            height=config.height, width=config.width, fps=config.fps, dtype=config.dtype,
-        )  # fmt: skip
-        self.sampling.check(self.use.family)
-        self._check_choices()
+        check_pipeline(self.base)
+        super().__init__(config, read_config(str(self.base)))
         self._last: tuple[tuple[int, int], DenseDrawing] | None = None
-
-    def _check_choices(self) -> None:
-        config, faults = self.config, []
-        if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-            faults.append(f"got seeds {list(config.seeds)}, expected one or more, each once")
-        if not 1 <= config.measured_steps <= self.sampling.steps:
-            faults.append(f"got measured_steps {config.measured_steps}, expected 1 to {self.sampling.steps}")
-        for kind, chosen, count in (
-            ("layers", config.layers, self.facts.num_blocks),
-            ("heads", config.heads, self.heads),
-        ):
-            if chosen is not None and (not chosen or set(chosen) - set(range(count)) or len(set(chosen)) < len(chosen)):
-                faults.append(f"got {kind} {list(chosen)}, expected different ones of 0 .. {count - 1}")
-        if faults:
-            raise ValueError("; ".join(faults) + ".")
-
-    # -- what the base is --------------------------------------------------------------------------------------------
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of a block."""
-        return int(read_config(str(self.base))["num_attention_heads"])
-
-    @property
-    def layers(self) -> list[int]:
-        """The blocks that are studied."""
-        return list(range(self.facts.num_blocks)) if self.config.layers is None else sorted(self.config.layers)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """(frames, height, width) of the vision tokens of a video."""
-        frames = (self.sampling.frames - 1) // self.use.family.frame_stride + 1
-        cells = frames, self.sampling.height // 8, self.sampling.width // 8
-        t, y, x = (size // patch for size, patch in zip(cells, self.facts.patch, strict=True))
-        return t, y, x
-
-    @property
-    def measured_steps(self) -> list[int]:
-        """Denoising steps whose calls are kept: the middles of equal parts of all steps."""
-        steps, count = self.sampling.steps, self.config.measured_steps
-        return sorted({int((i + 0.5) * steps / count) for i in range(count)})
 
     @property
     def passes(self) -> list[str]:

@@ -51,7 +51,9 @@ def counting(monkeypatch):
 
 
 def test_units_are_measured_once_whatever_is_killed_and_shared(counting, tmp_path, capsys):
-    out = ["--out", str(tmp_path), *SIZE, "--seeds", "[0,1]"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\nthree\n")
+    out = ["--out", str(tmp_path), *SIZE, "--seeds", "[0,1]", "--prompts", str(prompts)]
     main(["study", "masking", *out, "--share", "0/2"])
     assert len(counting.measured) == 9 and "9 of 18 results are left to other processes" in capsys.readouterr().out
     (folder,) = (tmp_path / "masking").iterdir()

@@ -1,0 +1,75 @@
+"""What options and a transformer's config say of a study, before anything is loaded or needs to be here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.families import family_titled
+from launch.sample.generate import SamplingConfig
+from launch.sample.pipelines import PipelineUse, family_use
+from launch.study.config import PROMPTS, StudyConfig, read_prompts
+from trainer.models.facts import ModelFacts
+from trainer.models.load import read_facts
+
+
+class StudySettings:
+    """Prompts, sizes, layers and heads of a study.
+
+    Args:
+        config: options of every study.
+        transformer: the transformer's config, as `read_config` gives it.
+
+    Raises:
+        ValueError: if prompts, sizes or choices are invalid.
+    """
+
+    def __init__(self, config: StudyConfig, transformer: Mapping[str, Any]) -> None:
+        self.config, self.transformer_config = config, dict(transformer)
+        self.facts: ModelFacts = read_facts(self.transformer_config)
+        self.use: PipelineUse = family_use(family_titled(self.facts.family))
+        self.prompts: Sequence[str] = PROMPTS if config.prompts is None else read_prompts(config.prompts)
+        self.sampling = SamplingConfig(
+            seed=0, steps=config.steps or self.use.steps, frames=config.frames or self.use.frames,
+            guidance=self.use.guidance if config.guidance is None else config.guidance,
+            height=config.height, width=config.width, fps=config.fps, dtype=config.dtype,
+        )  # fmt: skip
+        self.sampling.check(self.use.family)
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        config, faults = self.config, []
+        if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+            faults.append(f"got seeds {list(config.seeds)}, expected one or more, each once")
+        if not 1 <= config.measured_steps <= self.sampling.steps:
+            faults.append(f"got measured_steps {config.measured_steps}, expected 1 to {self.sampling.steps}")
+        for kind, chosen, count in (
+            ("layers", config.layers, self.facts.num_blocks),
+            ("heads", config.heads, self.heads),
+        ):
+            if chosen is not None and (not chosen or set(chosen) - set(range(count)) or len(set(chosen)) < len(chosen)):
+                faults.append(f"got {kind} {list(chosen)}, expected different ones of 0 .. {count - 1}")
+        if faults:
+            raise ValueError("; ".join(faults) + ".")
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
+        return int(self.transformer_config["num_attention_heads"])
+
+    @property
+    def layers(self) -> list[int]:
+        """The blocks that are studied."""
+        return list(range(self.facts.num_blocks)) if self.config.layers is None else sorted(self.config.layers)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the vision tokens of a video."""
+        frames = (self.sampling.frames - 1) // self.use.family.frame_stride + 1
+        cells = frames, self.sampling.height // 8, self.sampling.width // 8
+        t, y, x = (size // patch for size, patch in zip(cells, self.facts.patch, strict=True))
+        return t, y, x
+
+    @property
+    def measured_steps(self) -> list[int]:
+        """Denoising steps whose calls are kept: the middles of equal parts of all steps."""
+        steps, count = self.sampling.steps, self.config.measured_steps
+        return sorted({int((i + 0.5) * steps / count) for i in range(count)})
