@@ -11,11 +11,15 @@ from launch.plan.table import show
 
 
 def run(argv: list[str]) -> None:
-    """Prints the plan of a recipe, e.g. ["plan", "--config", "recipes/demo.yaml", "--nodes", "2"].
+    """Prints the plan of a recipe, e.g. ["plan", "--config", "recipes/demo.yaml", "--nodes", "2"], or of a study.
 
     Raises:
         ValueError: if recipe, base, sizes or layout are invalid; names every fault.
     """
+    if "--study" in argv:
+        from launch.plan.study import run as plan_study  # imported late: it brings the pipelines
+
+        return plan_study(argv[1:])
     inputs = read_inputs(argv[1:])
     plan = estimate_from(inputs)
     show(plan)

@@ -40,7 +40,7 @@ def _facts(plan: Estimate) -> list[str]:
         f"{plan.gpus} GPU{'s' * (plan.gpus > 1)} on {plan.nodes} node{'s' * (plan.nodes > 1)}, strategy "
         f"{plan.strategy}, {plan.batch} {sample} per GPU"
         + (f", {plan.accumulate} micro-batches a step" if plan.accumulate > 1 else ""),
-        f"Checkpoint {_gib(plan.checkpoint)}; the trunk's outcome on the probes {_gib(plan.host)} of host memory per "
+        f"Checkpoint {gib(plan.checkpoint)}; the trunk's outcome on the probes {gib(plan.host)} of host memory per "
         "process",
     ]
 
@@ -54,9 +54,9 @@ def _operations(plan: Estimate) -> Table:
         ("weights and averages", 0, plan.work.update),
     )
     for name, flops, seconds in rows:
-        table.add_row(name, f"{_short(flops / 1e12)}" if flops else "", _short(seconds))
+        table.add_row(name, f"{short(flops / 1e12)}" if flops else "", short(seconds))
     table.add_section()
-    table.add_row("together", _short(sum(plan.flops.values()) / 1e12), _short(plan.work.total))
+    table.add_row("together", short(sum(plan.flops.values()) / 1e12), short(plan.work.total))
     return table
 
 
@@ -68,10 +68,10 @@ def _memory(plan: Estimate) -> Table:
     table = _table(f"Memory of a GPU in {called}: activations or measurement, whichever is more", "", *shown, "total")
     for name, memory in plan.memory.items():
         parts = memory.parts | {"weights": memory.parts["weights"] + memory.parts["teacher"]}
-        cells = [_short(parts[part] / unit, 3) for part in shown]
+        cells = [short(parts[part] / unit, 3) for part in shown]
         own = name == plan.strategy
         table.add_row(
-            f"{name} *" if own else name, *cells, _short(memory.total / unit, 3), style="bold" if own else None
+            f"{name} *" if own else name, *cells, short(memory.total / unit, 3), style="bold" if own else None
         )
     return table
 
@@ -82,7 +82,7 @@ def _wire(plan: Estimate) -> Table:
         for one in wire:
             table.add_row(
                 f"{name} *" if name == plan.strategy else name, _named(one), f"{one.times * len(one.sizes):,}",
-                _short(one.bytes / 1e9), _short(one.sent / 1e9), style="bold" if name == plan.strategy else None,
+                short(one.bytes / 1e9), short(one.sent / 1e9), style="bold" if name == plan.strategy else None,
             )  # fmt: skip
     if not table.rows:
         table.add_row("one GPU", "nothing")
@@ -102,8 +102,8 @@ def _scaling(plan: Estimate) -> Table:
     for step in plan.scaling:
         rate = step.gpus * plan.batch * plan.accumulate / step.overlapped
         table.add_row(
-            f"{step.gpus:,}", _short(step.wire), _short(step.bare), _short(step.overlapped), _short(step.deferred),
-            _short(rate), f"{alone / step.overlapped:.1%}",
+            f"{step.gpus:,}", short(step.wire), short(step.bare), short(step.overlapped), short(step.deferred),
+            short(rate), f"{alone / step.overlapped:.1%}",
         )  # fmt: skip
     return table
 
@@ -116,7 +116,7 @@ def _verdict(plan: Estimate) -> Sequence[str]:
     )  # fmt: skip
     return (
         "",
-        f"{plan.strategy}: {_gib(need)} of {hardware.memory_gib:g} GiB ({need / hardware.memory:.0%}) {says}; the "
+        f"{plan.strategy}: {gib(need)} of {hardware.memory_gib:g} GiB ({need / hardware.memory:.0%}) {says}; the "
         "driver, libraries and fragmentation take more.",
         *cpu,
         "Samples / s and efficiency are those of 'own step', which is what `fit` does.",
@@ -135,11 +135,12 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _gib(size: float) -> str:
-    return f"{_short(size / GIB, 3)} GiB" if size >= GIB else f"{_short(size / MIB, 3)} MiB"
+def gib(size: float) -> str:
+    """Bytes as text, in GiB or MiB."""
+    return f"{short(size / GIB, 3)} GiB" if size >= GIB else f"{short(size / MIB, 3)} MiB"
 
 
-def _short(value: float, most: int = 6) -> str:
+def short(value: float, most: int = 6) -> str:
     """A number as text with three significant digits, or more if it is large, and at most `most` decimals."""
     if not value:
         return "0"

@@ -6,7 +6,7 @@ docs/models.md has the conventions of the families.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -28,6 +28,8 @@ class PipelineUse:
         guidance: what the pipeline itself takes by default.
         steps: number of denoising steps by default.
         frames: number of frames by default.
+        guided: how the pipeline asks for the prediction without the caption: in one call with the other (`batch`), in a
+            call of its own (`calls`), or never, since guidance is an input of the model (`embedded`).
         wide_vae: whether the VAE computes in float32, whatever the dtype of the other weights.
     """
 
@@ -36,6 +38,7 @@ class PipelineUse:
     guidance: float
     steps: int
     frames: int
+    guided: Literal["batch", "calls", "embedded"]
     wide_vae: bool = False
 
 
@@ -76,11 +79,13 @@ def _cogvideox(pipe: Any, caption: str, guidance: float) -> Mapping[str, Any]:
 _USES = {
     use.family.pipeline: use
     for use in (
-        PipelineUse(MOCHI, _mochi, guidance=4.5, steps=32, frames=19),
-        PipelineUse(WAN, _wan, guidance=5.0, steps=32, frames=17, wide_vae=True),  # as its authors decode
-        PipelineUse(HUNYUAN_VIDEO, _hunyuan_video, guidance=6.0, steps=32, frames=17),
+        PipelineUse(MOCHI, _mochi, guidance=4.5, steps=32, frames=19, guided="batch"),
+        PipelineUse(
+            WAN, _wan, guidance=5.0, steps=32, frames=17, guided="calls", wide_vae=True
+        ),  # as its authors decode
+        PipelineUse(HUNYUAN_VIDEO, _hunyuan_video, guidance=6.0, steps=32, frames=17, guided="embedded"),
         # Both schedulers of CogVideoX take steps of 1000 // steps levels, which should add up to all of them.
-        PipelineUse(COGVIDEOX, _cogvideox, guidance=6.0, steps=40, frames=17),
+        PipelineUse(COGVIDEOX, _cogvideox, guidance=6.0, steps=40, frames=17, guided="batch"),
     )
 }
 

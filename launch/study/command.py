@@ -29,6 +29,18 @@ def usage() -> str:
     return "usage: reblock study NAME [OPTIONS]\n\n" + "\n".join(lines) + "\n\n`reblock study NAME --help` says more."
 
 
+def study_class(name: str) -> type[Study]:
+    """The class of a study.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"got study {name!r}, expected one of: {', '.join(STUDIES)}.")
+    module, kind = STUDIES[name][0].split(":")
+    return getattr(importlib.import_module(module), kind)
+
+
 def run(argv: Sequence[str]) -> None:
     """Runs `study NAME [OPTIONS]`.
 
@@ -38,16 +50,13 @@ def run(argv: Sequence[str]) -> None:
     name, *options = argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         return print(usage())
-    if name not in STUDIES:
-        raise ValueError(f"got study {name!r}, expected one of: {', '.join(STUDIES)}.")
-    module, kind = STUDIES[name][0].split(":")
-    study_class = getattr(importlib.import_module(module), kind)
-    parser = CommandParser(prog=f"reblock study {name}", description=study_class.question)
+    kind = study_class(name)
+    parser = CommandParser(prog=f"reblock study {name}", description=kind.question)
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(StudyConfig, as_group=False)
-    own = parser.add_class_arguments(study_class, as_group=False)
+    own = parser.add_class_arguments(kind, as_group=False)
     given = parser.instantiate_classes(parser.parse_args(options))
-    study = study_class(**{option: given[option] for option in own})
+    study = kind(**{option: given[option] for option in own})
     config = StudyConfig(**{option: given[option] for option in StudyConfig.__dataclass_fields__})
     run_study(study, config, {option: given[option] for option in own})
 

@@ -12,8 +12,9 @@ from launch.study.denoising import CONDITIONAL
 from launch.study.distances import distances
 from launch.study.figures import curves, heat_map
 from launch.study.recorders import BottomMask
+from launch.study.settings import StudySettings
 from launch.study.statistics import interval_note, mean_interval, with_ends
-from launch.study.study import Findings, Measured, Results, Study, Table, Unit
+from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 
 _ALL, _EXCEPT, _VIDEO = "all", "except", "video"
@@ -61,6 +62,11 @@ class Masking(Study):
     def variants(self, work: Workbench) -> list[str]:
         scopes = [_ALL, *([_EXCEPT] if self.spare else []), *(f"layer-{layer:02d}" for layer in work.layers)]
         return scopes + [f"{_VIDEO}-{ratio:g}" for ratio in self.video_ratios]
+
+    def effort(self, settings: StudySettings) -> Effort:
+        heads = len(settings.config.heads or range(settings.heads)) if self.by_head else 0
+        scans = len(self.ratios) * (1 + bool(self.spare))
+        return Effort(videos=len(self.video_ratios), repeats=scans + len(settings.layers) * (1 + heads))
 
     def measure(self, unit: Unit, work: Workbench) -> Measured:
         kind, _, which = unit.variant.partition("-")

@@ -67,13 +67,7 @@ def _cells(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
 
 
 def _settings(work: Workbench) -> str:
-    sampling, family = work.sampling, work.use.family.title
-    return (
-        f"{family}, {work.facts.num_blocks} blocks; {len(work.prompts)} prompts, seeds "
-        f"{', '.join(map(str, work.config.seeds))}; {sampling.frames} x {sampling.height} x {sampling.width}, "
-        f"{sampling.steps} steps, guidance {sampling.guidance:g}, {sampling.dtype}; measured at steps "
-        f"{', '.join(map(str, work.measured_steps))}"
-    )
+    return f"{work.use.family.title}, {work.facts.num_blocks} blocks; {work.describe()}"
 
 
 def _videos(work: Workbench, folder: StudyFolder, units: Sequence[Unit]) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from launch.study.distances import distances
 from launch.study.figures import heat_map
 from launch.study.profile_file import AttentionProfile
 from launch.study.recorders import BottomMask
+from launch.study.settings import StudySettings
 from launch.study.statistics import interval_note, mean_interval, with_ends
-from launch.study.study import Findings, Measured, Results, Study, Table, Unit
+from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 
 _STEPS, _PROFILE, _UNIFORM = "steps", "by-profile", "uniform"
@@ -59,6 +60,10 @@ class Profile(Study):
     def variants(self, work: Workbench) -> list[str]:
         return [] if self.file is not None else [f"layer-{layer:02d}" for layer in work.layers]
 
+    def effort(self, settings: StudySettings) -> Effort:
+        scanned = 0 if self.file is not None else len(settings.layers) * settings.heads * len(self.ratios) + 1
+        return Effort(videos=2, conditional_repeats=scanned)
+
     def follow_up(self, results: Results, work: Workbench) -> list[str]:
         if results.has(_PROFILE):
             return []
@@ -89,9 +94,8 @@ class Profile(Study):
         """D of the conditional pass at each measured step, all layers masked by the profile."""
         functions = profile.functions(lambda: -1)
         found: dict[int, list[float]] = {step: [] for step in work.measured_steps}
-        for call in work.dense(unit.prompt, unit.seed).calls:
-            if CONDITIONAL in call.passes:
-                found[call.step].append(work.relative_errors(call, functions)[CONDITIONAL])
+        for call in work.conditional_calls(unit.prompt, unit.seed):
+            found[call.step].append(work.relative_errors(call, functions)[CONDITIONAL])
         return [sum(errors) / len(errors) for errors in found.values()]
 
     def _heads(self, unit: Unit, work: Workbench, layer: int) -> dict[str, NDArray]:
@@ -102,9 +106,8 @@ class Profile(Study):
             for place, ratio in enumerate(self.ratios):
                 mask = BottomMask(ratio, heads=[head])
                 found = [
-                    errors[CONDITIONAL]
-                    for call in work.dense(unit.prompt, unit.seed).calls
-                    if CONDITIONAL in (errors := work.relative_errors(call, {layer: mask.attend}))
+                    work.relative_errors(call, {layer: mask.attend})[CONDITIONAL]
+                    for call in work.conditional_calls(unit.prompt, unit.seed)
                 ]
                 mean[head, place], worst[head, place] = np.mean(found), np.max(found)
         return {"D": mean, "worst": worst}

@@ -63,10 +63,30 @@ class StudySettings:
     @property
     def grid(self) -> tuple[int, int, int]:
         """(frames, height, width) of the vision tokens of a video."""
-        frames = (self.sampling.frames - 1) // self.use.family.frame_stride + 1
-        cells = frames, self.sampling.height // 8, self.sampling.width // 8
-        t, y, x = (size // patch for size, patch in zip(cells, self.facts.patch, strict=True))
+        t, y, x = (size // patch for size, patch in zip(self.latent_size, self.facts.patch, strict=True))
         return t, y, x
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """(F, H, W) of a video's latent."""
+        sampling = self.sampling
+        return (sampling.frames - 1) // self.use.family.frame_stride + 1, sampling.height // 8, sampling.width // 8
+
+    @property
+    def rows_and_calls(self) -> tuple[int, int]:
+        """Rows of a call of the transformer, and calls of a denoising step."""
+        if self.use.guided == "embedded" or self.sampling.guidance <= 1:
+            return 1, 1
+        return (2, 1) if self.use.guided == "batch" else (1, 2)
+
+    def describe(self) -> str:
+        """Sizes and settings of the videos, in words."""
+        sampling = self.sampling
+        return (
+            f"{len(self.prompts)} prompts, seeds {', '.join(map(str, self.config.seeds))}; {sampling.frames} x "
+            f"{sampling.height} x {sampling.width}, {sampling.steps} steps, guidance {sampling.guidance:g}, "
+            f"{sampling.dtype}; measured at steps {', '.join(map(str, self.measured_steps))}"
+        )
 
     @property
     def measured_steps(self) -> list[int]:

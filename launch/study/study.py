@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from launch.sample.generate import Pixels
+from launch.study.settings import StudySettings
 from launch.study.workbench import Workbench
 
 Arrays = Mapping[str, NDArray]
@@ -33,6 +34,21 @@ class Unit:
     def key(self) -> str:
         """Its file name, without an ending."""
         return f"{self.prompt:03d}-{self.seed}-{self.variant}"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Work for one (prompt, seed), besides the dense drawing that studies share.
+
+    Args:
+        videos: videos drawn.
+        repeats: how often each kept call is repeated.
+        conditional_repeats: how often, besides, the call of each measured step that has the conditional pass.
+    """
+
+    videos: int = 0
+    repeats: int = 0
+    conditional_repeats: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,10 @@ class Study(ABC):
     @abstractmethod
     def variants(self, work: Workbench) -> list[str]:
         """Names of the units of every (prompt, seed)."""
+
+    @abstractmethod
+    def effort(self, settings: StudySettings) -> Effort:
+        """What every (prompt, seed) takes, for plans."""
 
     def follow_up(self, results: Results, work: Workbench) -> list[str]:
         """Names of further units of every (prompt, seed), which need all results so far; none ends the work."""

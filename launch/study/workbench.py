@@ -19,7 +19,7 @@ from data.video.write import write_video
 from launch.sample.generate import Pixels
 from launch.sample.pipelines import check_pipeline
 from launch.study.config import DEMO_BASE, StudyConfig
-from launch.study.denoising import Denoiser, Functions, ModelCall
+from launch.study.denoising import CONDITIONAL, Denoiser, Functions, ModelCall
 from launch.study.settings import StudySettings
 from trainer.models.load import read_config, transformer_weight_files
 
@@ -128,6 +128,10 @@ class Workbench(StudySettings):
         for name, rows in rows_by_pass(call.passes):
             errors[name] = float((changed[rows] - dense[rows]).square().sum() / dense[rows].square().sum())
         return errors
+
+    def conditional_calls(self, prompt: int, seed: int) -> list[ModelCall]:
+        """The kept calls of a dense drawing that have the conditional pass, one for each measured step."""
+        return [call for call in self.dense(prompt, seed).calls if CONDITIONAL in call.passes]
 
     def mean_errors(self, prompt: int, seed: int, functions: Functions) -> dict[str, float]:
         """`relative_errors`, means over the kept calls of a dense drawing."""
