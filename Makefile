@@ -22,8 +22,8 @@ help: ## list the targets
 demo: $(STAMP) ## the whole road on two cores in minutes: clips -> shards -> base -> retraining -> runs/demo/report.html
 	$(BIN)/reblock demo
 
-test: $(STAMP) ## every test; as root on Debian it installs the Slurm that some of them need first
-	bash tests/cluster/slurm-lab.sh install
+test: $(STAMP) ## every test; as root on Debian it installs Slurm and the browser that some of them need first
+	ALSO_INSTALL=chromium-headless-shell bash tests/cluster/slurm-lab.sh install
 	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: $(STAMP) ## format, lint, types, import direction, the tests of pure functions

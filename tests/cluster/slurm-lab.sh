@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # slurm-lab.sh - the cluster of the tests: a real Slurm (munged + slurmctld + N slurmd) on one Linux host. tests/cluster/lab.py uses it.
 #
-#   slurm-lab.sh install            install what is missing with apt-get, or say in one line that it cannot
+#   slurm-lab.sh install            install what is missing with apt-get, or say in one line that it cannot; with it
+#                                   what ALSO_INSTALL names, for other tests (commands whose packages have their names)
 #   slurm-lab.sh up     [options]   install what is missing, start everything, wait until all nodes are idle
 #   slurm-lab.sh down   [options]   cancel jobs, stop only what `up` started (pid files), remove namespaces
 #   slurm-lab.sh status [options]   exit 0: everything runs and all nodes respond; 1: partly; 3: not running
@@ -83,7 +84,7 @@ slurm() { SLURM_CONF=$CONF timeout "${T:-15}" "$@"; }
 missing() { # packages of which a command is not here
   local b
   for b in slurmctld:slurmctld slurmd:slurmd srun:slurm-client sbatch:slurm-client munged:munge \
-           unshare:util-linux setsid:util-linux ip:iproute2 ss:iproute2; do
+           unshare:util-linux setsid:util-linux ip:iproute2 ss:iproute2 ${ALSO_INSTALL:-}; do
     command -v "${b%%:*}" >/dev/null || echo "${b##*:}"
   done | sort -u
 }
@@ -119,7 +120,7 @@ install() { # one process at a time, whatever lab it is for; the second finds ev
 }
 cmd_install() { # for `make test`: without the rights to install, the tests that need it are skipped
   if [ -n "$(missing)" ] && { [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; }; then
-    log "not installed: $(missing | tr '\n' ' ')- tests/cluster is skipped; root can install them with apt-get"
+    log "not installed: $(missing | tr '\n' ' ')- tests that need it are skipped; root can install them with apt-get"
     return 0
   fi
   local out; out=$(mktemp); install "$out"; rm -f "$out"
