@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "how long a checkpoint holds up training, written in the background and in the foreground",
     ),
     "scaling": ("launch.bench.scaling", "seconds and bytes on the wire of a training step on 1, 2, 4 processes"),
+    "studies": ("launch.bench.studies", "seconds and peak memory of every kind of unit of every study"),
     "full": ("launch.bench.full_size", "seconds per step and peak memory of a full-size model with random weights"),
 }
 

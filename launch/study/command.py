@@ -62,19 +62,20 @@ def run(argv: Sequence[str]) -> None:
     run_study(study, config, {option: given[option] for option in own})
 
 
-def run_study(study: Study, config: StudyConfig, options: dict) -> Path | None:
+def run_study(study: Study, config: StudyConfig, options: dict, work: Workbench | None = None) -> Path | None:
     """Does this process's share of the units that have no result, then reports if none is left anywhere.
 
     Args:
         study: the study.
         config: options of every study.
         options: the study's own, which belong to its results.
+        work: workbench of this config, where one is loaded already.
 
     Returns:
         The page, or None where other processes have work left.
     """
     share = read_share(config.share)
-    work = Workbench(config)
+    work = work or Workbench(config)
     study.check(work)
     folder = StudyFolder.of(study, work, options)
     pairs = [(prompt, seed) for prompt in range(len(work.prompts)) for seed in config.seeds]

@@ -111,7 +111,9 @@ class Retraining(Study):
                 folder = resolve_base(name)
                 check_pipeline(folder)
                 own, other = work.transformer_config, read_config(str(folder))
-                odd = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key) and key[0] != "_")
+                odd = sorted(
+                    key for key in own.keys() | other.keys() if own.get(key) != other.get(key) and key[0] != "_"
+                )
                 if odd:
                     raise ValueError(f"{folder} is no retrained {work.base}: their configs differ in {', '.join(odd)}.")
 
@@ -199,7 +201,9 @@ class Retraining(Study):
     def _figures(self, results: Results, name: str) -> Mapping[str, NDArray]:
         """Figures of a model over pairs, each (P,)."""
         fraction = results.stack(name, f"fraction_{CONDITIONAL}")  # (P, S, Ly, h, 1)
-        ratio = results.stack(name, f"stream_largest_{CONDITIONAL}") / results.stack(name, f"stream_median_{CONDITIONAL}")
+        ratio = results.stack(name, f"stream_largest_{CONDITIONAL}") / results.stack(
+            name, f"stream_median_{CONDITIONAL}"
+        )
         layers = results.stack(name, "layers")
         return {
             "sink heads": with_sink(fraction[..., 0]).sum(axis=(2, 3)).mean(axis=1),
