@@ -18,6 +18,7 @@ from launch.study.workbench import Workbench
 #: Name -> module and class, and what it asks in one line.
 STUDIES: dict[str, tuple[str, str]] = {
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
+    "sinks": ("launch.study.sinks:Sinks", "which heads have an attention sink, how often, where, with what values"),
 }
 
 
