@@ -21,6 +21,7 @@ STUDIES: dict[str, tuple[str, str]] = {
     "profile": ("launch.study.profile:Profile", "the share of attention weights that each layer and head can lose"),
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
     "temperature": ("launch.study.temperature:Temperature", "what a sharper or flatter softmax of one layer changes"),
+    "sinks": ("launch.study.sinks:Sinks", "which heads have an attention sink, how often, where, with what values"),
 }
 
 

@@ -31,6 +31,7 @@ class StudyConfig:
         base: complete diffusers pipeline folder or hub id; the demo's small base by default.
         prompts: text file with one prompt a line; captions of the synthetic clips by default.
         seeds: of the noise; every prompt is drawn with each.
+        own_noise: every prompt has noise of its own; by default all prompts of a seed have the same.
         steps: number of denoising steps; None takes the family's.
         guidance: guidance scale; None takes the family's.
         frames: number of frames per video; None takes the family's.
@@ -49,6 +50,7 @@ class StudyConfig:
     base: str | None = None
     prompts: Path | None = None
     seeds: tuple[int, ...] = (0,)
+    own_noise: bool = False
     steps: int | None = None
     guidance: float | None = None
     frames: int | None = None

@@ -23,6 +23,9 @@ from launch.study.denoising import CONDITIONAL, Denoiser, Functions, ModelCall
 from launch.study.settings import StudySettings
 from trainer.models.load import read_config, transformer_weight_files
 
+#: Added to a seed for the next prompt's noise; larger than differences between seeds that anyone chooses.
+_OF_NEXT_PROMPT = 1_000_003
+
 
 class DenseDrawing(NamedTuple):
     """A video drawn with the base's own attention, and some of the calls that made it."""
@@ -60,10 +63,11 @@ class Workbench(StudySettings):
         """What determines the dense drawings."""
         weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in
                    transformer_weight_files(str(self.base))]  # fmt: skip
-        return {
+        said = {
             "base": str(self.base), "weights": weights, "prompts": list(self.prompts),
             "sampling": asdict(self.sampling), "measured_steps": self.measured_steps,
         }  # fmt: skip
+        return said | ({"own_noise": True} if self.config.own_noise else {})
 
     # -- what is drawn -----------------------------------------------------------------------------------------------
 
@@ -72,9 +76,13 @@ class Workbench(StudySettings):
         """The loaded base."""
         return Denoiser(self.base, self.sampling, self.config.device)
 
+    def noise_seed(self, prompt: int, seed: int) -> int:
+        """The seed of the noise that a prompt is drawn with."""
+        return seed + _OF_NEXT_PROMPT * prompt if self.config.own_noise else seed
+
     def draw(self, prompt: int, seed: int, functions: Functions | None = None) -> Pixels:
         """Draws a prompt's video, with other attention in some layers."""
-        return self.denoiser.draw(self.prompts[prompt], seed, functions)
+        return self.denoiser.draw(self.prompts[prompt], self.noise_seed(prompt, seed), functions)
 
     def again(self, call: ModelCall, functions: Functions | None = None) -> Tensor:
         """The prediction of a call's inputs, with other attention in some layers."""
@@ -109,7 +117,7 @@ class Workbench(StudySettings):
                 call.write(folder / f"call-{kept:04d}.safetensors")
                 kept += 1
 
-        pixels = self.denoiser.draw(self.prompts[prompt], seed, on_call=keep)
+        pixels = self.denoiser.draw(self.prompts[prompt], self.noise_seed(prompt, seed), on_call=keep)
         with atomic_file(folder / "pixels.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, pixels=pixels)
         write_video(folder / "video.mp4", pixels, self.sampling.fps)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_PERMUTATIONS = 1999
+#: Permutations of a test: p is at least 1 / (1 + this).
+PERMUTATIONS = 1999
 _SEED = 20_261_127
 
 
@@ -64,8 +65,8 @@ def evenness_p_value(owner: ArrayLike, cell: ArrayLike, cells: int) -> float:
     shares /= shares.sum(axis=1, keepdims=True)
     rng = np.random.default_rng(_SEED)
     found = _concentration(shares) * (1 - 1e-12)  # equal sums in another order are equal
-    exceeding = sum(_concentration(rng.permuted(shares, axis=1)) >= found for _ in range(_PERMUTATIONS))
-    return float((1 + exceeding) / (1 + _PERMUTATIONS))
+    exceeding = sum(_concentration(rng.permuted(shares, axis=1)) >= found for _ in range(PERMUTATIONS))
+    return float((1 + exceeding) / (1 + PERMUTATIONS))
 
 
 def _concentration(shares: NDArray) -> float:

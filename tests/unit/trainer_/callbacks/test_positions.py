@@ -24,7 +24,7 @@ def one_place_each(rng, count=SHAPE[0]):
 
 @pytest.mark.parametrize("clustered", [True, False])
 def test_p_is_uniform_where_positions_are(clustered, monkeypatch):
-    monkeypatch.setattr("trainer.callbacks.positions._PERMUTATIONS", 99)
+    monkeypatch.setattr("trainer.callbacks.positions.PERMUTATIONS", 99)
     rng, draws = np.random.default_rng(0), 300
     found = [p_values(one_place_each(rng) if clustered else rng.integers(TOKENS, size=SHAPE)) for _ in range(draws)]
     for name in ("frame_p", "place_p"):
