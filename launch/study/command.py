@@ -18,6 +18,7 @@ from launch.study.workbench import Workbench
 #: Name -> module and class, and what it asks in one line.
 STUDIES: dict[str, tuple[str, str]] = {
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
+    "first-token": ("launch.study.first_token:FirstToken", "what one text token alone tells the model of the caption"),
     "temperature": ("launch.study.temperature:Temperature", "what a sharper or flatter softmax of one layer changes"),
 }
 

@@ -22,6 +22,7 @@ from launch.sample.pipelines import PipelineUse, check_pipeline
 from launch.study.config import DEMO_BASE, StudyConfig, read_prompts
 from launch.study.denoising import Denoiser, Functions, ModelCall
 from trainer.models.facts import ModelFacts
+from trainer.models.layout import Site
 from trainer.models.load import read_config, read_facts, transformer_weight_files
 
 
@@ -123,13 +124,15 @@ class Workbench:
         """The loaded base."""
         return Denoiser(self.base, self.sampling, self.config.device)
 
-    def draw(self, prompt: int, seed: int, functions: Functions | None = None) -> Pixels:
-        """Draws a prompt's video, with other attention in some layers."""
-        return self.denoiser.draw(self.prompts[prompt], seed, functions)
+    def draw(
+        self, prompt: int, seed: int, functions: Functions | None = None, *, site: Site | None = None
+    ) -> Pixels:  # fmt: skip
+        """Draws a prompt's video, with other attention in some layers, at a site of `SplitModel.attention`."""
+        return self.denoiser.draw(self.prompts[prompt], seed, functions, site=site)
 
-    def again(self, call: ModelCall, functions: Functions | None = None) -> Tensor:
+    def again(self, call: ModelCall, functions: Functions | None = None, *, site: Site | None = None) -> Tensor:
         """The prediction of a call's inputs, with other attention in some layers."""
-        return self.denoiser.again(call, functions)
+        return self.denoiser.again(call, functions, site=site)
 
     @property
     def dense_folder(self) -> Path:
@@ -171,20 +174,24 @@ class Workbench:
 
     # -- what is measured --------------------------------------------------------------------------------------------
 
-    def relative_errors(self, call: ModelCall, functions: Functions) -> dict[str, float]:
+    def relative_errors(
+        self, call: ModelCall, functions: Functions, *, site: Site | None = None
+    ) -> dict[str, float]:  # fmt: skip
         """D of each pass: |v - v_0|^2 / |v_0|^2 of the prediction with other attention and the dense one."""
-        changed = self.again(call, functions).cpu().double()
+        changed = self.again(call, functions, site=site).cpu().double()
         dense = call.prediction.double()
         errors: dict[str, float] = {}
         for name, rows in rows_by_pass(call.passes):
             errors[name] = float((changed[rows] - dense[rows]).square().sum() / dense[rows].square().sum())
         return errors
 
-    def mean_errors(self, prompt: int, seed: int, functions: Functions) -> dict[str, float]:
+    def mean_errors(
+        self, prompt: int, seed: int, functions: Functions, *, site: Site | None = None
+    ) -> dict[str, float]:  # fmt: skip
         """`relative_errors`, means over the kept calls of a dense drawing."""
         found: dict[str, list[float]] = {}
         for call in self.dense(prompt, seed).calls:
-            for name, error in self.relative_errors(call, functions).items():
+            for name, error in self.relative_errors(call, functions, site=site).items():
                 found.setdefault(name, []).append(error)
         return {name: sum(errors) / len(errors) for name, errors in found.items()}
 
