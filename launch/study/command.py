@@ -20,6 +20,7 @@ from launch.study.workbench import Workbench
 STUDIES: dict[str, tuple[str, str]] = {
     "profile": ("launch.study.profile:Profile", "the share of attention weights that each layer and head can lose"),
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
+    "first-token": ("launch.study.first_token:FirstToken", "what one text token alone tells the model of the caption"),
     "temperature": ("launch.study.temperature:Temperature", "what a sharper or flatter softmax of one layer changes"),
     "sinks": ("launch.study.sinks:Sinks", "which heads have an attention sink, how often, where, with what values"),
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.files import write_bytes
 from launch.sample.generate import Pixels, SamplingConfig, VideoSampler
-from trainer.models.layout import AttentionFunction
+from trainer.models.layout import AttentionFunction, Site
 
 #: Names of the two passes of guidance, as measurements report them.
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
@@ -99,6 +99,7 @@ class Denoiser:
         seed: int,
         functions: Functions | None = None,
         *,
+        site: Site | None = None,
         on_call: Callable[[ModelCall], None] | None = None,
         on_step: Callable[[], None] = lambda: None,
     ) -> Pixels:
@@ -108,6 +109,7 @@ class Denoiser:
             caption: of the video; it may be empty.
             seed: of the noise.
             functions: attention by layer, in place of dense attention.
+            site: where in a block, as of `SplitModel.attention`.
             on_call: gets every call of the transformer, after it.
             on_step: is called after every denoising step.
         """
@@ -117,15 +119,15 @@ class Denoiser:
             self.step += 1
             on_step()
 
-        with self._watched(on_call):
-            return self.sampler.sample(caption, seed, functions or {}, after_step)
+        with self._watched(on_call), self.split_model.attention(functions or {}, site=site):
+            return self.sampler.sample(caption, seed, {}, after_step)
 
     @torch.no_grad()
-    def again(self, call: ModelCall, functions: Functions | None = None) -> Tensor:
+    def again(self, call: ModelCall, functions: Functions | None = None, *, site: Site | None = None) -> Tensor:
         """The prediction (B, ...) float32 of the same inputs with other attention in some layers."""
         self.step, self.passes = call.step, call.passes
         inputs = {name: value.to(self.sampler.device) for name, value in call.inputs.items()}
-        with self.split_model.attention(functions or {}):
+        with self.split_model.attention(functions or {}, site=site):
             return self._transformer(**_nested(inputs), return_dict=False)[0].float()
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.base_folder import resolve_base
 from data.files import atomic_file, settings_hash, write_json
 from data.video.write import write_video
+<<<<<<< HEAD
 from launch.sample.generate import Pixels
 from launch.sample.pipelines import check_pipeline
 from launch.study.config import DEMO_BASE, StudyConfig
@@ -25,6 +26,16 @@ from trainer.models.load import read_config, transformer_weight_files
 
 #: Added to a seed for the next prompt's noise; larger than differences between seeds that anyone chooses.
 _OF_NEXT_PROMPT = 1_000_003
+=======
+from launch.sample.command import CAPTIONS
+from launch.sample.generate import Pixels, SamplingConfig
+from launch.sample.pipelines import PipelineUse, check_pipeline
+from launch.study.config import DEMO_BASE, StudyConfig, read_prompts
+from launch.study.denoising import Denoiser, Functions, ModelCall
+from trainer.models.facts import ModelFacts
+from trainer.models.layout import Site
+from trainer.models.load import read_config, read_facts, transformer_weight_files
+>>>>>>> h-first
 
 
 class DenseDrawing(NamedTuple):
@@ -76,6 +87,7 @@ class Workbench(StudySettings):
         """The loaded base."""
         return Denoiser(self.base, self.sampling, self.config.device)
 
+<<<<<<< HEAD
     def noise_seed(self, prompt: int, seed: int) -> int:
         """The seed of the noise that a prompt is drawn with."""
         return seed + _OF_NEXT_PROMPT * prompt if self.config.own_noise else seed
@@ -83,10 +95,17 @@ class Workbench(StudySettings):
     def draw(self, prompt: int, seed: int, functions: Functions | None = None) -> Pixels:
         """Draws a prompt's video, with other attention in some layers."""
         return self.denoiser.draw(self.prompts[prompt], self.noise_seed(prompt, seed), functions)
+=======
+    def draw(
+        self, prompt: int, seed: int, functions: Functions | None = None, *, site: Site | None = None
+    ) -> Pixels:  # fmt: skip
+        """Draws a prompt's video, with other attention in some layers, at a site of `SplitModel.attention`."""
+        return self.denoiser.draw(self.prompts[prompt], seed, functions, site=site)
+>>>>>>> h-first
 
-    def again(self, call: ModelCall, functions: Functions | None = None) -> Tensor:
+    def again(self, call: ModelCall, functions: Functions | None = None, *, site: Site | None = None) -> Tensor:
         """The prediction of a call's inputs, with other attention in some layers."""
-        return self.denoiser.again(call, functions)
+        return self.denoiser.again(call, functions, site=site)
 
     @property
     def dense_folder(self) -> Path:
@@ -128,24 +147,32 @@ class Workbench(StudySettings):
 
     # -- what is measured --------------------------------------------------------------------------------------------
 
-    def relative_errors(self, call: ModelCall, functions: Functions) -> dict[str, float]:
+    def relative_errors(
+        self, call: ModelCall, functions: Functions, *, site: Site | None = None
+    ) -> dict[str, float]:  # fmt: skip
         """D of each pass: |v - v_0|^2 / |v_0|^2 of the prediction with other attention and the dense one."""
-        changed = self.again(call, functions).cpu().double()
+        changed = self.again(call, functions, site=site).cpu().double()
         dense = call.prediction.double()
         errors: dict[str, float] = {}
         for name, rows in rows_by_pass(call.passes):
             errors[name] = float((changed[rows] - dense[rows]).square().sum() / dense[rows].square().sum())
         return errors
 
+<<<<<<< HEAD
     def conditional_calls(self, prompt: int, seed: int) -> list[ModelCall]:
         """The kept calls of a dense drawing that have the conditional pass, one for each measured step."""
         return [call for call in self.dense(prompt, seed).calls if CONDITIONAL in call.passes]
 
     def mean_errors(self, prompt: int, seed: int, functions: Functions) -> dict[str, float]:
+=======
+    def mean_errors(
+        self, prompt: int, seed: int, functions: Functions, *, site: Site | None = None
+    ) -> dict[str, float]:  # fmt: skip
+>>>>>>> h-first
         """`relative_errors`, means over the kept calls of a dense drawing."""
         found: dict[str, list[float]] = {}
         for call in self.dense(prompt, seed).calls:
-            for name, error in self.relative_errors(call, functions).items():
+            for name, error in self.relative_errors(call, functions, site=site).items():
                 found.setdefault(name, []).append(error)
         return {name: sum(errors) / len(errors) for name, errors in found.items()}
 

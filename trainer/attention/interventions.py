@@ -268,29 +268,32 @@ def first_text_token(
     heads: Collection[int] | None = None,
     attend: Attend = unmodified_attention,
 ) -> Attend:
-    """Joint attention in which one text token is left as key and value; all queries stay, text included.
+    """Attention in which one text token is left as key and value; all queries stay, text included.
+
+    At the site `cross` the keys are text alone, padding among them: without a token that stays the result is 0.
 
     Args:
-        num_vision: N, vision tokens before the text.
+        num_vision: N, vision tokens before the text in joint attention; it does not matter at the site `cross`.
         keep: index of the text token that stays, 0 the first; None: none stays. A caption that is shorter keeps none.
         heads: only these; None: all.
         attend: the attention of the other heads.
 
     Raises:
-        ValueError: if `keep` is negative, or when called with fewer than `num_vision` tokens or in an attention that is
-            not joint.
+        ValueError: if `keep` is negative, or when called with fewer than `num_vision` tokens or in self-attention.
     """
     if num_vision < 1 or (keep is not None and keep < 0):
         raise ValueError(f"got num_vision {num_vision} and keep {keep}, expected at least 1, and 0 or more, or None.")
 
     def reduced(q: Tensor, k: Tensor, v: Tensor, call: AttentionCallLike) -> Tensor:
-        tokens, layout = k.shape[2], call.layout
-        if call.site != "joint":
-            raise ValueError(f"got {call.site} attention in layer {call.layer}, expected joint attention, with text.")
-        if tokens < num_vision:
-            raise ValueError(f"got {tokens} tokens, expected {num_vision} vision tokens first.")
-        stays = [] if keep is None or num_vision + keep >= tokens else [num_vision + keep]
-        used = torch.tensor([*range(num_vision), *stays], device=k.device)
+        tokens, layout, vision = k.shape[2], call.layout, 0 if call.site == "cross" else num_vision
+        if call.site == "self":
+            raise ValueError(f"got self attention in layer {call.layer}, expected joint or cross attention, with text.")
+        if tokens < vision:
+            raise ValueError(f"got {tokens} tokens, expected {vision} vision tokens first.")
+        stays = [] if keep is None or vision + keep >= tokens else [vision + keep]
+        if not vision and not stays:
+            return q.new_zeros(*q.shape[:3], v.shape[-1])
+        used = torch.tensor([*range(vision), *stays], device=k.device)
         keys = None if layout.key_mask is None or not stays else layout.key_mask[:, used]
         return _softmax_attention(q, k[:, :, used], v[:, :, used], keys, layout.key_mask, None)
 

@@ -134,6 +134,16 @@ def test_first_text_token_drops_the_other_text_keys(x, keep, heads, all_heads):
     assert_exact(out, torch.where(picked, changed, dense), x.q.dtype)
 
 
+@pytest.mark.parametrize("keep", [0, 3, None, 5])
+def test_one_text_token_of_cross_attention_gives_every_query_its_value(keep):
+    q, _, _ = draw_heads("random", 1, 2, 3, 9, 16)
+    _, k, v = draw_heads("sharp", 2, 2, 3, 5, 16)
+    call = AttentionCall(0, TokenLayout((1, 1, 9), (5, 2), 5, None), "cross")
+    out = first_text_token(9, keep)(q, k, v, call)
+    expected = torch.zeros_like(q) if keep in (None, 5) else v[:, :, keep : keep + 1].expand_as(q)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+
+
 def test_transfer_within_batch_uses_another_sample_of_the_batch():
     q, k, v = draw_heads("sharp", 1, 3, 2, 12, 16)
     call = call_of(9, (3, 3, 3))
@@ -199,5 +209,5 @@ def test_faults_are_named():
         first_text_token(6, -1)
     with pytest.raises(ValueError, match="got 9 tokens"):
         first_text_token(10)(q, k, v, call)
-    with pytest.raises(ValueError, match="got cross attention in layer 0, expected joint"):
-        first_text_token(6)(q, k, v, replace(call, site="cross"))
+    with pytest.raises(ValueError, match="got self attention in layer 0, expected joint or cross"):
+        first_text_token(6)(q, k, v, replace(call, site="self"))
