@@ -141,8 +141,8 @@ def run(
         columns=("study", "unit", "units", "median (s)", "longest (s)", "peak memory (GiB)"),
         rows=rows,
         notes=(
-            f"Layers {list(layers)}, heads {list(heads)} one by one; one measured step. A dense drawing took {dense:.3g} "
-            "s, the loading of the model included, and is not in the rows. The text encoder is small; so is the VAE.",
+            f"Layers {list(layers)}, heads {list(heads)} one by one; one measured step. A dense drawing took "
+            f"{dense:.3g} s, the loading of the model included, and is not in the rows. The text encoder is small; so is the VAE.",
         ),
         device=device,
     )

@@ -22,6 +22,7 @@ STUDIES: dict[str, tuple[str, str]] = {
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
     "first-token": ("launch.study.first_token:FirstToken", "what one text token alone tells the model of the caption"),
     "temperature": ("launch.study.temperature:Temperature", "what a sharper or flatter softmax of one layer changes"),
+    "retraining": ("launch.study.retraining:Retraining", "sinks, masking and detail of a base and of retrained models"),
     "sinks": ("launch.study.sinks:Sinks", "which heads have an attention sink, how often, where, with what values"),
 }
 

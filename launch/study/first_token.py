@@ -13,8 +13,9 @@ from launch.sample.generate import Pixels
 from launch.study.denoising import CONDITIONAL
 from launch.study.distances import distances
 from launch.study.figures import curves, heat_map
+from launch.study.settings import StudySettings
 from launch.study.statistics import interval_note, mean_interval, with_ends
-from launch.study.study import Findings, Measured, Results, Study, Table, Unit
+from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.text_tokens import POOLED, OneTextToken, TextMass, caption_lengths, kept_token, text_site
 from launch.study.workbench import Workbench
 
@@ -44,7 +45,7 @@ class FirstToken(Study):
     def check(self, work: Workbench) -> None:
         pass  # every family reads text, and both options are yes or no
 
-    def scopes(self, work: Workbench) -> dict[str, str]:
+    def scopes(self, work: StudySettings) -> dict[str, str]:
         """What is cut -> the end of the names of its units."""
         pooled = {"attention and pooled caption": f"-{_POOLED}"} if work.use.family in POOLED else {}
         return {"attention": ""} | pooled
@@ -54,6 +55,12 @@ class FirstToken(Study):
         layers = [f"{_LAYER}-{layer:02d}" for layer in work.layers] if self.by_layer else []
         videos = [f"{_VIDEO}-{name}" for name in whole] if self.videos else []
         return [_MASS, *(f"{_MODEL}-{name}" for name in whole), *layers, *videos]
+
+    def effort(self, settings: StudySettings) -> Effort:
+        whole = len(self.scopes(settings)) * len(KINDS)
+        layers = len(settings.layers) * len(_BY_LAYER) if self.by_layer else 0
+        # Videos are compared with one without text, too.
+        return Effort(videos=(whole + 1) if self.videos else 0, repeats=1 + whole + layers)
 
     def measure(self, unit: Unit, work: Workbench) -> Measured:
         what, _, which = unit.variant.partition("-")

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from numpy.typing import ArrayLike, NDArray
 
 from data.base_folder import resolve_base
 from data.files import temporaries, temporary_path, write_json
@@ -25,10 +26,20 @@ from launch.study.statistics import interval_note, mean_interval, with_ends
 from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 from trainer.models.families import split_model_of
-from trainer.models.load import load_transformer, read_config, read_facts
+from trainer.models.load import load_transformer, read_config
 from trainer.surgery import SurgeryConfig, apply_surgery, choose_blocks
 
 BASE, RETRAINED = "base", "retrained"
+
+
+#: x, y, and lower and upper ends of y, as `curves` takes them.
+Line = tuple[ArrayLike, ArrayLike, tuple[ArrayLike, ArrayLike] | None]
+
+
+def _text(values: NDArray, prompts: list[int]) -> str:
+    """A mean over pairs with its interval."""
+    mean, low, high = mean_interval(values, prompts)
+    return with_ends(float(mean), float(low), float(high))
 
 
 def high_frequency_share(video: Pixels) -> float:
@@ -47,14 +58,14 @@ def high_frequency_share(video: Pixels) -> float:
     return float(energy[:, fine].sum() / max(energy.sum(), np.finfo(float).tiny))
 
 
-def write_untrained(base: Path, out: Path, last: int) -> Path:
+def write_untrained(base: Path, out: Path, last: int, dtype: torch.dtype) -> Path:
     """Writes a pipeline folder whose last blocks are re-initialised and not trained; one that exists is kept."""
     if not (out / "reblock.json").is_file():
         for leftover in temporaries(out.parent, out.name):
             shutil.rmtree(leftover)
         beside = temporary_path(out)
         shutil.copytree(base, beside, ignore=shutil.ignore_patterns("transformer", "planted.json"))
-        model = load_transformer(str(base))
+        model = load_transformer(str(base), dtype=dtype)
         split_model = split_model_of(model)
         blocks = choose_blocks(split_model.num_blocks, last=last)
         apply_surgery(split_model, blocks, SurgeryConfig(last=last))
@@ -133,7 +144,9 @@ class Retraining(Study):
             folder = self.controls.get(name, self.retrained)
             if folder is None:
                 last = max(1, work.facts.num_blocks // 4)
-                folder = str(write_untrained(work.base, work.config.out / "untrained", last))
+                folder = str(
+                    write_untrained(work.base, work.config.out / "untrained", last, getattr(torch, work.config.dtype))
+                )
             self._benches = {name: Workbench(work.config, folder)}
         return self._benches[name]
 
@@ -160,10 +173,12 @@ class Retraining(Study):
 
     def findings(self, results: Results, work: Workbench) -> Findings:
         found, prompts = Findings(), results.prompts
-        rows, lines, layer_lines = [], {}, {}
+        rows: list[list[str]] = []
+        lines: dict[str, Line] = {}
+        layer_lines: dict[str, Line] = {}
         for name in self.names:
             figures = self._figures(results, name)
-            rows.append([name, *(with_ends(*map(float, mean_interval(v, prompts))) for v in figures.values())])  # type: ignore[arg-type]
+            rows.append([name, *(_text(values, prompts) for values in figures.values())])
             for key, x, into in (("all", self.ratios, lines), ("layers", work.layers, layer_lines)):
                 mean, low, high = mean_interval(results.stack(name, key), prompts)
                 into[name] = (x, mean, (low, high))
@@ -187,12 +202,12 @@ class Retraining(Study):
         }
         if self.retrained is None:
             found.sentences.append(
-                "No retrained model was given: the one called retrained is the base with its last blocks re-initialised "
-                "and not trained. It shows how the page reads, and is the control `untrained`."
+                "No retrained model was given: the one called retrained is the base with its last blocks re-initialised, "
+                "not trained. It shows how the page reads, and is the control `untrained`."
             )
         found.limits += [
-            "Every model is measured on its own dense trajectories. A worse model bears more masking: read D beside the "
-            "videos and beside the loss that `reblock report` has.",
+            "Every model is measured on its own dense trajectories. A worse model bears more masking: read D beside "
+            "the videos and beside the loss that `reblock report` has.",
             "Fewer sinks are no gain by themselves; what a cure costs is in the rows on detail and in the videos.",
             "Prompts share their noise by seed; intervals are over prompts.",
         ]
@@ -218,16 +233,12 @@ class Retraining(Study):
         prompts, base, rows = results.prompts, self._figures(results, BASE), []
         for name in self.names[1:]:
             figures = self._figures(results, name)
-            cells = []
-            for key in columns:
-                mean, low, high = mean_interval(figures[key] - base[key], prompts)
-                cells.append(with_ends(float(mean), float(low), float(high)))
-            psnr = mean_interval(results.stack(name, "psnr"), prompts)
-            rows.append([name, *cells, with_ends(*(float(value) for value in psnr))])
+            cells = [_text(figures[key] - base[key], prompts) for key in columns]
+            rows.append([name, *cells, _text(results.stack(name, "psnr"), prompts)])
             if name == RETRAINED:
                 found.sentences.append(
-                    f"Against the base, the retrained model has {cells[0]} more sink heads, and the share of fine detail "
-                    f"in its videos differs by {cells[3]}."
+                    f"Against the base, the retrained model has {cells[0]} more sink heads, and the share of fine "
+                    f"detail in its videos differs by {cells[3]}."
                 )
         found.tables["differences"] = Table(
             "Differences from the base, the same prompts and noise", ("model", *columns, "PSNR to the base (dB)"), rows,

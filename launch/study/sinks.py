@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from launch.study.figures import curves
+from launch.study.settings import StudySettings
 from launch.study.sink_figures import Panel, panels
 from launch.study.sink_records import check_eps, head_names, record
 from launch.study.sink_tables import RECORDS, PassSinks
-from launch.study.study import Findings, Measured, Results, Study, Table, Unit
+from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 from trainer.attention import EPS
 from trainer.callbacks.activations import MAGNITUDE, TIMES_MEDIAN
@@ -49,6 +50,9 @@ class Sinks(Study):
 
     def variants(self, work: Workbench) -> list[str]:
         return [RECORDS]
+
+    def effort(self, settings: StudySettings) -> Effort:
+        return Effort(repeats=1)
 
     def measure(self, unit: Unit, work: Workbench) -> Measured:
         return Measured(record(work, unit.prompt, unit.seed, self.eps))

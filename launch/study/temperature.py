@@ -14,8 +14,9 @@ from launch.study.denoising import Denoiser
 from launch.study.distances import distances
 from launch.study.figures import heat_map
 from launch.study.recorders import row_by_row
+from launch.study.settings import StudySettings
 from launch.study.statistics import interval_note, mean_interval, with_ends
-from launch.study.study import Findings, Measured, Results, Study, Table, Unit
+from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 from trainer.attention import row_statistics, uniform_attention
 from trainer.attention.interventions import temperature
@@ -107,7 +108,7 @@ class Temperature(Study):
         if faults:
             raise ValueError("; ".join(faults) + ".")
 
-    def video_layers(self, work: Workbench) -> list[int]:
+    def video_layers(self, work: StudySettings) -> list[int]:
         """Layers whose temperature is changed in whole videos."""
         layers = work.layers
         if self._video_layers is not None:
@@ -120,6 +121,10 @@ class Temperature(Study):
             f"{_VIDEO}-{layer:02d}-{value:g}" for layer in self.video_layers(work) for value in self.video_temperatures
         ]
         return scans + ([_CONTROL, *videos] if videos else [])
+
+    def effort(self, settings: StudySettings) -> Effort:
+        videos = len(self.video_layers(settings)) * len(self.video_temperatures)
+        return Effort(videos=videos + bool(videos), repeats=len(settings.layers) * (len(self.temperatures) + 1))
 
     def measure(self, unit: Unit, work: Workbench) -> Measured:
         kind, *which = unit.variant.split("-", 2)

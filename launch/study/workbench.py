@@ -16,26 +16,16 @@ from torch import Tensor
 from data.base_folder import resolve_base
 from data.files import atomic_file, settings_hash, write_json
 from data.video.write import write_video
-<<<<<<< HEAD
 from launch.sample.generate import Pixels
 from launch.sample.pipelines import check_pipeline
 from launch.study.config import DEMO_BASE, StudyConfig
 from launch.study.denoising import CONDITIONAL, Denoiser, Functions, ModelCall
 from launch.study.settings import StudySettings
+from trainer.models.layout import Site
 from trainer.models.load import read_config, transformer_weight_files
 
 #: Added to a seed for the next prompt's noise; larger than differences between seeds that anyone chooses.
 _OF_NEXT_PROMPT = 1_000_003
-=======
-from launch.sample.command import CAPTIONS
-from launch.sample.generate import Pixels, SamplingConfig
-from launch.sample.pipelines import PipelineUse, check_pipeline
-from launch.study.config import DEMO_BASE, StudyConfig, read_prompts
-from launch.study.denoising import Denoiser, Functions, ModelCall
-from trainer.models.facts import ModelFacts
-from trainer.models.layout import Site
-from trainer.models.load import read_config, read_facts, transformer_weight_files
->>>>>>> h-first
 
 
 class DenseDrawing(NamedTuple):
@@ -87,21 +77,15 @@ class Workbench(StudySettings):
         """The loaded base."""
         return Denoiser(self.base, self.sampling, self.config.device)
 
-<<<<<<< HEAD
     def noise_seed(self, prompt: int, seed: int) -> int:
         """The seed of the noise that a prompt is drawn with."""
         return seed + _OF_NEXT_PROMPT * prompt if self.config.own_noise else seed
 
-    def draw(self, prompt: int, seed: int, functions: Functions | None = None) -> Pixels:
-        """Draws a prompt's video, with other attention in some layers."""
-        return self.denoiser.draw(self.prompts[prompt], self.noise_seed(prompt, seed), functions)
-=======
     def draw(
         self, prompt: int, seed: int, functions: Functions | None = None, *, site: Site | None = None
     ) -> Pixels:  # fmt: skip
         """Draws a prompt's video, with other attention in some layers, at a site of `SplitModel.attention`."""
-        return self.denoiser.draw(self.prompts[prompt], seed, functions, site=site)
->>>>>>> h-first
+        return self.denoiser.draw(self.prompts[prompt], self.noise_seed(prompt, seed), functions, site=site)
 
     def again(self, call: ModelCall, functions: Functions | None = None, *, site: Site | None = None) -> Tensor:
         """The prediction of a call's inputs, with other attention in some layers."""
@@ -158,17 +142,13 @@ class Workbench(StudySettings):
             errors[name] = float((changed[rows] - dense[rows]).square().sum() / dense[rows].square().sum())
         return errors
 
-<<<<<<< HEAD
     def conditional_calls(self, prompt: int, seed: int) -> list[ModelCall]:
         """The kept calls of a dense drawing that have the conditional pass, one for each measured step."""
         return [call for call in self.dense(prompt, seed).calls if CONDITIONAL in call.passes]
 
-    def mean_errors(self, prompt: int, seed: int, functions: Functions) -> dict[str, float]:
-=======
     def mean_errors(
         self, prompt: int, seed: int, functions: Functions, *, site: Site | None = None
     ) -> dict[str, float]:  # fmt: skip
->>>>>>> h-first
         """`relative_errors`, means over the kept calls of a dense drawing."""
         found: dict[str, list[float]] = {}
         for call in self.dense(prompt, seed).calls:
