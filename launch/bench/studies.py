@@ -142,7 +142,7 @@ def run(
         rows=rows,
         notes=(
             f"Layers {list(layers)}, heads {list(heads)} one by one; one measured step. A dense drawing took "
-            f"{dense:.3g} s, the loading of the model included, and is not in the rows. The text encoder is small; so is the VAE.",
+            f"{dense:.3g} s, loading included, and is not in the rows. Text encoder and VAE: small.",
         ),
         device=device,
     )

@@ -202,8 +202,8 @@ class Retraining(Study):
         }
         if self.retrained is None:
             found.sentences.append(
-                "No retrained model was given: the one called retrained is the base with its last blocks re-initialised, "
-                "not trained. It shows how the page reads, and is the control `untrained`."
+                "No retrained model was given: the one called retrained is the base with its last blocks "
+                "re-initialised, not trained. It shows how the page reads, and is the control `untrained`."
             )
         found.limits += [
             "Every model is measured on its own dense trajectories. A worse model bears more masking: read D beside "
@@ -237,7 +237,7 @@ class Retraining(Study):
             rows.append([name, *cells, _text(results.stack(name, "psnr"), prompts)])
             if name == RETRAINED:
                 found.sentences.append(
-                    f"Against the base, the retrained model has {cells[0]} more sink heads, and the share of fine "
+                    f"Against the base, the retrained model has {cells[0]} more heads with a sink; the share of fine "
                     f"detail in its videos differs by {cells[3]}."
                 )
         found.tables["differences"] = Table(
