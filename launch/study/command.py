@@ -18,6 +18,7 @@ from launch.study.workbench import Workbench
 #: Name -> module and class, and what it asks in one line.
 STUDIES: dict[str, tuple[str, str]] = {
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
+    "structure": ("launch.study.structure:Structure", "what attention maps look like, and what prompts share of it"),
 }
 
 
