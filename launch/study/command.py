@@ -24,6 +24,7 @@ STUDIES: dict[str, tuple[str, str]] = {
     "temperature": ("launch.study.temperature:Temperature", "what a sharper or flatter softmax of one layer changes"),
     "retraining": ("launch.study.retraining:Retraining", "sinks, masking and detail of a base and of retrained models"),
     "sinks": ("launch.study.sinks:Sinks", "which heads have an attention sink, how often, where, with what values"),
+    "structure": ("launch.study.structure:Structure", "what attention maps look like, and what prompts share of it"),
 }
 
 
