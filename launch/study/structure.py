@@ -13,9 +13,10 @@ from launch.study.denoising import CONDITIONAL
 from launch.study.figures import curves, heat_map
 from launch.study.map_figures import MapLines, map_panels
 from launch.study.maps import SHARES, MapRecorder, MapSizes
+from launch.study.settings import StudySettings
 from launch.study.similarity import Compared, between_models, between_prompts, between_seeds
 from launch.study.statistics import interval_note, mean_interval, with_ends
-from launch.study.study import Findings, Measured, Results, Study, Table, Unit
+from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 
 _OWN, _OTHER = "maps", "other-maps"
@@ -98,6 +99,10 @@ class Structure(Study):
 
     def variants(self, work: Workbench) -> list[str]:
         return [_OWN] if self.other is None else [_OWN, _OTHER]
+
+    def effort(self, settings: StudySettings) -> Effort:
+        other = self.other is not None
+        return Effort(videos=int(other), repeats=1 + other)
 
     def measure(self, unit: Unit, work: Workbench) -> Measured:
         bench = work if unit.variant == _OWN else self.second(work)

@@ -33,6 +33,7 @@ PUBLISHED = {
     json.loads(path.read_text())["_name_or_path"]: str(path.relative_to(ROOT))
     for path in (ROOT / "recipes" / "transformers").glob("*.json")
 }
+STUDY_SETTINGS = sorted(path.stem for path in (ROOT / "recipes" / "studies").glob("*.yaml"))
 ZERO = [name for name in OVERLAYS if name.startswith("zero")]
 
 
@@ -64,6 +65,7 @@ def recipe(name: str, tmp_path: Path, *more: str, overlay: str | None = None):
 def test_every_yaml_file_is_read_by_a_test_here():
     known = {*RECIPES, *(f"cluster/{name}.yaml" for name in OVERLAYS), *(f"data/{name}.yaml" for name in PACK_OPTIONS)}
     known |= {f"objectives/{name}.yaml" for name in OBJECTIVES}
+    known |= {f"studies/{name}.yaml" for name in STUDY_SETTINGS}
     known |= {f"controls/{name}.yaml" for name in CONTROLS}
     found = {
         path.relative_to(ROOT / "recipes").as_posix()
@@ -78,6 +80,15 @@ def test_options_of_pack_are_read(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "out"), f"--config=recipes/data/{name}.yaml"])
     assert stop.value.code == 2 and "nowhere" in capsys.readouterr().err  # past the options, to the clips
+
+
+@pytest.mark.parametrize("name", STUDY_SETTINGS)
+def test_settings_of_studies_are_those_of_a_published_base(name, tmp_path, capsys):
+    command.main(["plan", "--study", "sinks", f"--config=recipes/studies/{name}.yaml", f"--json={tmp_path / 'plan'}"])
+    said = capsys.readouterr().out
+    given = yaml.safe_load((ROOT / f"recipes/studies/{name}.yaml").read_text())
+    assert given["base"] in PUBLISHED and f"{given['frames']} x {given['height']} x {given['width']}" in said
+    assert json.loads((tmp_path / "plan").read_text())["calls"] > 0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
