@@ -144,11 +144,13 @@ class FirstToken(Study):
             changes = {kind: results.stack(f"{_MODEL}-{kind}{end}", CONDITIONAL) for kind in KINDS}
             said = {kind: _said(values, prompts) for kind, values in changes.items()}
             exact = all(results.stack(f"{_MODEL}-all{end}", name).max() == 0 for name in work.passes)
-            difference = _said(changes["random"] - changes["first"], prompts)
+            difference = changes["random"] - changes["first"]
+            _, low, high = mean_interval(difference, prompts)
+            doubt = "" if low > 0 or high < 0 else ", no difference that can be told from noise"
             found.sentences.append(
                 f"In {scope}, conditional pass: with the first text token alone D = {said['first']}, with the last "
                 f"alone {said['last']}, with another alone {said['random']}, without text {said['none']}. "
-                f"Another minus the first: {difference}. Control: with all tokens, "
+                f"Another minus the first: {_said(difference, prompts)}{doubt}. Control: with all tokens, "
                 + ("no bit of any prediction changes." if exact else "predictions change: the comparison is unsound.")
             )
             for name in work.passes:
@@ -158,13 +160,14 @@ class FirstToken(Study):
         found.values["whole"] = [dict(zip(("scope", "kept", "pass", "D"), row[:4], strict=True)) for row in rows]
         found.tables["whole"] = Table(
             "Text tokens that stay, in all studied layers", ("cut in", "kept", "pass", "D", "low", "high"), rows,
-            "D = |v' − v_0|² / |v_0|² of the prediction on the inputs of the dense trajectory. "
+            "D = |v' − v_0|² / |v_0|² of the prediction on the inputs of the dense trajectory. `random` is one token "
+            "that is neither the first nor the last, drawn for each prompt and seed; `all` is the control. "
             + interval_note(prompts),
         )  # fmt: skip
 
     def _layers(self, found: Findings, results: Results, work: Workbench) -> None:
         lines, rows, prompts = {}, [], results.prompts
-        for name in work.passes:
+        for name in self._passes_with_text(results, work):
             for kind in _BY_LAYER:
                 table = np.stack(
                     [results.stack(f"{_LAYER}-{layer:02d}", f"{kind}_{name}") for layer in work.layers], axis=1
@@ -189,11 +192,17 @@ class FirstToken(Study):
 
     def _masses(self, found: Findings, results: Results, work: Workbench) -> None:
         for name in work.passes:
-            masses = [results[Unit(*pair, _MASS)][name] for pair in results.pairs]
-            if min(mass.shape[1] for mass in masses) == 0:
-                found.limits.append(f"The {name} pass has no text tokens; there is no mass on them.")
+            if name not in self._passes_with_text(results, work):
+                found.limits.append(f"The {name} pass has no text tokens: it is in the first table only.")
                 continue
+            masses = [results[Unit(*pair, _MASS)][name] for pair in results.pairs]
             self._mass_of_pass(found, results, work, name, masses)
+
+    def _passes_with_text(self, results: Results, work: Workbench) -> list[str]:
+        return [
+            name for name in work.passes
+            if all(results[Unit(*pair, _MASS)][name].shape[1] > 0 for pair in results.pairs)
+        ]  # fmt: skip
 
     def _mass_of_pass(
         self, found: Findings, results: Results, work: Workbench, name: str, masses: list[NDArray]
@@ -231,18 +240,13 @@ class FirstToken(Study):
             "Mass: mean over heads and vision queries. Shares are of the mass on text, with padding where it is a key. "
             + interval_note(prompts),
         )  # fmt: skip
-        longest = max(mass.shape[1] for mass in masses)
-        padded = np.stack([
-            np.pad(mass, ((0, 0), (0, longest - mass.shape[1])), constant_values=np.nan) for mass in masses
-        ])  # fmt: skip
-        with np.errstate(divide="ignore"):
-            shown = np.log10(np.nanmean(padded, axis=0))
+        shown, names = by_position(masses, counts)
         found.figures[f"mass-{name}"] = (
             f"Attention mass of vision queries on each text key, {name} pass, mean over heads, queries and the prompts "
-            "that have the position.",
+            "that have the position; `pad`: on one key of padding, where padding is read.",
             heat_map(
-                shown, x_label="position of the text token", y_label="layer", y_ticks=work.layers,
-                value_label="log10 of the mass", title=f"{name} pass",
+                np.log10(shown + 1e-12), x_label="position of the text token", y_label="layer", x_ticks=names,
+                y_ticks=work.layers, value_label="log10 of the mass", title=f"{name} pass",
             ),
         )  # fmt: skip
         flat = np.full(len(work.layers), uniform)
@@ -276,6 +280,26 @@ class FirstToken(Study):
             ("cut in", "kept", "PSNR to dense (dB)", "SSIM", "coarse", "PSNR to no text (dB)", "SSIM", "coarse"), rows,
             "100 dB stands for no difference: `all` must be the dense video. " + interval_note(prompts),
         )  # fmt: skip
+
+
+def by_position(masses: Sequence[NDArray], counts: Sequence[int]) -> tuple[NDArray, list[str]]:
+    """Mass by position of a caption's token, mean over pairs, and at last on one key of padding, if any is read.
+
+    Args:
+        masses: (Ly, L) of each pair.
+        counts: tokens of each pair's caption; the keys behind them are padding.
+
+    Returns:
+        (Ly, columns), and the columns' names.
+    """
+    pairs = list(zip(masses, counts, strict=True))
+    columns = [np.mean([m[:, i] for m, n in pairs if i < n], axis=0) for i in range(max(counts))]
+    names = [str(i) for i in range(max(counts))]
+    padding = [m[:, n:].mean(axis=1) for m, n in pairs if m.shape[1] > n]
+    if padding:
+        columns.append(np.mean(padding, axis=0))
+        names.append("pad")
+    return np.stack(columns, axis=1), names
 
 
 def _said(values: NDArray, prompts: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launch.main import main
 from launch.study.config import StudyConfig
 from launch.study.denoising import CONDITIONAL, UNCONDITIONAL
-from launch.study.first_token import FirstToken
+from launch.study.first_token import FirstToken, by_position
 from launch.study.study import Unit
 from launch.study.text_tokens import ALL, OneTextToken, caption_lengths, kept_token, text_site
 from launch.study.workbench import Workbench, rows_by_pass
@@ -67,6 +67,7 @@ def has_pooled(family):
 
 
 def test_all_tokens_change_no_bit_and_any_fewer_change_the_conditional_pass(family, work, study):
+    without_text = []
     for end in ("", "-pooled") if has_pooled(family) else ("",):
         found = {
             kind: study.measure(Unit(0, 0, f"model-{kind}{end}"), work).arrays for kind in ("first", "none", "all")
@@ -74,8 +75,10 @@ def test_all_tokens_change_no_bit_and_any_fewer_change_the_conditional_pass(fami
         assert all(found["all"][name] == 0.0 for name in work.passes)
         assert found["first"][CONDITIONAL] > 1e-9 and found["none"][CONDITIONAL] > 1e-9
         assert found["first"][CONDITIONAL] != found["none"][CONDITIONAL]
+        without_text.append(float(found["none"][CONDITIONAL]))
         if family == "mochi":  # its empty caption has no tokens
             assert found["first"][UNCONDITIONAL] == found["none"][UNCONDITIONAL] == 0.0
+    assert len(set(without_text)) == len(without_text)  # the pooled caption is cut in its own units alone
 
 
 @of_families("mochi", "wan", "cogvideox")  # HunyuanVideo's token refiner mixes the tokens before the blocks
@@ -226,6 +229,11 @@ def test_videos_are_compared_with_the_dense_one_and_the_one_without_text(family,
     assert np.array_equal(every.video, dense) and not np.array_equal(none.video, dense)
     assert every.arrays["psnr"] == none.arrays["psnr_no_text"] == 100
     assert every.arrays["psnr_no_text"] == none.arrays["psnr"] < 100
+    if has_pooled(family):
+        assert not np.array_equal(study.measure(Unit(0, 0, "video-none"), work).video, none.video)
+    if family == "mochi":  # the caption's pass has become that of the empty caption
+        empty = work.denoiser.draw("", 0).astype(int)
+        assert np.abs(empty - none.video).max() <= 1 < np.abs(empty - dense).max()
 
 
 @given(st.integers(0, 300), st.integers(0, 99).map(str))
@@ -238,6 +246,14 @@ def test_kept_tokens_are_of_the_caption(length, seed):
     assert tokens[:2] == [0, length - 1] and 0 <= tokens[2] < length
     assert tokens[2] == kept_token("random", length, seed)
     assert length < 3 or tokens[2] not in tokens[:2]
+
+
+def test_the_mass_by_position_leaves_padding_apart():
+    short, long = np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.5, 0.1, 0.2, 0.1]])
+    shown, names = by_position([short, long], [2, 3])
+    assert names == ["0", "1", "2", "pad"]
+    np.testing.assert_allclose(shown, [[0.3, 0.15, 0.2, (0.35 + 0.1) / 2]])
+    assert by_position([short[:, :2], long[:, :3]], [2, 3])[1] == ["0", "1", "2"]
 
 
 @pytest.mark.slow
@@ -257,6 +273,7 @@ def test_the_page_compares_the_first_token_with_its_controls(tmp_path):
         f"D = {change['attention', 'first', CONDITIONAL]:.3g}"
     )
     assert f"without text {change['attention', 'none', CONDITIONAL]:.3g}." in said
+    assert "no difference that can be told from noise" in said  # two prompts give no interval
     assert "with all tokens, no bit of any prediction changes" in said
     share = {int(layer): row["share of the first"] for layer, row in values["mass_conditional"].items()}
     top = max(share, key=share.get)
