@@ -8,6 +8,8 @@ from typing import TypeVar
 
 #: The embedded base, for a study without `--base`: a small Mochi with one planted sink in each of its last four blocks.
 DEMO_BASE = Path(__file__).resolve().parents[2] / "recipes" / "demo_base"
+#: Its denoising steps, so that a study takes minutes.
+DEMO_STEPS = 16
 
 #: Default prompts, in the language of `reblock synth`: as many as an interval needs.
 PROMPTS = (
@@ -32,7 +34,7 @@ class StudyConfig:
         prompts: text file with one prompt a line; captions of the synthetic clips by default.
         seeds: of the noise; every prompt is drawn with each.
         own_noise: every prompt has noise of its own; by default all prompts of a seed have the same.
-        steps: number of denoising steps; None takes the family's.
+        steps: number of denoising steps; None takes the family's, or 16 with the demo's base.
         guidance: guidance scale; None takes the family's.
         frames: number of frames per video; None takes the family's.
         height: height in pixels, a multiple of 16.

@@ -16,7 +16,7 @@ from launch.study.figures import curves, heat_map
 from launch.study.settings import StudySettings
 from launch.study.statistics import interval_note, mean_interval, with_ends
 from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
-from launch.study.text_tokens import POOLED, OneTextToken, TextMass, caption_lengths, kept_token, text_site
+from launch.study.text_tokens import NOTES, POOLED, OneTextToken, TextMass, caption_lengths, kept_token, text_site
 from launch.study.workbench import Workbench
 
 #: What stays of the caption.
@@ -315,15 +315,4 @@ def _limits(work: Workbench) -> list[str]:
         "causal. The study tells where the model reads, not what the words at that place mean.",
         "Attention mass is not use: a token whose value is small gets mass without effect. D tells the effect.",
     ]
-    family = work.use.family.title
-    notes = {
-        "HunyuanVideo": "The token refiner, and its mean over tokens, still see the whole caption: only the blocks "
-        "read one token. Where the pooled caption is cut too, it is that of the empty caption, whichever token stays.",
-        "Mochi": "Where the pooled caption is cut too, the pooler sees the one token, or none. What it makes of one "
-        "token may lie far from what it was trained on.",
-        "Wan 2.1": "Padding to 512 tokens takes part in the dense softmax; of all 512 keys only the one token stays. "
-        "With a single key every query gets the same value. Without text, cross-attention is 0 before its output "
-        "projection.",
-        "CogVideoX": "Padding takes part in the dense softmax, and is dropped with the other tokens.",
-    }
-    return found + [note for title, note in notes.items() if title == family]
+    return [*found, NOTES[work.use.family.name]]

@@ -6,7 +6,7 @@ from typing import Any
 from data.families import family_titled
 from launch.sample.generate import SamplingConfig
 from launch.sample.pipelines import PipelineUse, family_use
-from launch.study.config import PROMPTS, StudyConfig, read_prompts
+from launch.study.config import DEMO_STEPS, PROMPTS, StudyConfig, read_prompts
 from trainer.models.facts import ModelFacts
 from trainer.models.load import read_facts
 
@@ -27,8 +27,9 @@ class StudySettings:
         self.facts: ModelFacts = read_facts(self.transformer_config)
         self.use: PipelineUse = family_use(family_titled(self.facts.family))
         self.prompts: Sequence[str] = PROMPTS if config.prompts is None else read_prompts(config.prompts)
+        steps = DEMO_STEPS if config.base is None else self.use.steps
         self.sampling = SamplingConfig(
-            seed=0, steps=config.steps or self.use.steps, frames=config.frames or self.use.frames,
+            seed=0, steps=config.steps or steps, frames=config.frames or self.use.frames,
             guidance=self.use.guidance if config.guidance is None else config.guidance,
             height=config.height, width=config.width, fps=config.fps, dtype=config.dtype,
         )  # fmt: skip

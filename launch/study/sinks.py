@@ -72,7 +72,7 @@ class Sinks(Study):
         self._tables(found, passes, prompts)
         self._figures(found, passes, work, results)
         found.limits += [
-            "Only vision keys are judged. Wan is measured in self-attention; its cross-attention has no vision key.",
+            "Only vision keys are judged. Cross-attention, where a family has it, has no vision key and is left out.",
             "A uniform head over fewer than 1 / eps keys would count as a sink at that eps: read small eps with the "
             "number of tokens in mind.",
             "Small values at a sink say that it adds little. What the model loses without the head is another "

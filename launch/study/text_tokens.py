@@ -29,6 +29,16 @@ ALL: Literal["all"] = "all"
 Kept = int | None | Literal["all"]
 #: Families whose model gets a pooled caption besides the text tokens.
 POOLED: tuple[VideoFamily, ...] = (MOCHI, HUNYUAN_VIDEO)
+#: Name of a family -> what cutting its text leaves, or changes besides.
+NOTES = {
+    HUNYUAN_VIDEO.name: "The token refiner, and its mean over tokens, still see the whole caption: only the blocks read "
+    "one token. Where the pooled caption is cut too, it is that of the empty caption, whichever token stays.",
+    MOCHI.name: "Where the pooled caption is cut too, the pooler sees the one token, or none. What it makes of one "
+    "token may lie far from what it was trained on.",
+    WAN.name: "Padding to 512 tokens takes part in the dense softmax; of all 512 keys only the one token stays. With a "
+    "single key every query gets the same value. Without text, cross-attention is 0 before its output projection.",
+    COGVIDEOX.name: "Padding takes part in the dense softmax, and is dropped with the other tokens.",
+}
 
 
 def text_site(denoiser: Denoiser) -> Site:

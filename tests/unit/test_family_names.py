@@ -15,6 +15,7 @@ AT_HOME = {
     "data/base_facts.py": "what the parts of each family's folder say",
     "data/encode/": "encoders of clips and captions",
     "launch/sample/pipelines.py": "how each family's pipeline is asked for a video",
+    "launch/study/text_tokens.py": "which features of a caption reach a model of each family, and where",
     "launch/demo/": "the demo's base is a small Mochi, which it makes from scratch",
     "launch/bench/step.py": "the timed model is a small Mochi",
     "launch/bench/full_size.py": "Mochi's config is the default",
