@@ -19,6 +19,7 @@ from launch.study.workbench import Workbench
 STUDIES: dict[str, tuple[str, str]] = {
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
     "structure": ("launch.study.structure:Structure", "what attention maps look like, and what prompts share of it"),
+    "transfer": ("launch.study.transfer:Transfer", "what becomes of a video with the attention maps of another prompt"),
 }
 
 
