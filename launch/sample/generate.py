@@ -3,7 +3,7 @@
 Legend: T frames, H W pixels, B batch, h heads, d head width, N vision tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,6 @@ class VideoSampler:
         self.pipe.vae.enable_tiling()  # no effect on small frames; larger ones need it to fit into memory
         self.split_model = split_model_of(self.pipe.transformer)
 
-    @torch.no_grad()
     def sample(
         self, caption: str, seed: int, functions: Mapping[int, AttentionFunction], on_step: Callable[[], None]
     ) -> Pixels:
@@ -132,6 +131,24 @@ class VideoSampler:
             functions: attention functions by layer, which replace dense attention.
             on_step: function to call after every denoising step.
         """
+        return self.sample_batch([caption], [seed], functions, on_step)[0]
+
+    @torch.no_grad()
+    def sample_batch(
+        self,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        functions: Mapping[int, AttentionFunction],
+        on_step: Callable[[], None],
+    ) -> list[Pixels]:
+        """Samples videos in one batch: in every call of the transformer, a pass has a row for each caption, in order.
+
+        Args:
+            captions: of the videos.
+            seeds: of the noise of each; equal seeds give equal noise.
+            functions: as of `sample`.
+            on_step: as of `sample`.
+        """
         config = self.config
 
         def after_step(pipe: Any, step: int, timestep: Tensor, tensors: dict) -> dict:
@@ -139,14 +156,14 @@ class VideoSampler:
             return {}
 
         with self.split_model.attention(functions):
-            video = self.pipe(
-                **self.use.arguments(self.pipe, caption, config.guidance),
+            videos = self.pipe(
+                **self.use.arguments(self.pipe, list(captions), config.guidance),
                 num_frames=config.frames,
                 height=config.height,
                 width=config.width,
                 num_inference_steps=config.steps,
-                generator=torch.Generator().manual_seed(seed),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 callback_on_step_end=after_step,
                 output_type="np",
-            ).frames[0]
-        return (np.asarray(video, np.float32) * 255).round().clip(0, 255).astype(np.uint8)
+            ).frames
+        return [(np.asarray(video, np.float32) * 255).round().clip(0, 255).astype(np.uint8) for video in videos]

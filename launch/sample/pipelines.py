@@ -1,4 +1,4 @@
-"""How the diffusers pipeline of each family is loaded, and how it is asked for a video of a caption.
+"""How the diffusers pipeline of each family is loaded, and how it is asked for videos of captions.
 
 docs/models.md has the conventions of the families.
 """
@@ -24,7 +24,7 @@ class PipelineUse:
 
     Args:
         family: its name, classes and sizes.
-        arguments: (pipeline, caption, guidance) -> arguments of the pipeline's call for them.
+        arguments: (pipeline, captions, guidance) -> arguments of the pipeline's call for a batch of them.
         guidance: what the pipeline itself takes by default.
         steps: number of denoising steps by default.
         frames: number of frames by default.
@@ -34,7 +34,7 @@ class PipelineUse:
     """
 
     family: VideoFamily
-    arguments: Callable[[Any, str, float], Mapping[str, Any]]
+    arguments: Callable[[Any, list[str], float], Mapping[str, Any]]
     guidance: float
     steps: int
     frames: int
@@ -42,10 +42,9 @@ class PipelineUse:
     wide_vae: bool = False
 
 
-def _mochi(pipe: Any, caption: str, guidance: float) -> Mapping[str, Any]:
-    text, mask, _, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
-    if not caption:
-        mask = torch.zeros_like(mask)
+def _mochi(pipe: Any, captions: list[str], guidance: float) -> Mapping[str, Any]:
+    text, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+    mask[[not caption for caption in captions]] = 0
     # The pipeline keeps latents and timesteps in the dtype of the embeddings, which should always be float32.
     text = text.float() * mask[..., None]
     return {
@@ -58,19 +57,19 @@ def _mochi(pipe: Any, caption: str, guidance: float) -> Mapping[str, Any]:
     }
 
 
-def _wan(pipe: Any, caption: str, guidance: float) -> Mapping[str, Any]:
-    return {"prompt": caption, "negative_prompt": "", "guidance_scale": guidance}
+def _wan(pipe: Any, captions: list[str], guidance: float) -> Mapping[str, Any]:
+    return {"prompt": captions, "negative_prompt": [""] * len(captions), "guidance_scale": guidance}
 
 
-def _hunyuan_video(pipe: Any, caption: str, guidance: float) -> Mapping[str, Any]:
+def _hunyuan_video(pipe: Any, captions: list[str], guidance: float) -> Mapping[str, Any]:
     if pipe.transformer.config.guidance_embeds:  # an input of the model; there is no second pass without the caption
-        return {"prompt": caption, "guidance_scale": guidance}
-    return {"prompt": caption, "negative_prompt": "", "true_cfg_scale": guidance}
+        return {"prompt": captions, "guidance_scale": guidance}
+    return {"prompt": captions, "negative_prompt": [""] * len(captions), "true_cfg_scale": guidance}
 
 
-def _cogvideox(pipe: Any, caption: str, guidance: float) -> Mapping[str, Any]:
+def _cogvideox(pipe: Any, captions: list[str], guidance: float) -> Mapping[str, Any]:
     tokens = pipe.transformer.config.max_text_seq_length
-    text, empty = pipe.encode_prompt(caption, "", guidance > 1, max_sequence_length=tokens)
+    text, empty = pipe.encode_prompt(captions, [""] * len(captions), guidance > 1, max_sequence_length=tokens)
     # The pipeline keeps latents in the dtype of the embeddings, which should always be float32.
     embeddings = {"prompt_embeds": text.float(), "negative_prompt_embeds": None if empty is None else empty.float()}
     return {**embeddings, "guidance_scale": guidance}

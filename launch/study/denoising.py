@@ -7,7 +7,7 @@ Legend: B rows of a call, T frames, H W pixels.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,30 @@ class Denoiser:
 
         with self._watched(on_call), self.split_model.attention(functions or {}, site=site):
             return self.sampler.sample(caption, seed, {}, after_step)
+
+    def draw_together(
+        self,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        functions: Functions | None = None,
+        *,
+        on_call: Callable[[ModelCall], None] | None = None,
+    ) -> list[Pixels]:
+        """Draws videos in one batch, with a row for each caption in every pass.
+
+        Args:
+            captions: of the videos.
+            seeds: of the noise of each.
+            functions: as of `draw`.
+            on_call: as of `draw`.
+        """
+        self.step = 0
+
+        def after_step() -> None:
+            self.step += 1
+
+        with self._watched(on_call):
+            return self.sampler.sample_batch(captions, seeds, functions or {}, after_step)
 
     @torch.no_grad()
     def again(self, call: ModelCall, functions: Functions | None = None, *, site: Site | None = None) -> Tensor:
