@@ -39,9 +39,10 @@ class StudyPlan:
         videos: videos drawn for each pair, the dense one included.
         repeats: calls repeated for each pair.
         calls: calls of the transformer in all.
+        wide_calls: of these, calls with the rows of two videos.
         flops: operations of one call's forward pass.
         weights: bytes of the transformer's weights.
-        activations: peak bytes of a call besides.
+        activations: peak bytes of a call of one video besides.
         disk: bytes kept of the dense drawings, pixels uncompressed.
     """
 
@@ -49,6 +50,7 @@ class StudyPlan:
     videos: int
     repeats: int
     calls: int
+    wide_calls: int
     flops: int
     weights: int
     activations: int
@@ -57,7 +59,7 @@ class StudyPlan:
     @property
     def total_flops(self) -> int:
         """Operations of all calls."""
-        return self.calls * self.flops
+        return (self.calls + self.wide_calls) * self.flops
 
 
 def plan_study(study: Study, settings: StudySettings, config_file: Path) -> StudyPlan:
@@ -78,8 +80,9 @@ def plan_study(study: Study, settings: StudySettings, config_file: Path) -> Stud
     sampling = settings.sampling
     pixels = sampling.frames * sampling.height * sampling.width * 3
     return StudyPlan(
-        pairs=pairs, videos=1 + effort.videos, repeats=repeated,
-        calls=pairs * (calls * steps * (1 + effort.videos) + repeated),
+        pairs=pairs, videos=1 + effort.videos + 2 * effort.together, repeats=repeated,
+        calls=pairs * (calls * steps * (1 + effort.videos + effort.together) + repeated),
+        wide_calls=pairs * calls * steps * effort.together,
         flops=flops, weights=weights, activations=activations, disk=pairs * (pixels + kept * call_bytes),
     )  # fmt: skip
 

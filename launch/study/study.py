@@ -43,12 +43,14 @@ class Effort:
     Args:
         videos: videos drawn.
         repeats: how often each kept call is repeated.
+        together: drawings of two videos at once.
         conditional_repeats: how often, besides, the call of each measured step that has the conditional pass.
     """
 
     videos: int = 0
     repeats: int = 0
     conditional_repeats: int = 0
+    together: int = 0
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ Kept = int | None | Literal["all"]
 POOLED: tuple[VideoFamily, ...] = (MOCHI, HUNYUAN_VIDEO)
 #: Name of a family -> what cutting its text leaves, or changes besides.
 NOTES = {
-    HUNYUAN_VIDEO.name: "The token refiner, and its mean over tokens, still see the whole caption: only the blocks read "
-    "one token. Where the pooled caption is cut too, it is that of the empty caption, whichever token stays.",
+    HUNYUAN_VIDEO.name: "The token refiner, and its mean over tokens, still see the whole caption: only the blocks "
+    "read one token. Where the pooled caption is cut too, it is that of the empty caption, whichever token stays.",
     MOCHI.name: "Where the pooled caption is cut too, the pooler sees the one token, or none. What it makes of one "
     "token may lie far from what it was trained on.",
     WAN.name: "Padding to 512 tokens takes part in the dense softmax; of all 512 keys only the one token stays. With a "

@@ -15,8 +15,9 @@ from torch import Tensor
 from launch.study.denoising import Functions
 from launch.study.distances import distances
 from launch.study.figures import curves
+from launch.study.settings import StudySettings
 from launch.study.statistics import interval_note, mean_interval, with_ends
-from launch.study.study import Findings, Measured, Results, Study, Table, Unit
+from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 from trainer.attention.interventions import transfer_within_batch
 from trainer.models.layout import AttentionCall, AttentionFunction, dense_attention
@@ -126,10 +127,14 @@ class Transfer(Study):
         layers = [int(which)] if kind == "layer" else work.layers
         return dict.fromkeys(layers, transferred(self.tokens))
 
+    def effort(self, settings: StudySettings) -> Effort:
+        return Effort(together=(len(settings.layers) if self.by_layer else 0) + 4)
+
     def measure(self, unit: Unit, work: Workbench) -> Measured:
         source = self.source(unit, work)
         captions = [work.prompts[source.prompt], work.prompts[unit.prompt]]
-        given, video = work.denoiser.draw_together(captions, [source.seed, unit.seed], self.functions(unit, work))
+        noise = [work.noise_seed(unit.prompt, seed) for seed in (source.seed, unit.seed)]  # of the target's prompt
+        given, video = work.denoiser.draw_together(captions, noise, self.functions(unit, work))
         target = work.dense(unit.prompt, unit.seed).pixels
         arrays = {f"target_{name}": value for name, value in distances(video, target).items()}
         arrays |= {f"source_{name}": value for name, value in distances(video, given).items()}
