@@ -19,6 +19,7 @@ from launch.study.workbench import Workbench
 STUDIES: dict[str, tuple[str, str]] = {
     "masking": ("launch.study.masking:Masking", "what the prediction loses without the smallest attention weights"),
     "sinks": ("launch.study.sinks:Sinks", "which heads have an attention sink, how often, where, with what values"),
+    "skip-sinks": ("launch.study.skip_sinks:SkipSinks", "what the model loses without its sink heads"),
 }
 
 
