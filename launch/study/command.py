@@ -26,6 +26,7 @@ STUDIES: dict[str, tuple[str, str]] = {
     "sinks": ("launch.study.sinks:Sinks", "which heads have an attention sink, how often, where, with what values"),
     "structure": ("launch.study.structure:Structure", "what attention maps look like, and what prompts share of it"),
     "transfer": ("launch.study.transfer:Transfer", "what becomes of a video with the attention maps of another prompt"),
+    "skip-sinks": ("launch.study.skip_sinks:SkipSinks", "what the model loses without its sink heads"),
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch.study import sink_records
 from launch.study.command import run_study
 from launch.study.config import StudyConfig
 from launch.study.sink_records import find_sinks, record
@@ -202,6 +203,20 @@ def test_positions_in_the_first_frame_are_called_uneven(mochi):
     assert frames.tolist() == [[16, 0, 0]] * 4 and places.sum() == 64
     shared = Workbench(options(mochi.config.out.parent, own_noise=False))
     assert math.isnan(sinks_at(shared, np.zeros((8, 1, 2), int)).position_p()["frame_p"])
+
+
+def test_sinks_are_those_of_any_pass_that_nearly_all_prompts_have(mochi, monkeypatch):
+    def recorded(work, prompt, seed, eps):
+        fraction = {name: np.zeros((2, 8, 4, 1)) for name in PASSES}
+        fraction["conditional"][:, 1, 2] = fraction["unconditional"][:, 0, 3] = 0.6
+        fraction["conditional"][:, 5, 0] = 0.5  # half is not over half
+        fraction["conditional"][prompt, 6, 1] = fraction["unconditional"][:, 7, 1 + prompt] = 0.6
+        return {f"fraction_{name}": values[:, work.layers] for name, values in fraction.items()}
+
+    mochi.dense(0, 0)  # which tells the passes
+    monkeypatch.setattr(sink_records, "record", recorded)
+    assert find_sinks(mochi, 0.3) == [(0, 3), (1, 2)]
+    assert find_sinks(Workbench(options(mochi.config.out.parent, heads=(0, 2, 3), layers=(1, 6))), 0.3) == [(1, 2)]
 
 
 def test_thresholds_are_checked():
