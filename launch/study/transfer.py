@@ -166,9 +166,10 @@ class Transfer(Study):
         )
         if len(work.prompts) > 2:
             found.sentences.append(
-                f"In means over squares of 16 pixels, colour included, it moves {with_ends(*mean(_ALL, 'pull'))} of the way to "
-                f"the source's video, and {with_ends(*mean(_ALL, 'decoy_pull'))} of the way to the video of a third "
-                "prompt with the same noise, which gave no maps."
+                "In means over squares of 16 pixels, colour included, the video moves "
+                f"{with_ends(*mean(_ALL, 'pull'))} of the way to the source's, and "
+                f"{with_ends(*mean(_ALL, 'decoy_pull'))} of the way to that of a third prompt with the same noise, "
+                "which gave no maps."
             )
         found.tables["transfers"] = self._table(results, [_ALL, _IDENTITY, _OTHER_SEED, _UNRELATED])
         found.values["transfers"] = {
@@ -246,7 +247,8 @@ class Transfer(Study):
             if np.isfinite(mean).all():
                 lines[title] = (work.layers, mean, (low, high))
         found.figures["pull"] = (
-            "How far of the way to the source's video the target's moves, colour included, beside a third prompt's video (control).",
+            "How far of the way to the source's video the target's moves, colour included, beside the video of a third "
+            "prompt (control).",
             curves(lines, x_label="layer", y_label="pull"),
         )
 
