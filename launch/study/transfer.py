@@ -121,6 +121,12 @@ class Transfer(Study):
             return Source(after_next if count > 2 else following, unit.seed + _NEXT_SEED)
         return Source(following, unit.seed)
 
+    @classmethod
+    def decoy(cls, unit: Unit, work: Workbench) -> int:
+        """A prompt that is neither a unit's target nor its source, of three or more."""
+        count, source = len(work.prompts), cls.source(unit, work).prompt
+        return next(i % count for i in (unit.prompt + 2, unit.prompt + 1) if i % count != source)
+
     def functions(self, unit: Unit, work: Workbench) -> Functions:
         """Attention of the layers in which a unit transfers."""
         kind, _, which = unit.variant.partition("-")
@@ -144,7 +150,7 @@ class Transfer(Study):
         arrays["pull"] = np.nan if same else pull(arrays["source_coarse"], apart["coarse"])
         arrays["decoy_pull"] = np.nan
         if len(work.prompts) > 2:
-            decoy = work.dense((unit.prompt + 2) % len(work.prompts), unit.seed).pixels
+            decoy = work.dense(self.decoy(unit, work), unit.seed).pixels
             between = [distances(pixels, decoy)["coarse"] for pixels in (video, target)]
             arrays["decoy_pull"] = pull(*between)
         side_by_side = np.concatenate([given, target, video], axis=2)
@@ -165,9 +171,10 @@ class Transfer(Study):
         )
         if len(work.prompts) > 2:
             found.sentences.append(
-                f"The layout (means over squares of 16 pixels) moves {with_ends(*mean(_ALL, 'pull'))} of the way to "
-                f"the source's video, and {with_ends(*mean(_ALL, 'decoy_pull'))} of the way to the video of a third "
-                "prompt with the same noise, which gave no maps."
+                "In means over squares of 16 pixels, colour included, the video moves "
+                f"{with_ends(*mean(_ALL, 'pull'))} of the way to the source's, and "
+                f"{with_ends(*mean(_ALL, 'decoy_pull'))} of the way to that of a third prompt with the same noise, "
+                "which gave no maps."
             )
         found.tables["transfers"] = self._table(results, [_ALL, _IDENTITY, _OTHER_SEED, _UNRELATED])
         found.values["transfers"] = {
@@ -181,7 +188,8 @@ class Transfer(Study):
             "With tokens vision, the source's vision queries meet the target's text keys: how much of a row goes to "
             "text is neither the source's nor the target's.",
             "The coarse distance, and with it the pull, includes colour. Where prompts name other colours it is mostly "
-            "that, and a layout that follows the source moves it little.",
+            "that, and a shape or place that follows the source moves it little: a pull near 0 does not say that "
+            "nothing of the source came along. Look at the clips.",
             "Distances are of pixels. Another object at the same place may be near; the same object elsewhere is far. "
             "The clips show source, target and transferred video, from left to right.",
         ]
@@ -213,7 +221,7 @@ class Transfer(Study):
         centre, lower, upper = (float(end[first]) for end in ends["target_coarse"])
         median = float(np.median(ends["target_coarse"][0]))
         found.sentences.append(
-            f"Of single layers, layer {work.layers[first]} changes the layout most: {with_ends(centre, lower, upper)} "
+            f"Of single layers, layer {work.layers[first]} changes the video most: {with_ends(centre, lower, upper)} "
             f"(root mean square of squares of 16 pixels); the median layer {median:.3g}."
         )
         found.values["layers"] = {
@@ -231,11 +239,11 @@ class Transfer(Study):
                 "decoy pull",
             ),
             [[work.layers[i], *(_cell(results, variants[i], key) for key in keys)] for i in order],
-            "The layer that changes the target's layout most comes first. " + interval_note(results.prompts),
+            "The layer that changes the target's video most comes first. " + interval_note(results.prompts),
         )
         mean, low, high = ends["target_coarse"]
         found.figures["layers"] = (
-            "By how much the target's layout changes if one layer takes the maps of the next prompt.",
+            "By how much the target's video changes if one layer takes the maps of the next prompt.",
             curves({"": (work.layers, mean, (low, high))}, x_label="layer", y_label="coarse distance to the target"),
         )
         lines: dict[str, tuple[list[int], NDArray, tuple[NDArray, NDArray]]] = {}
@@ -244,7 +252,8 @@ class Transfer(Study):
             if np.isfinite(mean).all():
                 lines[title] = (work.layers, mean, (low, high))
         found.figures["pull"] = (
-            "How far of the way to the source's video the layout moves, beside a third prompt's video (control).",
+            "How far of the way to the source's video the target's moves, colour included, beside the video of a third "
+            "prompt (control).",
             curves(lines, x_label="layer", y_label="pull"),
         )
 

@@ -147,6 +147,8 @@ def test_units_have_their_sources(work):
     assert [source(prompt, "all") for prompt in range(3)] == [Source(1, 0), Source(2, 0), Source(0, 0)]
     assert source(2, "layer-01") == Source(0, 0) and source(2, "identity") == Source(2, 0)
     assert source(2, "other-seed") == Source(2, 1000) and source(2, "unrelated") == Source(1, 1000)
+    for unit in (Unit(p, 0, v) for p in range(3) for v in Transfer().variants(work)):
+        assert Transfer.decoy(unit, work) not in (unit.prompt, Transfer.source(unit, work).prompt)
 
 
 def test_faults_are_named(tmp_path):
