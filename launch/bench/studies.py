@@ -24,6 +24,8 @@ from trainer.models.load import load_transformer, read_config
 _FEW: dict[str, dict[str, Any]] = {
     "masking": {"ratios": (0.5,), "video_ratios": (0.5,)},
     "profile": {"ratios": (0.5,)},
+    "temperature": {"temperatures": (0.5, 1.0), "video_temperatures": (0.5,), "video_layers": (0,)},
+    "skip-sinks": {"sink_heads": ("0:0",), "draws": 1},
     "retraining": {"ratios": (0.5,)},
 }
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from launch.study.distances import distances
 from launch.study.figures import curves
+from launch.study.settings import StudySettings
 from launch.study.sink_records import Head, check_eps, find_sinks, head_names, studied_heads
 from launch.study.skipped_heads import (
     OTHER,
@@ -25,7 +26,7 @@ from launch.study.skipped_heads import (
     skip,
 )
 from launch.study.statistics import interval_note, mean_interval, with_ends
-from launch.study.study import Findings, Measured, Results, Study, Table, Unit
+from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 from trainer.callbacks.intervals import excludes_zero
 from trainer.models.planted_sinks import parse_heads
@@ -81,6 +82,11 @@ class SkipSinks(Study):
 
     def variants(self, work: Workbench) -> list[str]:
         return [SINKS, *(f"{kind}-{draw}" for kind in (SAME, OTHER) for draw in range(self.draws))]
+
+    def effort(self, settings: StudySettings) -> Effort:
+        found_first = self.sinks is None and self.sink_heads is None
+        videos = 1 + 2 * self.video_draws if self.video_draws else 0
+        return Effort(videos=videos, repeats=found_first + 1 + 2 * self.draws)
 
     def heads(self, work: Workbench) -> list[Head]:
         """The sink heads: those given, or those found on the kept calls of all prompts and seeds."""

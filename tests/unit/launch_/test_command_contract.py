@@ -29,6 +29,7 @@ FAULTY: dict[str, list[str]] = {
     "export": ["nowhere", "out"],
     "sample": ["out", "--base=nowhere"],
     "report": ["nowhere"],
+    "study": ["sinks", "--out=out", "--base=nowhere"],
     "compare": ["nowhere", "somewhere"],
     "bench": ["nothing"],
     "demo": ["--root=1", "--fresh=perhaps"],
@@ -45,6 +46,8 @@ def required(name: str) -> list[str]:
     """Some value for each argument that a command cannot do without."""
     if name == "bench":
         return ["step"]  # each benchmark has options of its own
+    if name == "study":
+        return ["sinks", "--out=out"]
     if name in command.RAW:
         return ["--config", RECIPE]
     module, function = command.COMMANDS[name][0].split(":")

@@ -19,6 +19,7 @@ SIZES = {"steps": 2, "frames": 9, "height": 32, "width": 48, "measured_steps": 2
 SMALL = {
     "masking": {"ratios": (0.3, 0.6), "video_ratios": (0.5,), "spare": (1,), "by_head": False},
     "profile": {"ratios": (0.5,)},
+    "skip-sinks": {"sink_heads": ("1:0",), "draws": 1},
     "retraining": {"ratios": (0.5,)},
     "temperature": {"temperatures": (0.5, 1.0), "video_temperatures": (0.5,)},
 }
