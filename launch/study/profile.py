@@ -61,7 +61,8 @@ class Profile(Study):
         return [] if self.file is not None else [f"layer-{layer:02d}" for layer in work.layers]
 
     def effort(self, settings: StudySettings) -> Effort:
-        scanned = 0 if self.file is not None else len(settings.layers) * settings.heads * len(self.ratios) + 1
+        heads = len(settings.config.heads or range(settings.heads))
+        scanned = 0 if self.file is not None else len(settings.layers) * heads * len(self.ratios) + 1
         return Effort(videos=2, conditional_repeats=scanned)
 
     def follow_up(self, results: Results, work: Workbench) -> list[str]:
@@ -99,10 +100,9 @@ class Profile(Study):
         return [sum(errors) / len(errors) for errors in found.values()]
 
     def _heads(self, unit: Unit, work: Workbench, layer: int) -> dict[str, NDArray]:
-        """D of the conditional pass, (h, R), and the change of the worst measured step, (h, R)."""
-        heads = range(work.heads)
-        mean, worst = np.zeros((2, work.heads, len(self.ratios)))
-        for head in heads:
+        """D of the conditional pass, (h, R), and that of the worst measured step, (h, R); NaN for heads not studied."""
+        mean, worst = np.full((2, work.heads, len(self.ratios)), np.nan)
+        for head in work.config.heads or range(work.heads):
             for place, ratio in enumerate(self.ratios):
                 mask = BottomMask(ratio, heads=[head])
                 found = [

@@ -34,7 +34,7 @@ def test_a_study_calls_the_model_as_often_as_planned(name, family, tmp_path, mon
         base = tmp_path / "base"
         make_pipeline(family).save_pretrained(base)
     sizes = SIZES | ({"frames": 7} if family == "mochi" else {})
-    layers = (1, 2) if name == "masking" else (1,)
+    layers = (1, 2) if name in ("masking", "skip-sinks") else (1,)
     config = StudyConfig(out=tmp_path / "out", base=str(base), prompts=prompts, layers=layers, **sizes)
     study, work = study_class(name)(**SMALL.get(name, {})), Workbench(config)
     plan = plan_study(study, work, base / "transformer" / "config.json")
