@@ -45,8 +45,7 @@ class OneStreamAttention(ObservedAttention):
         q, k, v = (
             layer(every).unflatten(2, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
-        # In v's dtype: under autocast a layer norm gives float32, which the softmax would read as twice the bytes.
-        q, k = attn.norm_q(q).type_as(v), attn.norm_k(k).type_as(v)
+        q, k = attn.norm_q(q), attn.norm_k(k)
         if rope:
             q, k = (
                 torch.cat([apply_rotary_emb(part[:, :, :vision], tuple(rope)), part[:, :, vision:]], dim=2)
