@@ -15,11 +15,12 @@ from launch.study.figures import heat_map
 from launch.study.profile_file import AttentionProfile
 from launch.study.recorders import BottomMask
 from launch.study.settings import StudySettings
+from launch.study.sink_records import check_eps, record, with_sink
 from launch.study.statistics import interval_note, mean_interval, with_ends
 from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 
-_STEPS, _PROFILE, _UNIFORM = "steps", "by-profile", "uniform"
+_SINKS, _STEPS, _PROFILE, _UNIFORM = "sinks", "steps", "by-profile", "uniform"
 
 
 class Profile(Study):
@@ -29,6 +30,7 @@ class Profile(Study):
         ratios: shares that are tried on each head alone, rising.
         tolerance: D, the relative change of the prediction, that a head masked alone may cause.
         step_tolerance: D of all layers masked by the profile at a denoising step, above which the step stays dense.
+        eps: weight above which attention is heavy, for the list of sinks.
         file: profile that videos are drawn by; None takes the one that this study finds.
     """
 
@@ -41,9 +43,11 @@ class Profile(Study):
         ratios: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9),
         tolerance: float = 1e-4,
         step_tolerance: float = 1e-2,
+        eps: float = 0.3,
         file: Path | None = None,
     ) -> None:
         self.ratios, self.tolerance, self.step_tolerance, self.file = tuple(ratios), tolerance, step_tolerance, file
+        self.eps = eps
         self._profile: AttentionProfile | None = None
 
     def check(self, work: Workbench) -> None:
@@ -54,16 +58,17 @@ class Profile(Study):
             raise ValueError(
                 f"got tolerance {self.tolerance} and step_tolerance {self.step_tolerance}, expected numbers above 0."
             )
+        check_eps([self.eps], self.eps)
         if self.file is not None:
             AttentionProfile.read(self.file).check(work.facts.num_blocks, work.heads)
 
     def variants(self, work: Workbench) -> list[str]:
-        return [] if self.file is not None else [f"layer-{layer:02d}" for layer in work.layers]
+        return [] if self.file is not None else [_SINKS, *(f"layer-{layer:02d}" for layer in work.layers)]
 
     def effort(self, settings: StudySettings) -> Effort:
         heads = len(settings.config.heads or range(settings.heads))
         scanned = 0 if self.file is not None else len(settings.layers) * heads * len(self.ratios) + 1
-        return Effort(videos=2, conditional_repeats=scanned)
+        return Effort(videos=2, repeats=int(self.file is None), conditional_repeats=scanned)
 
     def follow_up(self, results: Results, work: Workbench) -> list[str]:
         if results.has(_PROFILE):
@@ -80,6 +85,8 @@ class Profile(Study):
     def measure(self, unit: Unit, work: Workbench) -> Measured:
         if unit.variant.startswith("layer"):
             return Measured(self._heads(unit, work, int(unit.variant.partition("-")[2])))
+        if unit.variant == _SINKS:
+            return Measured(record(work, unit.prompt, unit.seed, (self.eps,)))
         assert self._profile is not None
         profile = self._profile
         if unit.variant == _STEPS:
@@ -130,7 +137,13 @@ class Profile(Study):
             base={"folder": str(work.base), "blocks": work.facts.num_blocks, "heads": work.heads},
             tolerance=self.tolerance, ratios=self.ratios, steps=work.sampling.steps, dense_steps=(),
             layers={layer: tuple(map(float, shares[place])) for place, layer in enumerate(work.layers)},
+            sinks=self._sinks(results, work),
         )  # fmt: skip
+
+    def _sinks(self, results: Results, work: Workbench) -> tuple[tuple[int, int, float], ...]:
+        """(layer, head, share of conditional calls) of heads with a sink on any call."""
+        share = with_sink(results.stack(_SINKS, f"fraction_{CONDITIONAL}")[..., 0]).mean(axis=(0, 1))  # (Ly, h)
+        return tuple((work.layers[row], int(head), float(share[row, head])) for row, head in np.argwhere(share > 0))
 
     def _with_steps(self, results: Results, work: Workbench) -> AttentionProfile:
         """The profile with the steps that stay dense: each follows the nearest measured one."""

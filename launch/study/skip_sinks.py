@@ -124,7 +124,7 @@ class SkipSinks(Study):
             "Intervals are over prompts, for the heads that were drawn; the range over draws is beside them.",
             "Layers without sinks lie elsewhere in the model: their control mixes what a head is with where it is.",
             "D at a step leaves out how errors add up over steps; the videos show that.",
-            "Mochi normalises the attention output after the projection: there skipping also rescales other heads.",
+            "Where a family normalises the attention output after its projection, skipping also rescales other heads.",
         ]
         if not sinks:
             found.sentences.append(

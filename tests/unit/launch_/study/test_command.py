@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launch.main import main
 from launch.study import command
 from launch.study.config import part_of, read_share
-from launch.study.study import Findings, Measured, Study, Table
+from launch.study.study import Effort, Findings, Measured, Study, Table
 from launch.study.workbench import Workbench
 
 SIZE = ["--steps", "3", "--frames", "7", "--height", "32", "--width", "32", "--measured_steps", "2"]
@@ -33,6 +33,9 @@ class Counting(Study):
 
     def variants(self, work):
         return [f"v-{i}" for i in range(self.count)]
+
+    def effort(self, settings):
+        return Effort()
 
     def measure(self, unit, work):
         self.measured.append(unit.key)

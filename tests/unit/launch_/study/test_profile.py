@@ -41,6 +41,9 @@ def test_the_file_holds_what_each_head_bears(folder):
     for layer, head in PLANTED.items():
         if layer in profile.layers:
             assert profile.layers[layer][head] == 0.8  # a planted head can lose whatever is asked
+    assert {sink[:2] for sink in profile.sinks} <= set(PLANTED.items()) and all(
+        0 < sink[2] <= 1 for sink in profile.sinks
+    )
     with np.load(folder / "results" / "000-0-layer-04.npz") as arrays:
         borne = arrays["worst"] <= 1e-3
     want = [0.0 if not first else 0.8 if second else 0.4 for first, second in borne]
