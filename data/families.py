@@ -22,6 +22,7 @@ class VideoFamily:
         frame_stride: the VAE makes one latent frame of so many frames, after the first. Sides shrink by 8 in all
             families.
         text_tokens: of the longest caption.
+        clip: (frames, height, width) of usual clips, for examples in messages.
         encodes_empty: whether a sample without its caption has an encoded empty caption in its place;
             `empty_caption` of its class in `trainer.models` says what the others have.
     """
@@ -34,6 +35,7 @@ class VideoFamily:
     frame_step: int
     frame_stride: int
     text_tokens: int
+    clip: tuple[int, int, int]
     encodes_empty: bool = False
 
     @property
@@ -48,20 +50,22 @@ class VideoFamily:
 
 
 MOCHI = VideoFamily(
-    "mochi", "Mochi", "MochiPipeline", "AutoencoderKLMochi", {"text_encoder": "T5EncoderModel"}, 6, 6, 256
+    "mochi", "Mochi", "MochiPipeline", "AutoencoderKLMochi", {"text_encoder": "T5EncoderModel"}, 6, 6, 256,
+    (163, 480, 848),
 )  # fmt: skip
 WAN = VideoFamily(
     "wan", "Wan 2.1", "WanPipeline", "AutoencoderKLWan", {"text_encoder": "UMT5EncoderModel"}, 4, 4, 512,
-    encodes_empty=True,
+    (81, 480, 832), encodes_empty=True,
 )  # fmt: skip
 HUNYUAN_VIDEO = VideoFamily(
     "hunyuan_video", "HunyuanVideo", "HunyuanVideoPipeline", "AutoencoderKLHunyuanVideo",
-    {"text_encoder": "LlamaModel", "text_encoder_2": "CLIPTextModel"}, 4, 4, 256, encodes_empty=True,
+    {"text_encoder": "LlamaModel", "text_encoder_2": "CLIPTextModel"}, 4, 4, 256,
+    (129, 544, 960), encodes_empty=True,
 )  # fmt: skip
 #: Its VAE also takes 4 k + 1 frames, but works in pieces of 8 and is made for 8 k + 1.
 COGVIDEOX = VideoFamily(
     "cogvideox", "CogVideoX", "CogVideoXPipeline", "AutoencoderKLCogVideoX", {"text_encoder": "T5EncoderModel"},
-    8, 4, 226,
+    8, 4, 226, (49, 480, 720),
 )  # fmt: skip
 
 #: Family of shards whose index names none, as before there were others; the default of options.

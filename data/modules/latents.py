@@ -22,8 +22,9 @@ class BatchDataModule(ShardDataModule):
     """A data module whose batches are `data.batch.Batch`; its validation samples can serve as probes.
 
     `check` sets `latent_shapes`, bucket name -> (C, F, H, W), `text_width`, `pooled_width` (None for captions
-    without a pooled embedding), `family`, the family of models that the latents are for, and `normalisation`, mean and
-    deviation per channel by which raw latents were normalised.
+    without a pooled embedding), `family`, the family of models that the latents are for, `normalisation`, mean and
+    deviation per channel by which raw latents were normalised, and `encoders`, fingerprints of the bases that made the
+    shards, where these say it.
     """
 
     latent_shapes: dict[str, tuple[int, int, int, int]]
@@ -31,6 +32,7 @@ class BatchDataModule(ShardDataModule):
     pooled_width: int | None
     family: VideoFamily
     normalisation: tuple[list[float], list[float]]
+    encoders: frozenset[str] = frozenset()
 
     @property
     def probe_bucket(self) -> Bucket:
@@ -109,6 +111,8 @@ class LatentDataModule(BatchDataModule):
         }
         self.text_width, self.pooled_width = fields["text_width"], fields["pooled_width"]
         self.normalisation = fields["latents_mean"], fields["latents_std"]
+        made_by = [source.index.get("settings", {}).get("base") for source in shards]
+        self.encoders = frozenset(name for name in made_by if name is not None)
 
     def make_reader(self, shards: Sequence[IndexedShards]) -> LatentReader:
         return LatentReader(

@@ -7,9 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 
-from data.base_facts import vae_normalisation
-from data.base_folder import resolve_base
+from data.base_facts import base_family, read_base, vae_normalisation
+from data.base_folder import read_class_config, resolve_base
 from data.modules.latents import BatchDataModule
 from data.modules.shard_module import ShardDataModule
 from launch.fit.lightning_private import precision_name
@@ -98,6 +99,31 @@ def check_normalisation(base: str, data: BatchDataModule) -> None:
             )
 
 
+def check_encoders(base: str, data: BatchDataModule) -> None:
+    """Checks that the base has the text encoders of its family, and warns where the shards were made with other files.
+
+    Raises:
+        ValueError: if a text encoder is of another class.
+    """
+    path = resolve_base(base)
+    if not (path / "vae" / "config.json").is_file():
+        return
+    family = base_family(path)
+    for part, kind in family.text_encoders.items():
+        if (path / part / "config.json").is_file():
+            read_class_config(path / part / "config.json", kind)
+    try:
+        own = read_base(path).fingerprint
+    except ValueError:
+        return  # parts that a fit over latents does without are not there
+    if data.encoders - {own}:
+        rank_zero_warn(
+            f"got latents and captions of {family.title} from other encoder files than those of base {base!r}: the "
+            "same caption may have another embedding there. Copies of one base in another precision differ too; "
+            "otherwise encode the clips with the base (`reblock encode --base`)."
+        )
+
+
 def _normalised_by(mean: float, std: float) -> str:
     return f"mean {mean:g} and deviation {std:g}" + ("" if mean else f" (scaling factor {1 / std:g})")
 
@@ -161,6 +187,7 @@ def check_fit(
             attempt(partial(data.check_probes, probes))
         if isinstance(model, RetrainBlocks):
             attempt(partial(check_family, model.base, data))
+            attempt(partial(check_encoders, model.base, data))
             attempt(partial(check_empty_caption, model, data, callbacks))
             for shape in data.latent_shapes.values():
                 attempt(partial(model.check_data, shape, data.text_width))

@@ -228,13 +228,13 @@ def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
     """Sizes of latent and caption, from options or else from shards."""
     facts = read_facts(read_config(module.base))
     given = {name: config[name] for name in ("frames", "height", "width")}
-    longest = facts.longest_caption
+    longest, family = facts.longest_caption, family_titled(facts.family)
     tokens = longest if config.text_tokens is None else config.text_tokens
     if not 0 < tokens <= longest:
         raise ValueError(f"got text_tokens {tokens}, expected 1 to {longest}, the longest caption of the base.")
     text = {"text_tokens": tokens, "text_width": facts.text_width, "pooled_width": facts.pooled_width}
     if all(value is not None for value in given.values()):
-        latent = Bucket(**given, family=family_titled(facts.family).name).latent_shape(facts.channels)
+        latent = Bucket(**given, family=family.name).latent_shape(facts.channels)
         return {"latent": latent, "latent_from": "--frames, --height, --width", **text}
     if any(value is not None for value in given.values()):
         raise ValueError(f"got {given}, expected all three of --frames, --height and --width, or none of them.")
@@ -245,7 +245,7 @@ def _size(config: Any, data: Any, module: RetrainBlocks) -> dict[str, Any]:
     except (ValueError, StoreError) as error:
         raise ValueError(
             f"{error}\nWithout shards the size of the latents is unknown, expected --frames, --height and --width of "
-            "the clips, for example --frames 163 --height 480 --width 848."
+            "the clips, for example --frames {} --height {} --width {}.".format(*family.clip)
         ) from error
     name, latent = max(data.latent_shapes.items(), key=lambda entry: math.prod(entry[1]))
     for shape in data.latent_shapes.values():

@@ -1,13 +1,16 @@
 """Shards of another family or another encoder than the base's are refused, in words that name the family."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLMochi, AutoencoderKLWan
 
+from data.base_facts import read_base
 from data.modules.latents import LatentDataModule
 from launch.fit.checks import check_fit
+from tests.support.family_bases import make_pipeline
 from tests.support.latent_shards import write_latents
 from tests.support.tiny_families import TINY, make
 from trainer.models.families import FAMILIES
@@ -98,3 +101,30 @@ def test_latents_of_another_vae_are_refused(base, name, tmp_path):
         check(base, tmp_path / "other", name)
     (base / "vae" / "config.json").unlink()  # a base of the transformer alone: nothing to compare with
     check(base, tmp_path / "alone", name)
+
+
+def test_captions_of_other_encoders_are_named(tmp_path):
+    """Another class of text encoder is refused; other weights than those that made the shards are a warning."""
+    base = tmp_path / "base"
+    make_pipeline("wan").save_pretrained(base)
+    facts = read_base(base)
+    shards = write_latents(
+        tmp_path / "latents", [("5x32x32", 20)], channels=16, width=16, family="wan",
+        text=lambda i: torch.zeros(5, 16), latents_mean=facts.mean, latents_std=facts.std,
+    )  # fmt: skip
+    index = tmp_path / "latents" / "index.json"
+
+    def check_with(fingerprint):
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"settings": {"base": fingerprint}}))
+        data = LatentDataModule(shards=shards, val_samples=1)
+        check_fit(RetrainBlocks(base=str(base), surgery=SurgeryConfig(last=1), caption_dropout=0.0), data, ranks=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_with(facts.fingerprint)
+    with pytest.warns(UserWarning, match="captions of Wan 2.1 from other encoder files than those of base"):
+        check_with("of another base")
+    config = base / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["T5EncoderModel"]}))
+    with pytest.raises(ValueError, match="describes 'T5EncoderModel', expected 'UMT5EncoderModel'"):
+        check_with(facts.fingerprint)
