@@ -3,17 +3,15 @@
 import importlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.files import atomic_file, settings_hash, write_json
-from data.video.write import write_video
 from launch.command_parser import CommandParser
 from launch.study.config import StudyConfig, part_of, read_share
-from launch.study.study import Results, Study, Unit
+from launch.study.folder import StudyFolder
+from launch.study.page import write_page
+from launch.study.study import Study, Unit
 from launch.study.workbench import Workbench
 
 #: Name -> module and class, and what it asks in one line.
@@ -93,15 +91,12 @@ def run_study(study: Study, config: StudyConfig, options: dict, work: Workbench 
             return None
         units += more
         names = study.follow_up(folder.results(units), work)
-    from launch.study.page import write_page  # imported late: matplotlib is slow to import
 
     found = study.findings(folder.results(units), work)
     return write_page(study, work, folder, units, found)
 
 
-def _measure(
-    study: Study, work: Workbench, folder: "StudyFolder", units: Sequence[Unit], share: tuple[int, int]
-) -> bool:
+def _measure(study: Study, work: Workbench, folder: StudyFolder, units: Sequence[Unit], share: tuple[int, int]) -> bool:
     """Measures this process's share of the units that have no result; returns whether all units have one now."""
     # Neighbours share a dense drawing.
     own = part_of(units, *share)
@@ -119,50 +114,3 @@ def _measure(
     if missing:
         print(f"{folder.path}: {missing} of {len(units)} results are left to other processes; run it again for a page")
     return not missing
-
-
-@dataclass(frozen=True)
-class StudyFolder:
-    """Results of a study under one set of options.
-
-    Args:
-        path: of the folder.
-        fps: of its videos.
-    """
-
-    path: Path
-    fps: int
-
-    @classmethod
-    def of(cls, study: Study, work: Workbench, options: dict) -> "StudyFolder":
-        """The folder of these options; results of others have folders of their own."""
-        said = work.settings | {"study": study.name, "layers": work.layers, "heads": work.config.heads}
-        said |= {"options": {name: str(value) for name, value in options.items()}}
-        path = work.config.out / study.name / settings_hash(said)
-        if not (path / "study.json").is_file():
-            write_json(path / "study.json", said)
-        return cls(path, work.sampling.fps)
-
-    def result(self, unit: Unit) -> Path:
-        """The file of a unit's figures; where it is, the unit is done."""
-        return self.path / "results" / f"{unit.key}.npz"
-
-    def video(self, unit: Unit) -> Path:
-        """The file of a unit's video."""
-        return self.path / "videos" / f"{unit.key}.mp4"
-
-    def keep(self, unit: Unit, measured) -> None:
-        """Writes a unit's video, then its figures."""
-        if measured.video is not None:
-            write_video(self.video(unit), measured.video, self.fps)
-        with atomic_file(self.result(unit)) as temporary, temporary.open("wb") as file:
-            np.savez(file, **measured.arrays)
-
-    def results(self, units: Sequence[Unit]) -> Results:
-        """The figures of units that are done."""
-        return Results({unit: self.arrays(unit) for unit in units})
-
-    def arrays(self, unit: Unit) -> dict:
-        """A unit's figures."""
-        with np.load(self.result(unit), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}

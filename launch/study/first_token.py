@@ -14,7 +14,7 @@ from launch.study.denoising import CONDITIONAL
 from launch.study.distances import distances
 from launch.study.figures import curves, heat_map
 from launch.study.settings import StudySettings
-from launch.study.statistics import interval_note, mean_interval, with_ends
+from launch.study.statistics import interval_note, mean_interval, mean_text
 from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.text_tokens import NOTES, POOLED, OneTextToken, TextMass, caption_lengths, kept_token, text_site
 from launch.study.workbench import Workbench
@@ -142,7 +142,7 @@ class FirstToken(Study):
         prompts, rows = results.prompts, []
         for scope, end in self.scopes(work).items():
             changes = {kind: results.stack(f"{_MODEL}-{kind}{end}", CONDITIONAL) for kind in KINDS}
-            said = {kind: _said(values, prompts) for kind, values in changes.items()}
+            said = {kind: mean_text(values, prompts) for kind, values in changes.items()}
             exact = all(results.stack(f"{_MODEL}-all{end}", name).max() == 0 for name in work.passes)
             difference = changes["random"] - changes["first"]
             _, low, high = mean_interval(difference, prompts)
@@ -150,7 +150,7 @@ class FirstToken(Study):
             found.sentences.append(
                 f"In {scope}, conditional pass: with the first text token alone D = {said['first']}, with the last "
                 f"alone {said['last']}, with another alone {said['random']}, without text {said['none']}. "
-                f"Another minus the first: {_said(difference, prompts)}{doubt}. Control: with all tokens, "
+                f"Another minus the first: {mean_text(difference, prompts)}{doubt}. Control: with all tokens, "
                 + ("no bit of any prediction changes." if exact else "predictions change: the comparison is unsound.")
             )
             for name in work.passes:
@@ -219,7 +219,7 @@ class FirstToken(Study):
         ends = {part: mean_interval(values, prompts) for part, values in parts.items()}
         uniform = float(np.mean([1 / mass.shape[1] for mass in masses]))
         top = int(ends["first"][0].argmax())
-        said = _said(parts["first"][:, top], prompts)
+        said = mean_text(parts["first"][:, top], prompts)
         found.sentences.append(
             f"{name.capitalize()} pass: the first text token gets the largest share of the attention on text in layer "
             f"{work.layers[top]}: {said}, beside an equal share of {uniform:.3g}. The mean over layers is "
@@ -268,12 +268,13 @@ class FirstToken(Study):
         for scope, end in self.scopes(work).items():
             psnr, no_text = (results.stack(f"{_VIDEO}-first{end}", name) for name in ("psnr", "psnr_no_text"))
             found.sentences.append(
-                f"Whole videos, cut in {scope}: with the first text token alone the PSNR is {_said(psnr, prompts)} dB "
-                f"to the dense video and {_said(no_text, prompts)} dB to the video without text; the difference is "
-                f"{_said(psnr - no_text, prompts)} dB."
+                f"Whole videos, cut in {scope}: with the first text token alone the PSNR is "
+                f"{mean_text(psnr, prompts)} dB to the dense video and {mean_text(no_text, prompts)} dB to the "
+                f"video without text; the difference is "
+                f"{mean_text(psnr - no_text, prompts)} dB."
             )
             for kind in KINDS:
-                means = [_said(results.stack(f"{_VIDEO}-{kind}{end}", name), prompts) for name in names]
+                means = [mean_text(results.stack(f"{_VIDEO}-{kind}{end}", name), prompts) for name in names]
                 rows.append([scope, kind, *means])
         found.tables["videos"] = Table(
             "Whole videos, against the dense one and the one without text",
@@ -300,12 +301,6 @@ def by_position(masses: Sequence[NDArray], counts: Sequence[int]) -> tuple[NDArr
         columns.append(np.mean(padding, axis=0))
         names.append("pad")
     return np.stack(columns, axis=1), names
-
-
-def _said(values: NDArray, prompts: Sequence[int]) -> str:
-    """The mean of P values and its interval, as text."""
-    mean, low, high = (float(end) for end in mean_interval(values, prompts))
-    return with_ends(mean, low, high)
 
 
 def _limits(work: Workbench) -> list[str]:

@@ -13,7 +13,7 @@ from launch.study.distances import distances
 from launch.study.figures import curves, heat_map
 from launch.study.recorders import BottomMask
 from launch.study.settings import StudySettings
-from launch.study.statistics import interval_note, mean_interval, with_ends
+from launch.study.statistics import interval_note, mean_interval, mean_text, with_ends
 from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 
@@ -64,7 +64,7 @@ class Masking(Study):
         return scopes + [f"{_VIDEO}-{ratio:g}" for ratio in self.video_ratios]
 
     def effort(self, settings: StudySettings) -> Effort:
-        heads = len(settings.config.heads or range(settings.heads)) if self.by_head else 0
+        heads = len(settings.studied_heads) if self.by_head else 0
         scans = len(self.ratios) * (1 + bool(self.spare))
         return Effort(videos=len(self.video_ratios), repeats=scans + len(settings.layers) * (1 + heads))
 
@@ -83,7 +83,7 @@ class Masking(Study):
     def _one_layer(self, unit: Unit, work: Workbench, layer: int) -> dict[str, NDArray]:
         found = self._scan(unit, work, [layer], (self.layer_ratio,))
         if self.by_head:
-            heads = work.config.heads or range(work.heads)
+            heads = work.studied_heads
             scans = [self._scan(unit, work, [layer], (self.layer_ratio,), heads=[head]) for head in heads]
             found |= {f"head_{name}": np.concatenate([scan[name] for scan in scans]) for name in scans[0]}
         return found
@@ -158,7 +158,7 @@ class Masking(Study):
             curves({"D": (work.layers, mean, (low, high))}, x_label="layer", y_label="D", log=True),
         )
         if self.by_head:
-            heads = list(work.config.heads or range(work.heads))
+            heads = work.studied_heads
             matrix = np.stack(
                 [results.stack(f"layer-{layer:02d}", f"head_{CONDITIONAL}").mean(axis=0) for layer in work.layers]
             )
@@ -180,8 +180,7 @@ class Masking(Study):
             variant = f"{_VIDEO}-{ratio:g}"
             row: list[object] = [ratio]
             for name in ("psnr", "ssim", "coarse", "colour", "realised", "dropped"):
-                mean, low, high = mean_interval(results.stack(variant, name), results.prompts)
-                row.append(with_ends(float(mean), float(low), float(high)))
+                row.append(mean_text(results.stack(variant, name), results.prompts))
             rows.append(row)
         if rows:
             found.tables["videos"] = Table(

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from data.files import atomic_file, write_json, write_text
 from launch.report.charts import number
 from launch.report.samples import data_uri
-from launch.study.command import StudyFolder
+from launch.study.folder import StudyFolder
 from launch.study.study import Findings, Study, Table, Unit
 from launch.study.workbench import Workbench
 

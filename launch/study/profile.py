@@ -16,7 +16,7 @@ from launch.study.profile_file import AttentionProfile
 from launch.study.recorders import BottomMask
 from launch.study.settings import StudySettings
 from launch.study.sink_records import check_eps, record, with_sink
-from launch.study.statistics import interval_note, mean_interval, with_ends
+from launch.study.statistics import interval_note, mean_interval, mean_text
 from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 
@@ -60,13 +60,19 @@ class Profile(Study):
             )
         check_eps([self.eps], self.eps)
         if self.file is not None:
-            AttentionProfile.read(self.file).check(work.facts.num_blocks, work.heads)
+            profile = AttentionProfile.read(self.file)
+            profile.check(work.facts.num_blocks, work.heads)
+            if profile.dense_steps and profile.steps != work.sampling.steps:
+                raise ValueError(
+                    f"got {work.sampling.steps} steps, expected {profile.steps}: {self.file} names dense steps among "
+                    "as many. Give --steps."
+                )
 
     def variants(self, work: Workbench) -> list[str]:
         return [] if self.file is not None else [_SINKS, *(f"layer-{layer:02d}" for layer in work.layers)]
 
     def effort(self, settings: StudySettings) -> Effort:
-        heads = len(settings.config.heads or range(settings.heads))
+        heads = len(settings.studied_heads)
         scanned = 0 if self.file is not None else len(settings.layers) * heads * len(self.ratios) + 1
         return Effort(videos=2, repeats=int(self.file is None), conditional_repeats=scanned)
 
@@ -109,7 +115,7 @@ class Profile(Study):
     def _heads(self, unit: Unit, work: Workbench, layer: int) -> dict[str, NDArray]:
         """D of the conditional pass, (h, R), and that of the worst measured step, (h, R); NaN for heads not studied."""
         mean, worst = np.full((2, work.heads, len(self.ratios)), np.nan)
-        for head in work.config.heads or range(work.heads):
+        for head in work.studied_heads:
             for place, ratio in enumerate(self.ratios):
                 mask = BottomMask(ratio, heads=[head])
                 found = [
@@ -185,13 +191,11 @@ class Profile(Study):
         for title, variant in (("by the profile", _PROFILE), ("every head alike, as much on average", _UNIFORM)):
             row: list[object] = [title, profile.mean_ratio]
             for name in ("psnr", "ssim", "coarse", "colour"):
-                mean, low, high = mean_interval(results.stack(variant, name), prompts)
-                row.append(with_ends(float(mean), float(low), float(high)))
+                row.append(mean_text(results.stack(variant, name), prompts))
             rows.append(row)
         gain = results.stack(_PROFILE, "psnr") - results.stack(_UNIFORM, "psnr")
-        mean, low, high = mean_interval(gain, prompts)
         found.sentences.append(
-            f"Videos masked by the profile are {with_ends(float(mean), float(low), float(high))} dB nearer to the "
+            f"Videos masked by the profile are {mean_text(gain, prompts)} dB nearer to the "
             "dense ones than with every head masked alike, at the same steps."
         )
         found.tables["videos"] = Table(

@@ -22,7 +22,7 @@ from launch.study.figures import curves
 from launch.study.recorders import BottomMask
 from launch.study.settings import StudySettings
 from launch.study.sink_records import record, with_sink
-from launch.study.statistics import interval_note, mean_interval, with_ends
+from launch.study.statistics import interval_note, mean_interval, mean_text
 from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 from trainer.models.families import split_model_of
@@ -34,12 +34,6 @@ BASE, RETRAINED = "base", "retrained"
 
 #: x, y, and lower and upper ends of y, as `curves` takes them.
 Line = tuple[ArrayLike, ArrayLike, tuple[ArrayLike, ArrayLike] | None]
-
-
-def _text(values: NDArray, prompts: list[int]) -> str:
-    """A mean over pairs with its interval."""
-    mean, low, high = mean_interval(values, prompts)
-    return with_ends(float(mean), float(low), float(high))
 
 
 def high_frequency_share(video: Pixels) -> float:
@@ -178,7 +172,7 @@ class Retraining(Study):
         layer_lines: dict[str, Line] = {}
         for name in self.names:
             figures = self._figures(results, name)
-            rows.append([name, *(_text(values, prompts) for values in figures.values())])
+            rows.append([name, *(mean_text(values, prompts) for values in figures.values())])
             for key, x, into in (("all", self.ratios, lines), ("layers", work.layers, layer_lines)):
                 mean, low, high = mean_interval(results.stack(name, key), prompts)
                 into[name] = (x, mean, (low, high))
@@ -233,8 +227,8 @@ class Retraining(Study):
         prompts, base, rows = results.prompts, self._figures(results, BASE), []
         for name in self.names[1:]:
             figures = self._figures(results, name)
-            cells = [_text(figures[key] - base[key], prompts) for key in columns]
-            rows.append([name, *cells, _text(results.stack(name, "psnr"), prompts)])
+            cells = [mean_text(figures[key] - base[key], prompts) for key in columns]
+            rows.append([name, *cells, mean_text(results.stack(name, "psnr"), prompts)])
             if name == RETRAINED:
                 found.sentences.append(
                     f"Against the base, the retrained model has {cells[0]} more heads with a sink; the share of fine "

@@ -62,6 +62,11 @@ class StudySettings:
         return list(range(self.facts.num_blocks)) if self.config.layers is None else sorted(self.config.layers)
 
     @property
+    def studied_heads(self) -> list[int]:
+        """The heads of a block that are studied."""
+        return list(range(self.heads)) if self.config.heads is None else sorted(self.config.heads)
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         """(frames, height, width) of the vision tokens of a video."""
         t, y, x = (size // patch for size, patch in zip(self.latent_size, self.facts.patch, strict=True))

@@ -117,11 +117,6 @@ def vision_streams(work: Workbench, seen: dict[int, dict[str, Tensor]]) -> Itera
             handle.remove()
 
 
-def studied_heads(work: Workbench) -> list[int]:
-    """The heads of every layer that are judged."""
-    return list(range(work.heads)) if work.config.heads is None else sorted(work.config.heads)
-
-
 def with_sink(fraction: NDArray) -> NDArray:
     """Whether a head has a sink, from its largest heavy share: over half of the queries."""
     return sink_verdict(torch.from_numpy(np.asarray(fraction))).numpy()
@@ -147,7 +142,7 @@ def find_sinks(work: Workbench, eps: float) -> list[Head]:
     """The studied heads that are consistent in any pass, on the kept calls of all prompts and seeds."""
     pairs = [(prompt, seed) for prompt in range(len(work.prompts)) for seed in work.config.seeds]
     records = [record(work, prompt, seed, (eps,)) for prompt, seed in pairs]
-    heads = studied_heads(work)
+    heads = work.studied_heads
     found = np.zeros((len(work.layers), len(heads)), bool)
     for name in work.passes:
         fraction = np.stack([each[f"fraction_{name}"] for each in records])  # (P, S, Ly, h, 1)

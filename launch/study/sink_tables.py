@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.study.sink_records import Head, chosen, consistent, head_names, studied_heads, with_sink
+from launch.study.sink_records import Head, chosen, consistent, head_names, with_sink
 from launch.study.study import Results
 from launch.study.workbench import Workbench
 from trainer.callbacks.activations import MAGNITUDE, TIMES_MEDIAN
@@ -76,7 +76,7 @@ class PassSinks:
     """
 
     def __init__(self, results: Results, name: str, work: Workbench, eps: Sequence[float], default_eps: float) -> None:
-        self.name, self.layers, self.heads, self.grid = name, work.layers, studied_heads(work), work.grid
+        self.name, self.layers, self.heads, self.grid = name, work.layers, work.studied_heads, work.grid
         self.steps = work.measured_steps
         self.owners = independent_owners(results.pairs, own_noise=work.config.own_noise)
         self.prompts, self.eps, self._at = results.prompts, list(eps), list(eps).index(default_eps)

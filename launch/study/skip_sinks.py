@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from launch.study.distances import distances
 from launch.study.figures import curves
 from launch.study.settings import StudySettings
-from launch.study.sink_records import Head, check_eps, find_sinks, head_names, studied_heads
+from launch.study.sink_records import Head, check_eps, find_sinks, head_names
 from launch.study.skipped_heads import (
     OTHER,
     SAME,
@@ -78,7 +78,7 @@ class SkipSinks(Study):
         elif self.sink_heads is not None:
             self._heads = sorted(parse_heads(self.sink_heads))
         if self._heads is not None:
-            check_heads(self._heads, work.layers, studied_heads(work))
+            check_heads(self._heads, work.layers, work.studied_heads)
 
     def variants(self, work: Workbench) -> list[str]:
         return [SINKS, *(f"{kind}-{draw}" for kind in (SAME, OTHER) for draw in range(self.draws))]
@@ -96,7 +96,7 @@ class SkipSinks(Study):
 
     def measure(self, unit: Unit, work: Workbench) -> Measured:
         sinks = self.heads(work)
-        skipped = heads_of(unit.variant, sinks, work.layers, studied_heads(work), self.draw_seed)
+        skipped = heads_of(unit.variant, sinks, work.layers, work.studied_heads, self.draw_seed)
         arrays = {"sinks": _mask(sinks, work), "skipped": _mask(skipped, work)}
         if not skipped:
             return Measured(arrays)
@@ -134,7 +134,7 @@ class SkipSinks(Study):
             )
             return found
         kinds = [kind for kind in (SINKS, SAME, OTHER) if results.stack(self._variants(kind)[0], "skipped").any()]
-        short = shortfalls(sinks, work.layers, studied_heads(work))
+        short = shortfalls(sinks, work.layers, work.studied_heads)
         found.sentences += [self._sentence(results, name, sinks, kinds) for name in work.passes] + short
         self._errors(found, results, work, kinds)
         self._videos(found, results, kinds)

@@ -41,3 +41,9 @@ def with_ends(mean: float, low: float, high: float, digits: int = 3) -> str:
     """A mean and its interval as text."""
     text = f"{mean:.{digits}g}"
     return text if math.isnan(low) else f"{text} [{low:.{digits}g}, {high:.{digits}g}]"
+
+
+def mean_text(values: ArrayLike, prompts: Sequence[int]) -> str:
+    """The mean over pairs of a figure (P,) with its interval, as text."""
+    mean, low, high = mean_interval(values, prompts)
+    return with_ends(float(mean), float(low), float(high))

@@ -15,7 +15,7 @@ from launch.study.distances import distances
 from launch.study.figures import heat_map
 from launch.study.recorders import row_by_row
 from launch.study.settings import StudySettings
-from launch.study.statistics import interval_note, mean_interval, with_ends
+from launch.study.statistics import interval_note, mean_interval, mean_text, with_ends
 from launch.study.study import Effort, Findings, Measured, Results, Study, Table, Unit
 from launch.study.workbench import Workbench
 from trainer.attention import row_statistics, uniform_attention
@@ -244,8 +244,7 @@ class Temperature(Study):
             _, layer, value = variant.split("-", 2) if variant != _CONTROL else ("", "all studied", "1")
             row: list[object] = [layer, value]
             for name in names:
-                mean, low, high = mean_interval(results.stack(variant, name), results.prompts)
-                row.append(with_ends(float(mean), float(low), float(high)))
+                row.append(mean_text(results.stack(variant, name), results.prompts))
             rows.append(row)
         if rows:
             found.tables["videos"] = Table(

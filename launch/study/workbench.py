@@ -28,6 +28,11 @@ from trainer.models.load import read_config, transformer_weight_files
 _OF_NEXT_PROMPT = 1_000_003
 
 
+def weights_identity(base: Path) -> list[list[Any]]:
+    """Names, sizes and times of the files of a base's transformer, which change if they are written again."""
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in transformer_weight_files(str(base))]
+
+
 class DenseDrawing(NamedTuple):
     """A video drawn with the base's own attention, and some of the calls that made it."""
 
@@ -62,8 +67,7 @@ class Workbench(StudySettings):
     @property
     def settings(self) -> dict[str, Any]:
         """What determines the dense drawings."""
-        weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in
-                   transformer_weight_files(str(self.base))]  # fmt: skip
+        weights = weights_identity(self.base)
         said = {
             "base": str(self.base), "weights": weights, "prompts": list(self.prompts),
             "sampling": asdict(self.sampling), "measured_steps": self.measured_steps,

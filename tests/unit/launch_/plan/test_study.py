@@ -60,7 +60,7 @@ def test_a_study_calls_the_model_as_often_as_planned(name, family, tmp_path, mon
 
     make = Denoiser.__init__
     monkeypatch.setattr(Denoiser, "__init__", counted)
-    monkeypatch.setattr("launch.study.page.write_page", lambda *arguments: None)  # which calls no model
+    monkeypatch.setattr("launch.study.command.write_page", lambda *arguments: None)  # which calls no model
     run_study(study, config, {})
     assert calls == plan.calls
 

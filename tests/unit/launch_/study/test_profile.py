@@ -80,6 +80,32 @@ def test_a_profile_of_nothing_changes_nothing(folder, prompts, tmp_path):
         main(["study", "profile", "--out", str(tmp_path / name), *options])
         (found,) = (tmp_path / name / "profile").iterdir()
         assert float(np.load(found / "results" / "000-0-by-profile.npz")["psnr"]) == 100.0  # identical pixels
+    AttentionProfile(**{**vars(profile), "layers": dict.fromkeys(profile.layers, (0.8,) * 4)}).write(path)
+    main(["study", "profile", "--out", str(tmp_path / name), *options])  # another profile in the file of this name
+    results = {
+        float(np.load(file)["psnr"]) for file in (tmp_path / name).glob("profile/*/results/000-0-by-profile.npz")
+    }
+    assert len(results) == 2 and min(results) < 60
+
+
+def test_dense_steps_are_of_as_many_steps(folder, tmp_path, capsys):
+    profile = AttentionProfile.read(folder / "profile.json")
+    AttentionProfile(**{**vars(profile), "dense_steps": (0,)}).write(tmp_path / "profile.json")
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "study",
+                "profile",
+                "--out",
+                str(tmp_path),
+                *SIZE,
+                "--steps",
+                "6",
+                "--file",
+                str(tmp_path / "profile.json"),
+            ]
+        )
+    assert "got 6 steps, expected 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 
 from launch.study import command
 from launch.study.config import StudyConfig
+from launch.study.folder import StudyFolder
 from launch.study.study import Unit
 from launch.study.transfer import Source, Transfer, pull, source_rows, transferred
 from launch.study.workbench import Workbench
@@ -164,9 +165,9 @@ def test_the_page_says_what_was_found(tmp_path):
     page = command.run_study(Transfer(), config, {})
     folder = page.parent
     assert {"transfers.csv", "layers.csv", "layers.svg", "pull.png"} <= {path.name for path in folder.iterdir()}
-    arrays = command.StudyFolder(folder, 12).arrays(Unit(0, 0, "identity"))
+    arrays = StudyFolder(folder, 12).arrays(Unit(0, 0, "identity"))
     assert arrays["target_psnr"] > 50 and np.isnan(arrays["pull"])  # drawn alone and in a batch: rounding
-    arrays = command.StudyFolder(folder, 12).arrays(Unit(0, 0, "all"))
+    arrays = StudyFolder(folder, 12).arrays(Unit(0, 0, "all"))
     assert arrays["target_psnr"] < 40 and arrays["pull"] == pull(arrays["source_coarse"], arrays["apart_coarse"])
     text = page.read_text()
     assert "With the maps of the next prompt in all studied layers" in text and text.count("<video") == 2 * (1 + 5)
